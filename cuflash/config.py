@@ -1,0 +1,125 @@
+"""Which kernel, with which tile sizes: frozen ``Config``, its table per architecture, and its source stub.
+
+Pure Python without CuPy: the choice is printable and testable on any machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cuflash.problem import Problem
+from cuflash.resources import shared_memory_per_block
+
+_CPP_ELEMENT = {"float16": "fp16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Compile-time constants of one FlashAttention-2 forward program (``kernels_cu/fa2/forward.cu``)."""
+
+    dtype: str
+    head_dim: int  # of Q and K, padded to a multiple of 16
+    head_dim_v: int  # of V and O, padded likewise
+    block_m: int  # query rows per thread block
+    block_n: int  # keys per tile
+    warps: int
+    stages: int  # K/V tiles in the shared-memory ring
+    q_in_registers: bool
+    min_blocks_per_sm: int  # __launch_bounds__: caps the registers
+    causal: bool
+    negative_scale: bool
+    vector_out: bool  # rows of O are 16-byte aligned, so they are stored 16 bytes at a time
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa2/forward.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa2_forward"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
+        constants = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "dtype":
+                constants.append(f"  using Element = {_CPP_ELEMENT[value]};")
+            else:
+                kind = "bool" if isinstance(value, bool) else "int"
+                camel = "k" + "".join(part.capitalize() for part in field.name.split("_"))
+                constants.append(f"  static constexpr {kind} {camel} = {str(value).lower()};")
+        body = "\n".join(constants)
+        return f'#include "core/types.cuh"\n\nstruct Config {{\n{body}\n}};\n\n#include "{self.kernel}"\n'
+
+
+class Tile(NamedTuple):
+    """Tile shape and resources of one table row; the fields mean what they do in ``Config``."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    q_in_registers: bool
+    min_blocks_per_sm: int
+
+
+# Keyed by the shared memory a block may use; the first row whose head_dim bound holds is taken. Warps of 32
+# query rows use each K/V fragment twice, which shared-memory bandwidth needs. Beyond head_dim 128 their
+# accumulators no longer fit in registers, so warps have 16 rows. Two or three blocks on a multiprocessor beat
+# one of twice the size: while one does its softmax, another keeps the tensor cores busy.
+_TILES = {
+    227 * 1024: (  # sm_90 (measured: docs/fa2-forward.md), sm_100
+        (64, Tile(128, 64, 4, 3, False, 3)),
+        (128, Tile(128, 64, 4, 3, False, 2)),
+        (256, Tile(64, 64, 4, 2, False, 2)),
+    ),
+    163 * 1024: (  # sm_80 (not measured): what fits as often
+        (64, Tile(128, 64, 4, 3, False, 3)),
+        (128, Tile(128, 64, 4, 3, False, 2)),
+        (256, Tile(64, 32, 4, 3, False, 2)),
+    ),
+    99 * 1024: (  # sm_86, sm_89, sm_120 (not measured): 100 KB per multiprocessor
+        (64, Tile(128, 64, 4, 2, False, 3)),
+        (128, Tile(128, 32, 4, 2, False, 2)),
+        (256, Tile(64, 32, 4, 2, False, 1)),
+    ),
+}
+# Up to 64 query rows: a block of 128 would be half empty.
+_SHORT_QUERY_TILES = (
+    (128, Tile(64, 64, 4, 2, False, 2)),
+    (256, Tile(64, 32, 4, 2, False, 1)),
+)
+
+
+def choose(problem: Problem, capability: tuple[int, int], *, vector_out: bool) -> Config:
+    """The Config for ``problem`` on a GPU of compute capability ``capability``.
+
+    ``vector_out`` says that the rows of the output are 16-byte aligned. The caller has checked that the dtype
+    is one of the kernels' (float16, bfloat16).
+    """
+    table = _SHORT_QUERY_TILES if problem.seqlen_q <= 64 else _TILES[shared_memory_per_block(capability)]
+    head_dim, head_dim_v = _padded(problem.head_dim), _padded(problem.head_dim_v)
+    tile = next(tile for bound, tile in table if max(head_dim, head_dim_v) <= bound)
+    return Config(
+        dtype=problem.dtype,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        causal=problem.is_causal,
+        negative_scale=problem.scale < 0,
+        vector_out=vector_out,
+        **tile._asdict(),
+    )
+
+
+def _padded(head_dim: int) -> int:
+    """mma.sync takes the head dim in steps of 16."""
+    return -(-head_dim // 16) * 16

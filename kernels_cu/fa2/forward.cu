@@ -1,0 +1,283 @@
+// FlashAttention-2 forward (arXiv 2307.08691, Algorithm 1) on mma.sync and cp.async, sm_80 and newer.
+#include "core/fragment.cuh"
+#include "core/layout.cuh"
+#include "core/mask.cuh"
+#include "core/scheduler.cuh"
+#include "core/softmax.cuh"
+#include "core/tile_range.cuh"
+#include "core/types.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/shared_memory.cuh"
+
+struct Strides {
+  long long batch, row, head;  // in elements; the last axis is contiguous
+};
+
+struct ForwardParams {
+  Strides q, k, v, out;
+  int seqlen_q, seqlen_k;  // seqlen_k counts the keys some query sees: those past it are never read
+  int heads_q, group_size, batch_heads;
+  int head_dim, head_dim_v;
+  int causal_offset;
+  int m_blocks, heads_per_wave;
+  float scale_log2, scale;  // |scale|·log2(e) and |scale|; the sign is Config::kNegativeScale
+};
+
+using Element = Config::Element;
+constexpr int kBlockM = Config::kBlockM;
+constexpr int kBlockN = Config::kBlockN;
+constexpr int kHeadDim = Config::kHeadDim;
+constexpr int kHeadDimV = Config::kHeadDimV;
+constexpr int kThreads = Config::kWarps * kWarpSize;
+constexpr int kStages = Config::kStages;
+constexpr int kWarpRows = kBlockM / Config::kWarps;
+constexpr int kMTiles = kWarpRows / 16;  // m16 tiles of a warp: with two, each K/V fragment is used twice
+constexpr int kNTiles = kBlockN / 8;
+constexpr int kDTiles = kHeadDimV / 8;
+static_assert(kBlockM % (16 * Config::kWarps) == 0 && kBlockN % 16 == 0, "whole mma tiles");
+static_assert(kStages >= 2, "a K tile and a V tile");
+
+using QTile = SwizzledTile<kHeadDim>;
+using KTile = SwizzledTile<kHeadDim>;
+using VTile = SwizzledTile<kHeadDimV>;
+using OTile = SwizzledTile<kHeadDimV>;
+
+constexpr int kRowBytes = (kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV) * 2;
+constexpr int kRingOffset = kBlockM * kRowBytes;
+constexpr int kSlotBytes = kBlockN * kRowBytes;
+
+// Starts the copy of kRows rows into a swizzled tile. kPeriod neighbouring threads read neighbouring chunks of one
+// row; rows from `rows` on and columns from `columns` on are written as zeros.
+template <int kRows, int kColumns>
+__device__ __forceinline__ void load_tile(unsigned tile_smem, const Element* tile_gmem, long long row_stride, int rows,
+                                          int columns) {
+  using Layout = SwizzledTile<kColumns>;
+  constexpr int kRowsPerPass = kThreads / Layout::kPeriod;
+  static_assert(kRowsPerPass % 8 == 0, "the swizzle of a thread's rows is the same in every pass");
+  const int row = threadIdx.x / Layout::kPeriod;
+  const int chunk = threadIdx.x % Layout::kPeriod;
+  const Element* source = tile_gmem + row * row_stride + chunk * 8;
+  const unsigned target = tile_smem + Layout::offset(row, chunk);
+#pragma unroll
+  for (int pass = 0; pass < ceil_div(kRows, kRowsPerPass); ++pass) {
+    if (kRows % kRowsPerPass == 0 || row + pass * kRowsPerPass < kRows) {
+#pragma unroll
+      for (int j = 0; j < Layout::kChunks; j += Layout::kPeriod) {
+        const bool inside = row + pass * kRowsPerPass < rows && (chunk + j) * 8 < columns;
+        cp_async_16(target + pass * kRowsPerPass * Layout::kRowBytes + j * 16, source + j * 8, inside ? 16 : 0);
+      }
+    }
+    source += kRowsPerPass * row_stride;
+  }
+}
+
+// acc_s = Q Kᵀ for one warp: its kWarpRows queries, all keys of the tile.
+template <class LoadQ>
+__device__ __forceinline__ void multiply_q_k(float (&acc_s)[kMTiles][kNTiles][4], LoadQ load_q, unsigned k_smem) {
+  const int lane = Fragment::lane();
+  const unsigned k_lane = k_smem + KTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+#pragma unroll
+  for (int kk = 0; kk < kHeadDim / 16; ++kk) {
+    unsigned q_reg[kMTiles][4];
+    load_q(q_reg, kk);
+#pragma unroll
+    for (int n = 0; n < kBlockN / 16; ++n) {
+      unsigned k_reg[4];
+      ldmatrix_x4(k_reg, KTile::advance(k_lane, 2 * kk) + n * 16 * KTile::kRowBytes);
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        Element::mma(acc_s[m][2 * n], q_reg[m], k_reg[0], k_reg[1]);
+        Element::mma(acc_s[m][2 * n + 1], q_reg[m], k_reg[2], k_reg[3]);
+      }
+    }
+  }
+}
+
+// acc_o += P V. The accumulator layout of P is the A-operand layout of the next product: no data moves.
+__device__ __forceinline__ void multiply_p_v(float (&acc_o)[kMTiles][kDTiles][4],
+                                             const float (&p)[kMTiles][kNTiles][4], unsigned v_smem) {
+  const int lane = Fragment::lane();
+  const unsigned v_lane = v_smem + VTile::offset(lane % 16, lane / 16);
+#pragma unroll
+  for (int kk = 0; kk < kBlockN / 16; ++kk) {
+    unsigned p_reg[kMTiles][4];
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      p_reg[m][0] = Element::pack(p[m][2 * kk][0], p[m][2 * kk][1]);
+      p_reg[m][1] = Element::pack(p[m][2 * kk][2], p[m][2 * kk][3]);
+      p_reg[m][2] = Element::pack(p[m][2 * kk + 1][0], p[m][2 * kk + 1][1]);
+      p_reg[m][3] = Element::pack(p[m][2 * kk + 1][2], p[m][2 * kk + 1][3]);
+    }
+#pragma unroll
+    for (int d = 0; d < kHeadDimV / 16; ++d) {
+      unsigned v_reg[4];
+      ldmatrix_x4_trans(v_reg, VTile::advance(v_lane, 2 * d) + kk * 16 * VTile::kRowBytes);
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        Element::mma(acc_o[m][2 * d], p_reg[m], v_reg[0], v_reg[1]);
+        Element::mma(acc_o[m][2 * d + 1], p_reg[m], v_reg[2], v_reg[3]);
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)
+fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head_dim)
+            const Element* __restrict__ k,    // (batch, seqlen_k, heads_kv, head_dim)
+            const Element* __restrict__ v,    // (batch, seqlen_k, heads_kv, head_dim_v)
+            Element* __restrict__ out,        // (batch, seqlen_q, heads_q, head_dim_v)
+            float* __restrict__ lse,          // (batch, heads_q, seqlen_q) or null
+            const __grid_constant__ ForwardParams params) {
+  DYN_SMEM(smem);
+  const unsigned q_smem = cvta_to_shared(smem);
+  const unsigned ring_smem = q_smem + kRingOffset;
+  const int lane = Fragment::lane();
+  const int warp = threadIdx.x / kWarpSize;
+
+  const Tile tile = longest_first(blockIdx.x, params.m_blocks, params.heads_q, params.batch_heads, params.heads_per_wave);
+  const int block_row = tile.m_block * kBlockM;
+  const int warp_row = block_row + warp * kWarpRows;
+  const int head_kv = tile.head / params.group_size;
+  const TileRange tiles = key_tiles<kBlockN, Config::kCausal>(
+      block_row, min(block_row + kBlockM, params.seqlen_q), params.seqlen_k, params.causal_offset);
+
+  q += tile.batch * params.q.batch + tile.head * params.q.head + block_row * params.q.row;
+  k += tile.batch * params.k.batch + head_kv * params.k.head;
+  v += tile.batch * params.v.batch + head_kv * params.v.head;
+  out += tile.batch * params.out.batch + tile.head * params.out.head;
+
+  const auto load_k = [&](int n_block, int slot) {
+    if (n_block >= 0) {
+      load_tile<kBlockN, kHeadDim>(ring_smem + slot * kSlotBytes, k + (long long)n_block * kBlockN * params.k.row,
+                                   params.k.row, params.seqlen_k - n_block * kBlockN, params.head_dim);
+    }
+    cp_async_commit_group();
+  };
+  const auto load_v = [&](int n_block, int slot) {
+    if (n_block >= 0) {
+      load_tile<kBlockN, kHeadDimV>(ring_smem + slot * kSlotBytes, v + (long long)n_block * kBlockN * params.v.row,
+                                    params.v.row, params.seqlen_k - n_block * kBlockN, params.head_dim_v);
+    }
+    cp_async_commit_group();
+  };
+
+  // The ring holds K and V tiles in the order they are used, K first. kStages − 1 of them are on their way.
+  load_tile<kBlockM, kHeadDim>(q_smem, q, params.q.row, params.seqlen_q - block_row, params.head_dim);
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i % 2 == 0) load_k(tiles.end - 1 - i / 2, i);
+    else load_v(tiles.end - 1 - i / 2, i);
+  }
+  int slot = 0;  // of the tile used next
+  // Waits for that tile, and for every warp to be done with the one before it, whose slot is then free.
+  const auto next_tile = [&] {
+    cp_async_wait_group<kStages - 2>();
+    __syncthreads();
+    return ring_smem + slot * kSlotBytes;
+  };
+  const auto free_slot = [&] { return slot == 0 ? kStages - 1 : slot - 1; };
+  const auto advance_slot = [&] { slot = slot == kStages - 1 ? 0 : slot + 1; };
+
+  const unsigned q_lane = q_smem + QTile::offset(warp * kWarpRows + lane % 16, lane / 16);
+  const auto load_q_smem = [&](unsigned (&q_reg)[kMTiles][4], int kk) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) ldmatrix_x4(q_reg[m], QTile::advance(q_lane, 2 * kk) + m * 16 * QTile::kRowBytes);
+  };
+  unsigned q_all[Config::kQInRegisters ? kHeadDim / 16 : 1][kMTiles][4];
+  if constexpr (Config::kQInRegisters) {
+    next_tile();
+#pragma unroll
+    for (int kk = 0; kk < kHeadDim / 16; ++kk) load_q_smem(q_all[kk], kk);
+  }
+  const auto load_q = [&](unsigned (&q_reg)[kMTiles][4], int kk) {
+    if constexpr (Config::kQInRegisters) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) q_reg[m][i] = q_all[kk][m][i];
+      }
+    } else {
+      load_q_smem(q_reg, kk);
+    }
+  };
+
+  float acc_o[kMTiles][kDTiles][4] = {};
+  OnlineSoftmax<kMTiles> softmax;
+
+  const auto visit = [&](int n_block, auto masked) {
+    const unsigned k_smem = next_tile();
+    if constexpr (kStages % 2 == 1) load_k(n_block - kStages / 2, free_slot());
+    else load_v(n_block - (kStages / 2 - 1), free_slot());
+    advance_slot();
+    float acc_s[kMTiles][kNTiles][4] = {};
+    multiply_q_k(acc_s, load_q, k_smem);
+
+    if constexpr (Config::kNegativeScale) {
+#pragma unroll
+      for (int i = 0; i < kMTiles * kNTiles * 4; ++i) {
+        float& s = acc_s[i / (kNTiles * 4)][i / 4 % kNTiles][i % 4];
+        s = -s;
+      }
+    }
+    if constexpr (decltype(masked)::value) {
+      apply_mask<Config::kCausal>(acc_s, warp_row, n_block * kBlockN, params.seqlen_k, params.causal_offset);
+    }
+    softmax.update(acc_s, acc_o, params.scale_log2);
+
+    const unsigned v_smem = next_tile();
+    if constexpr (kStages % 2 == 1) load_v(n_block - kStages / 2, free_slot());
+    else load_k(n_block - kStages / 2, free_slot());
+    advance_slot();
+    multiply_p_v(acc_o, acc_s, v_smem);
+  };
+  // Masked tiles are peeled off, so that full ones pay nothing for the mask.
+  for (int n_block = tiles.end - 1; n_block >= tiles.full_end; --n_block) visit(n_block, Constant<true>{});
+  for (int n_block = min(tiles.full_end, tiles.end) - 1; n_block >= 0; --n_block) visit(n_block, Constant<false>{});
+
+  // Epilogue: O is divided by the row sum and leaves through the shared memory of Q, in 16-byte rows.
+  softmax.finish();
+  cp_async_wait_group<0>();
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = m * 16 + Fragment::row(half);
+      const float inverse = softmax.inverse_sum(m, half);
+      unsigned char* o_row = smem;
+#pragma unroll
+      for (int d = 0; d < kDTiles; ++d) {
+        *reinterpret_cast<unsigned*>(o_row + OTile::offset(warp * kWarpRows + row, d) + lane % 4 * 4) =
+            Element::pack(acc_o[m][d][2 * half] * inverse, acc_o[m][d][2 * half + 1] * inverse);
+      }
+      if (lse != nullptr && lane % 4 == 0 && warp_row + row < params.seqlen_q) {
+        lse[((long long)tile.batch * params.heads_q + tile.head) * params.seqlen_q + warp_row + row] =
+            softmax.log_sum_exp(m, half, params.scale);
+      }
+    }
+  }
+  __syncwarp();  // a warp stores only the rows it wrote
+  constexpr int kLanesPerRow = OTile::kPeriod;
+  constexpr int kRowsPerPass = kWarpSize / kLanesPerRow;
+#pragma unroll
+  for (int pass = 0; pass < ceil_div(kWarpRows, kRowsPerPass); ++pass) {
+    const int row = pass * kRowsPerPass + lane / kLanesPerRow;
+    if (row >= kWarpRows || warp_row + row >= params.seqlen_q) continue;
+    Element* out_row = out + (warp_row + row) * params.out.row;
+#pragma unroll
+    for (int j = 0; j < OTile::kChunks; j += kLanesPerRow) {
+      const int chunk = j + lane % kLanesPerRow;
+      const Vector16 vector = *reinterpret_cast<const Vector16*>(smem + OTile::offset(warp * kWarpRows + row, chunk));
+      if constexpr (Config::kVectorOut) {
+        if (chunk * 8 < params.head_dim_v) *reinterpret_cast<Vector16*>(out_row + chunk * 8) = vector;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const unsigned short bits = vector.words[i / 2] >> (i % 2 * 16);
+          if (chunk * 8 + i < params.head_dim_v) out_row[chunk * 8 + i].bits = bits;
+        }
+      }
+    }
+  }
+}
