@@ -6,7 +6,7 @@ Pure Python without CuPy: the choice is printable and testable on any machine.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cuflash.problem import Problem
@@ -26,8 +26,8 @@ class Config:
     block_n: int  # keys per tile
     warps: int
     stages: int  # K/V tiles in the shared-memory ring
-    q_in_registers: bool
     min_blocks_per_sm: int  # __launch_bounds__: caps the registers
+    spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack under that cap
     causal: bool
     negative_scale: bool
     vector_out: bool  # rows of O are 16-byte aligned, so they are stored 16 bytes at a time
@@ -49,13 +49,15 @@ class Config:
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
         constants = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "dtype":
+        for constant in dataclasses.fields(self):
+            value = getattr(self, constant.name)
+            if not constant.metadata.get("in_stub", True):
+                continue
+            if constant.name == "dtype":
                 constants.append(f"  using Element = {_CPP_ELEMENT[value]};")
             else:
                 kind = "bool" if isinstance(value, bool) else "int"
-                camel = "k" + "".join(part.capitalize() for part in field.name.split("_"))
+                camel = "k" + "".join(part.capitalize() for part in constant.name.split("_"))
                 constants.append(f"  static constexpr {kind} {camel} = {str(value).lower()};")
         body = "\n".join(constants)
         return f'#include "core/types.cuh"\n\nstruct Config {{\n{body}\n}};\n\n#include "{self.kernel}"\n'
@@ -68,35 +70,43 @@ class Tile(NamedTuple):
     block_n: int
     warps: int
     stages: int
-    q_in_registers: bool
     min_blocks_per_sm: int
+    spill_bytes: int = 0
 
 
 # Keyed by the shared memory a block may use; the first row whose head_dim bound holds is taken. Warps of 32
 # query rows use each K/V fragment twice, which shared-memory bandwidth needs. Beyond head_dim 128 their
 # accumulators no longer fit in registers, so warps have 16 rows. Two or three blocks on a multiprocessor beat
-# one of twice the size: while one does its softmax, another keeps the tensor cores busy.
+# one of twice the size: while one does its softmax, another keeps the tensor cores busy. A few spilled bytes
+# are the price of the third block, or of 32 rows at the largest head dims; ptxas keeps them out of the main
+# loop at head_dim 128 and 160, and at 64 nearly so (docs/fa2-forward.md).
 _TILES = {
     227 * 1024: (  # sm_90 (measured: docs/fa2-forward.md), sm_100
-        (64, Tile(128, 64, 4, 3, False, 3)),
-        (128, Tile(128, 64, 4, 3, False, 2)),
-        (256, Tile(64, 64, 4, 2, False, 2)),
+        (64, Tile(128, 64, 4, 3, 3, spill_bytes=96)),
+        (128, Tile(128, 64, 4, 3, 2, spill_bytes=48)),
+        (160, Tile(128, 32, 4, 3, 2, spill_bytes=48)),
+        (192, Tile(64, 64, 4, 3, 2)),
+        (256, Tile(64, 64, 4, 2, 2)),
     ),
-    163 * 1024: (  # sm_80 (not measured): what fits as often
-        (64, Tile(128, 64, 4, 3, False, 3)),
-        (128, Tile(128, 64, 4, 3, False, 2)),
-        (256, Tile(64, 32, 4, 3, False, 2)),
+    163 * 1024: (  # sm_80 (not measured): the same shapes, in rings that let as many blocks fit
+        (64, Tile(128, 64, 4, 3, 3, spill_bytes=96)),
+        (128, Tile(128, 64, 4, 3, 2, spill_bytes=48)),
+        (160, Tile(128, 32, 4, 3, 2, spill_bytes=48)),
+        (192, Tile(64, 64, 4, 2, 2)),
+        (256, Tile(64, 32, 4, 3, 2)),
     ),
     99 * 1024: (  # sm_86, sm_89, sm_120 (not measured): 100 KB per multiprocessor
-        (64, Tile(128, 64, 4, 2, False, 3)),
-        (128, Tile(128, 32, 4, 2, False, 2)),
-        (256, Tile(64, 32, 4, 2, False, 1)),
+        (64, Tile(128, 64, 4, 2, 3, spill_bytes=120)),
+        (128, Tile(128, 32, 4, 2, 2)),
+        (192, Tile(64, 32, 4, 2, 2)),
+        (256, Tile(64, 64, 4, 2, 1)),
     ),
 }
 # Up to 64 query rows: a block of 128 would be half empty.
 _SHORT_QUERY_TILES = (
-    (128, Tile(64, 64, 4, 2, False, 2)),
-    (256, Tile(64, 32, 4, 2, False, 1)),
+    (128, Tile(64, 64, 4, 2, 2)),
+    (192, Tile(64, 32, 4, 2, 2)),
+    (256, Tile(64, 32, 4, 2, 1)),
 )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cuflash.config import Config
 
+MINIMUM_CAPABILITY = (8, 0)  # cp.async, and mma.sync on bfloat16
 ELEMENT_BYTES = 2  # the kernels take float16 and bfloat16
 
 # Most dynamic shared memory one thread block may use, by compute capability.
@@ -38,3 +39,9 @@ def shared_bytes(config: Config) -> int:
     q_or_o = config.block_m * max(config.head_dim, config.head_dim_v)
     ring = config.stages * config.block_n * max(config.head_dim, config.head_dim_v)
     return ELEMENT_BYTES * (q_or_o + ring)
+
+
+def register_limit(config: Config) -> int:
+    """Most registers a thread can have with ``min_blocks_per_sm`` blocks on a multiprocessor (of 64 K)."""
+    fitting = 65536 // (config.threads * config.min_blocks_per_sm)
+    return min(255, fitting // 8 * 8)  # allocated in units of 8

@@ -1,4 +1,31 @@
-// FlashAttention-2 forward (arXiv 2307.08691, Algorithm 1) on mma.sync and cp.async, sm_80 and newer.
+// FlashAttention-2 forward (arXiv 2307.08691, section 3 and Algorithm 1) on mma.sync and cp.async, sm_80 and newer.
+//
+//   out = softmax(scale · Q Kᵀ + mask) V,   lse = log Σ_j exp(scale · q·k_j + mask_j)
+//
+// Grid      one dimension: a thread block per (kBlockM queries, head, batch), longest first (core/scheduler.cuh).
+// Threads   kWarps warps, all alike. Warp w owns query rows [w, w + 1)·kWarpRows of the block and sees every key, so
+//           the softmax needs no exchange between warps ("split Q", section 3.3).
+// Loop      for n_block from the last visible tile down to 0:            (masked tiles come first and are peeled off)
+//             wait for K[n];  start the load that fills the slot just freed;  S = Q Kᵀ        mma.sync, float32
+//             mask S;  move row_max if a score passed it by 2^8;  P = 2^(S·scale_log2 − row_max·scale_log2)
+//             wait for V[n];  start the next load;                       O += P V             P straight from registers
+//           O / row_sum;  lse.
+//
+// Shared memory, bytes (R = 2·max(kHeadDim, kHeadDimV)):
+//           0            Q tile, kBlockM · R; the epilogue stages O here
+//           kBlockM · R  ring of kStages slots, kBlockN · R each, holding K[n] V[n] K[n−1] V[n−1] … in order of use
+//           Tiles are swizzled (core/layout.cuh): ldmatrix, cp.async and the epilogue's stores hit no bank twice.
+// Registers O and S accumulators: kMTiles · (kDTiles + kNTiles) · 4 a thread. With 16 rows to a warp every ldmatrix of K
+//           or V feeds two mma; with 32 it feeds four, and shared memory stops being the limit.
+// Barriers  __syncthreads() before each tile is read: its copies, waited for by the thread that issued them, become
+//           visible, and every warp has left the tile before it, whose slot is loaded next. __syncthreads() before the
+//           epilogue overwrites Q, __syncwarp() between a warp's O stores and its reads.
+// Masks     keys ≥ seqlen_k and, if kCausal, keys > row + causal_offset get −inf. Rows and columns outside the tensors
+//           are loaded as zeros. A row that sees no key gives out = 0, lse = −inf.
+// Numerics  S, P's sums and O in float32; P rounded to Element for the second product; row_max may lag by 2^8.
+// Configs   head dims to 256 in steps of 16 (others zero-padded by the loads), Dv ≠ D, float16 and bfloat16.
+// Speed     docs/fa2-forward.md, generated from benchmarks/results/.
+// Sibling   FlashAttention-1 loops over K/V outside, rescales O in memory and splits the keys between warps.
 #include "core/fragment.cuh"
 #include "core/layout.cuh"
 #include "core/mask.cuh"
@@ -72,15 +99,17 @@ __device__ __forceinline__ void load_tile(unsigned tile_smem, const Element* til
   }
 }
 
-// acc_s = Q Kᵀ for one warp: its kWarpRows queries, all keys of the tile.
-template <class LoadQ>
-__device__ __forceinline__ void multiply_q_k(float (&acc_s)[kMTiles][kNTiles][4], LoadQ load_q, unsigned k_smem) {
+// acc_s += Q Kᵀ for one warp: its kWarpRows queries, which start at row q_row of the Q tile, and all keys of the tile.
+__device__ __forceinline__ void multiply_q_k(float (&acc_s)[kMTiles][kNTiles][4], unsigned q_smem, int q_row,
+                                             unsigned k_smem) {
   const int lane = Fragment::lane();
+  const unsigned q_lane = q_smem + QTile::offset(q_row + lane % 16, lane / 16);
   const unsigned k_lane = k_smem + KTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
   for (int kk = 0; kk < kHeadDim / 16; ++kk) {
     unsigned q_reg[kMTiles][4];
-    load_q(q_reg, kk);
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) ldmatrix_x4(q_reg[m], QTile::advance(q_lane, 2 * kk) + m * 16 * QTile::kRowBytes);
 #pragma unroll
     for (int n = 0; n < kBlockN / 16; ++n) {
       unsigned k_reg[4];
@@ -179,29 +208,6 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
   const auto free_slot = [&] { return slot == 0 ? kStages - 1 : slot - 1; };
   const auto advance_slot = [&] { slot = slot == kStages - 1 ? 0 : slot + 1; };
 
-  const unsigned q_lane = q_smem + QTile::offset(warp * kWarpRows + lane % 16, lane / 16);
-  const auto load_q_smem = [&](unsigned (&q_reg)[kMTiles][4], int kk) {
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m) ldmatrix_x4(q_reg[m], QTile::advance(q_lane, 2 * kk) + m * 16 * QTile::kRowBytes);
-  };
-  unsigned q_all[Config::kQInRegisters ? kHeadDim / 16 : 1][kMTiles][4];
-  if constexpr (Config::kQInRegisters) {
-    next_tile();
-#pragma unroll
-    for (int kk = 0; kk < kHeadDim / 16; ++kk) load_q_smem(q_all[kk], kk);
-  }
-  const auto load_q = [&](unsigned (&q_reg)[kMTiles][4], int kk) {
-    if constexpr (Config::kQInRegisters) {
-#pragma unroll
-      for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) q_reg[m][i] = q_all[kk][m][i];
-      }
-    } else {
-      load_q_smem(q_reg, kk);
-    }
-  };
-
   float acc_o[kMTiles][kDTiles][4] = {};
   OnlineSoftmax<kMTiles> softmax;
 
@@ -211,7 +217,7 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
     else load_v(n_block - (kStages / 2 - 1), free_slot());
     advance_slot();
     float acc_s[kMTiles][kNTiles][4] = {};
-    multiply_q_k(acc_s, load_q, k_smem);
+    multiply_q_k(acc_s, q_smem, warp * kWarpRows, k_smem);
 
     if constexpr (Config::kNegativeScale) {
 #pragma unroll

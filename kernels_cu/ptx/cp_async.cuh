@@ -3,7 +3,7 @@
 
 // Copies 16 bytes past L1; of these, bytes from src_bytes (0 or 16) on are written as zeros and not read.
 __device__ __forceinline__ void cp_async_16(unsigned smem_address, const void* gmem, int src_bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"(smem_address), "l"(gmem), "r"(src_bytes) : "memory");
 }
 
