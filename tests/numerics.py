@@ -1,0 +1,140 @@
+"""Shared by every test: random inputs, arrays of unusual strides, and the numerics contract.
+
+The contract, forward and backward, of every kernel family: the largest error against float64 on the same
+inputs is at most twice that of standard attention computed in the input dtype, plus 1e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from cuflash import reference
+from cuflash.problem import Problem
+
+Array = NDArray[Any]
+
+
+class Inputs(NamedTuple):
+    """What a forward and its backward take: (batch, seqlen, heads, head_dim) arrays; dlse is (B, Hq, Sq)."""
+
+    q: Array
+    k: Array
+    v: Array
+    dout: Array
+    dlse: Array
+
+
+class Results(NamedTuple):
+    """What a forward and its backward return."""
+
+    out: Array
+    lse: Array
+    dq: Array
+    dk: Array
+    dv: Array
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The NumPy dtype called ``name``; bfloat16 is ml_dtypes'."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+    """Standard-normal numbers rounded to ``dtype``."""
+    return rng.standard_normal(shape).astype(dtype_of(dtype))
+
+
+def random_inputs(problem: Problem, seed: int = 0) -> Inputs:
+    """Standard-normal inputs of the problem's shapes and dtype; dlse is float32 (float64 for float64)."""
+    rng = np.random.default_rng(seed)
+    p = problem
+    return Inputs(
+        q=normal(rng, (p.batch, p.seqlen_q, p.heads_q, p.head_dim), p.dtype),
+        k=normal(rng, (p.batch, p.seqlen_k, p.heads_kv, p.head_dim), p.dtype),
+        v=normal(rng, (p.batch, p.seqlen_k, p.heads_kv, p.head_dim_v), p.dtype),
+        dout=normal(rng, (p.batch, p.seqlen_q, p.heads_q, p.head_dim_v), p.dtype),
+        dlse=normal(rng, (p.batch, p.heads_q, p.seqlen_q), "float64" if p.dtype == "float64" else "float32"),
+    )
+
+
+def _heads_first(x: Array) -> Array:
+    return np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def _reversed(x: Array) -> Array:
+    return x[:, ::-1].copy()[:, ::-1]
+
+
+def _padded(x: Array) -> Array:
+    buffer = np.full([2 * size + 3 for size in x.shape], np.nan, x.dtype)
+    window = buffer[tuple(slice(1, 2 * size + 1, 2) for size in x.shape[:-1])][..., 2 : 2 + x.shape[-1]]
+    window[...] = x
+    return window
+
+
+VIEWS: dict[str, Callable[[Array], Array]] = {
+    "contiguous": np.ascontiguousarray,
+    "heads first in memory": _heads_first,
+    "first axis fastest": np.asfortranarray,
+    "negative strides": _reversed,
+    "every second element amid NaN": _padded,
+    "stride 0 over axis 1": lambda x: np.broadcast_to(x[:, :1], x.shape),
+    "stride 0 over axis 2": lambda x: np.broadcast_to(x[:, :, :1], x.shape),
+    "broadcast from a scalar": lambda x: np.broadcast_to(np.asarray(0.5, x.dtype), x.shape),
+}
+"""Arrays of x's shape and dtype in other memory layouts. The stride-0 ones have other values than x."""
+
+
+def reference_results(problem: Problem, inputs: Inputs) -> Results:
+    """float64 attention and its gradients: what is right."""
+    options: dict[str, Any] = {"causal_offset": problem.causal_offset, "scale": problem.scale}
+    q, k, v, dout, dlse = inputs
+    forward = reference.attention(q, k, v, **options)
+    return Results(*forward, *reference.attention_backward(dout, q, k, v, dlse=dlse, **options))
+
+
+def standard_results(problem: Problem, inputs: Inputs) -> Results:
+    """Standard attention and its gradients in the input dtype: how wrong a result may be."""
+    options: dict[str, Any] = {"causal_offset": problem.causal_offset, "scale": problem.scale}
+    q, k, v, dout, dlse = inputs
+    forward = reference.standard_attention(q, k, v, **options)
+    return Results(*forward, *reference.standard_attention_backward(dout, q, k, v, dlse=dlse, **options))
+
+
+def assert_results_within_contract(actual: Results, problem: Problem, inputs: Inputs) -> None:
+    """Hold every array of ``actual`` to the numerics contract on ``inputs``."""
+    expected, standard = reference_results(problem, inputs), standard_results(problem, inputs)
+    for name in Results._fields:
+        assert_within_contract(getattr(actual, name), getattr(expected, name), getattr(standard, name), name)
+
+
+def assert_within_contract(actual: Array, reference: Array, standard: Array, name: str) -> None:
+    """Assert max |actual − reference| ≤ 2 · max |standard − reference| + 1e-5; equal infinities are no error.
+
+    NaN never passes, and neither does a yardstick without a finite error: it would let anything pass.
+    """
+    assert actual.shape == reference.shape, f"{name} has shape {actual.shape}, expected {reference.shape}"
+    assert standard.shape == reference.shape, f"standard {name} has shape {standard.shape}"
+    if reference.size == 0:
+        return
+    allowed = 2 * _error(standard, reference).max() + 1e-5
+    assert np.isfinite(allowed), f"{name}: standard attention itself is not finite here; choose other inputs"
+    error = _error(actual, reference)
+    worst = np.unravel_index(np.argmax(error), error.shape)  # argmax stops at the first NaN, if there is one
+    assert error[worst] <= allowed, (
+        f"{name}: max error {error[worst]:.3g} exceeds {allowed:.3g} (2 * standard attention's + 1e-5) "
+        f"at index {tuple(int(i) for i in worst)}: "
+        f"got {float(actual[worst])!r}, expected {float(reference[worst])!r}; "
+        f"{int(np.isnan(error).sum())} of {error.size} errors are NaN"
+    )
+
+
+def _error(x: Array, reference: Array) -> Array:
+    x, reference = x.astype(np.float64), reference.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.where(x == reference, 0.0, np.abs(x - reference))
