@@ -1,0 +1,191 @@
+"""The public functions: recognise the arrays, check the call, run the CPU path or a GPU plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cuflash import arrays, cpu, plan
+from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
+from cuflash.checks import Options, check_call, named, out_shape
+from cuflash.explanation import Explanation
+from cuflash.problem import Causal
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    layout: str = "bshd",
+    return_lse: bool = False,
+    out: Any = None,
+    algorithm: str = "auto",
+) -> Any:
+    """Exact attention: ``out = softmax(scale · q kᵀ + mask) v``, without ever storing the score matrix.
+
+    On a GPU the FlashAttention-2 forward pass (Dao, arXiv 2307.08691, Algorithm 1, sections 3.1 to 3.3) as a
+    CUDA kernel, compiled for the call at its first use and cached on disk; for arrays in host memory the same
+    algorithm in NumPy. Softmax and accumulation are in float32 (float64 for float64).
+
+    Parameters
+    ----------
+    q : array (batch, seqlen_q, heads_q, head_dim)
+        CuPy, NumPy, PyTorch, JAX or any other array with ``__dlpack__`` and ``__dlpack_device__``. On a GPU
+        float16 or bfloat16; in host memory also float32 and float64. head_dim is from 1 to 256.
+    k : array (batch, seqlen_k, heads_kv, head_dim)
+        Of q's library, device and dtype. heads_q must be a multiple of heads_kv: heads_q / heads_kv
+        neighbouring query heads share one key/value head (grouped-query attention; multi-query if heads_kv
+        is 1).
+    v : array (batch, seqlen_k, heads_kv, head_dim_v)
+        head_dim_v may differ from head_dim.
+    causal : False, True, "bottom_right" or "top_left"
+        Mask: query i sees keys j ≤ i + seqlen_k − seqlen_q (True, "bottom_right") or j ≤ i ("top_left").
+        A query that sees no key gets out 0 and lse −inf.
+    scale : float, optional
+        Factor of the scores, a Python number; 1/sqrt(head_dim) by default.
+    layout : "bshd" or "bhsd"
+        Axis order of q, k, v and out: as above, or (batch, heads, seqlen, head_dim).
+    return_lse : bool
+        Return also the log-sum-exp of every row of scaled scores.
+    out : array, optional
+        Where to write the result; it is also what is returned. Of q's library, device and dtype, with any
+        strides that do not make its elements overlap. It must not share memory with q, k or v. JAX arrays are
+        immutable and cannot be ``out``.
+    algorithm : "auto", "fa2" or "cpu"
+        The kernel family. "auto" takes the fastest that runs where the arrays are: never the CPU for arrays
+        on a GPU, always for arrays in host memory. A named one that cannot run raises. See ``explain``.
+
+    Returns
+    -------
+    out : array (batch, seqlen_q, heads_q, head_dim_v), in ``layout``'s axis order and q's dtype
+        Of q's library and on its device. For arrays known only by DLPack, a CuPy or a NumPy array.
+    lse : array (batch, heads_q, seqlen_q), only with ``return_lse=True``
+        Natural logarithm; float32, or float64 where q is float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before anything is launched, naming the argument. Among the reasons: a mix of libraries or devices, a
+        PyTorch tensor that requires grad (gradients do not exist yet; nothing is detached silently), an array
+        that JAX is tracing, float32 or float64 on a GPU.
+
+    Notes
+    -----
+    Memory. Inputs with a contiguous last axis are read in place through their strides, whatever the layout.
+    On a GPU an input is copied first, once, on its device, if its last axis is not contiguous, if head_dim is
+    not a multiple of 8 (the copy is padded with zeros to one), or if a row does not start at a multiple of 16
+    bytes. An ``out`` whose last axis is not contiguous is written by way of a temporary. ``explain`` lists
+    such copies. New arrays come from the pool of q's library: PyTorch's allocator for tensors, CuPy's memory
+    pool otherwise.
+
+    Streams. CuPy's or PyTorch's current stream of the arrays' device; JAX and DLPack arrays on CuPy's current
+    stream, ordered after their producer, and for JAX before whatever uses the result. The device is never
+    synchronised. After the first call with given shapes, a call can be captured in a CUDA graph. PyTorch's
+    allocator keeps what the graph allocated. CuPy's pool hands it out again once it is freed: keep the
+    result, or give ``out``; a call that would copy an input is refused while CuPy captures.
+    """
+    options = Options(causal, scale, layout, return_lse, algorithm)
+    framework = arrays.common_framework(q, k, v, out)
+    if isinstance(framework, Native):
+        result, lse = framework.untraced(_attend)(framework, q, k, v, out, options)
+    else:
+        result, lse = _attend_borrowed(framework, q, k, v, out, options)
+    return (result, lse) if return_lse else result
+
+
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    layout: str = "bshd",
+    return_lse: bool = False,
+    out: Any = None,
+    algorithm: str = "auto",
+) -> Explanation:
+    """How ``attention`` would compute this call, and why; nothing is computed or launched.
+
+    Takes what ``attention`` takes and raises what it would raise. Returns an ``Explanation`` to print: the
+    kernel family and why the others do not run, the tile configuration, registers and shared memory as the
+    compiler reports them, the cubin's path, and which arrays are copied. On a GPU the kernel is compiled if
+    need be.
+    """
+    options = Options(causal, scale, layout, return_lse, algorithm)
+    native = arrays.common_framework(q, k, v, out)
+    if isinstance(native, Borrowed):
+        native, q, k, v, out = _borrow(native, q, k, v, out)
+    request = check_call(native, named(q, k, v, out), options)
+    problem, infos = request
+    device = infos["q"].device
+    if device is None:
+        return Explanation("cpu", "the CPU", problem, {"fa2": "q, k and v are in host memory"})
+
+    kernel = plan.choose_kernel(request, layout)
+    copies = {name: str(plan.why_copied(infos[name])) for name in kernel.layouts.copied}
+    if kernel.layouts.copy_out:
+        copies["out"] = "its last axis is not contiguous"
+    return Explanation(
+        "fa2",
+        f"cuda:{device} ({kernel.arch})",
+        problem,
+        {"cpu": "q, k and v are on a GPU"},
+        copies,
+        kernel.config,
+        kernel.call,
+        kernel.program,
+    )
+
+
+def _attend(native: Native, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
+    if native.on_gpu(q):
+        assert isinstance(native, GpuArrays)
+        return plan.attend(native, q, k, v, out, options)
+    assert isinstance(native, HostArrays)
+    return _attend_on_cpu(native, q, k, v, out, options)
+
+
+def _attend_on_cpu(host: HostArrays, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
+    problem, _ = check_call(host, named(q, k, v, out), options)
+
+    def bshd(array: np.ndarray) -> np.ndarray:
+        return array if options.layout == "bshd" else array.transpose(0, 2, 1, 3)
+
+    q_view, k_view, v_view = (host.view(x) for x in (q, k, v))
+    result = np.empty(out_shape(problem, options.layout), q_view.dtype) if out is None else host.view(out)
+    _, lse = cpu.forward(problem, bshd(q_view), bshd(k_view), bshd(v_view), out=bshd(result))
+    if out is None:
+        return host.wrap(result), host.wrap(lse)
+    host.written(out)
+    return out, host.wrap(lse)
+
+
+def _attend_borrowed(lender: Borrowed, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
+    native, *borrowed = _borrow(lender, q, k, v, out)
+    q_borrowed, k_borrowed, v_borrowed, out_borrowed = borrowed
+    result, lse = _attend(native, q_borrowed, k_borrowed, v_borrowed, out_borrowed, options)
+    if native is arrays.CUPY:
+        with q_borrowed.device:
+            loans.hold(borrowed)
+    if out is None:
+        out = lender.give_back(result, like=q)
+    return out, None if lse is None else lender.give_back(lse, like=q)
+
+
+def _borrow(lender: Borrowed, q: Any, k: Any, v: Any, out: Any) -> tuple[Native, Any, Any, Any, Any]:
+    """The native library of the borrowed arrays, and q, k, v and out borrowed."""
+    if out is not None and not lender.takes_out:
+        raise TypeError(f"out is {lender.noun}, which is immutable; leave it away and use the result")
+    borrowed = {name: lender.borrow(x, name) for name, x in named(q, k, v, out).items()}
+    on_cpu = isinstance(borrowed["q"], np.ndarray)
+    for name, x in borrowed.items():
+        if isinstance(x, np.ndarray) != on_cpu:
+            places = ("the CPU", "a GPU") if isinstance(x, np.ndarray) else ("a GPU", "the CPU")
+            raise ValueError(f"{name} is on {places[0]}, q on {places[1]}; they must be on one device")
+    native = arrays.NUMPY if on_cpu else arrays.CUPY
+    return native, borrowed["q"], borrowed["k"], borrowed["v"], borrowed.get("out")
