@@ -1,0 +1,95 @@
+"""NumPy test inputs on the GPU, in the memory layouts that callers use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numerics import Inputs, assert_within_contract, random_inputs
+
+import cuflash
+from cuflash import reference
+from cuflash.problem import Problem, make_problem
+
+
+def _heads_first(cp: Any, x: Any) -> Any:
+    return cp.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def _slice_of_wider(cp: Any, x: Any) -> Any:
+    wide = cp.empty((*x.shape[:2], x.shape[2] + 1, x.shape[3] + 8), x.dtype)
+    wide.view(cp.uint16)[...] = 0xFFFF  # NaN around the view
+    wide[:, :, 1:, : x.shape[3]] = x
+    return wide[:, :, 1:, : x.shape[3]]
+
+
+def _misaligned(cp: Any, x: Any) -> Any:
+    wide = cp.empty((*x.shape[:3], x.shape[3] + 3), x.dtype)
+    wide.view(cp.uint16)[...] = 0xFFFF
+    wide[..., 1 : 1 + x.shape[3]] = x
+    return wide[..., 1 : 1 + x.shape[3]]
+
+
+def _last_axis_strided(cp: Any, x: Any) -> Any:
+    wide = cp.empty((*x.shape[:3], 2 * x.shape[3]), x.dtype)
+    wide.view(cp.uint16)[...] = 0xFFFF
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def _reversed_sequence(cp: Any, x: Any) -> Any:
+    return cp.ascontiguousarray(x[:, ::-1])[:, ::-1]
+
+
+VIEWS: dict[str, Callable[[Any, Any], Any]] = {
+    "contiguous": lambda cp, x: cp.ascontiguousarray(x),
+    "heads first in memory": _heads_first,
+    "slice of a wider array": _slice_of_wider,
+    "negative sequence stride": _reversed_sequence,
+    "rows not 16-byte aligned": _misaligned,
+    "last axis not contiguous": _last_axis_strided,
+}
+
+
+def make_inputs(
+    seed: int,
+    batch: int,
+    seqlens: tuple[int, int],
+    heads: tuple[int, int],
+    head_dims: tuple[int, int],
+    dtype: str,
+    causal: bool | str,
+    scale: float | None = None,
+) -> tuple[Problem, Inputs]:
+    """The Problem, and random NumPy inputs of it in (batch, seqlen, heads, head_dim)."""
+    (seqlen_q, seqlen_k), (heads_q, heads_kv), (head_dim, head_dim_v) = seqlens, heads, head_dims
+    problem = make_problem(
+        (batch, seqlen_q, heads_q, head_dim),
+        (batch, seqlen_k, heads_kv, head_dim),
+        (batch, seqlen_k, heads_kv, head_dim_v),
+        dtype,
+        causal=causal,
+        scale=scale,
+    )
+    return problem, random_inputs(problem, seed)
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """A CuPy array as NumPy, bfloat16 included."""
+    return x.get()
+
+
+def check_forward(
+    cp: Any, problem: Problem, inputs: Inputs, causal: bool | str, views=("contiguous",) * 3
+) -> None:
+    """Run the GPU kernel on ``inputs`` in the given memory layouts and hold out and lse to the contract."""
+    q, k, v = (VIEWS[view](cp, cp.asarray(x)) for view, x in zip(views, inputs[:3], strict=True))
+    out, lse = cuflash.attention(
+        q, k, v, causal=causal, scale=problem.scale, return_lse=True, algorithm="fa2"
+    )
+    options = {"causal_offset": problem.causal_offset, "scale": problem.scale}
+    expected = reference.attention(*inputs[:3], **options)
+    standard = reference.standard_attention(*inputs[:3], **options)
+    assert_within_contract(to_numpy(out), expected[0], standard[0], "out")
+    assert_within_contract(to_numpy(lse), expected[1], standard[1], "lse")

@@ -1,0 +1,40 @@
+"""GPU tests are skipped, each by name and with the reason, where no GPU can run the kernels."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    try:
+        import cupy
+
+        capability = cupy.cuda.Device().compute_capability
+    except Exception as error:
+        return f"needs a CUDA GPU: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return None if int(capability) >= 80 else f"needs compute capability 8.0, this GPU has {capability}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and (reason := why_no_gpu()):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def nan_pool():
+    """CuPy's memory pool full of freed NaN, so that whatever is read before it is written shows."""
+    import cupy as cp
+
+    cp.get_default_memory_pool().free_all_blocks()
+    blocks = [
+        cp.full((size,), 0xFF, cp.uint8)
+        for size in (1 << 24, 1 << 20, 1 << 16, 1 << 12, 512)
+        for _ in range(8)
+    ]
+    del blocks

@@ -1,0 +1,113 @@
+"""Order on the caller's stream, no synchronisation of the device, graph capture, repeatability."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+import cuflash
+
+cp = pytest.importorskip("cupy")
+
+_SPIN = r"""
+extern "C" __global__ void spin(long long cycles) {
+  long long start = clock64();
+  while (clock64() - start < cycles) {}
+}
+"""
+
+
+def spin(milliseconds: float) -> None:
+    """Keep CuPy's current stream busy."""
+    clock_khz = cp.cuda.Device().attributes["ClockRate"]
+    cp.RawKernel(_SPIN, "spin")((1,), (1,), (np.int64(milliseconds * clock_khz),))
+
+
+def _inputs(seqlen=300, head_dim=64):
+    rng = np.random.default_rng(1)
+    return [cp.asarray(rng.standard_normal((2, seqlen, 4, head_dim)).astype(np.float16)) for _ in range(3)]
+
+
+def test_a_hundred_runs_behind_a_slow_producer_agree_bit_for_bit():
+    q, k, v = _inputs()
+    expected = cuflash.attention(q, k, v, causal=True, return_lse=True)
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+    with stream:
+        for _ in range(100):
+            late = [cp.full_like(x, cp.nan) for x in (q, k, v)]
+            spin(0.3)
+            for target, source in zip(late, (q, k, v), strict=True):
+                target[...] = source
+            out, lse = cuflash.attention(*late, causal=True, return_lse=True)
+            assert (out == expected[0]).all()
+            assert (lse == expected[1]).all()
+
+
+def test_the_call_returns_before_the_device_has_run_it():
+    q, k, v = _inputs()
+    cuflash.attention(q, k, v)
+    done = cp.cuda.Event()
+    spin(1)  # compiled
+    with cp.cuda.Stream(non_blocking=True):
+        cp.cuda.Device().synchronize()
+        spin(300)
+        cuflash.attention(q, k, v)
+        done.record()
+        assert not done.done, "the call waited for the device"
+        done.synchronize()
+
+
+def test_a_graph_captures_the_call_and_replays_it_on_new_values():
+    q, k, v = _inputs()
+    out = cp.empty_like(q)
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+    with stream:
+        cuflash.attention(q, k, v, out=out)  # compiles
+        stream.synchronize()
+        stream.begin_capture()
+        cuflash.attention(q, k, v, out=out)
+        graph = stream.end_capture()
+        q *= 2
+        expected = cuflash.attention(q, k, v)
+        out[...] = cp.nan
+        graph.launch()
+        stream.synchronize()
+    assert (out == expected).all()
+
+
+def test_capturing_a_call_that_needs_a_copy_is_refused_not_replayed_on_reused_memory():
+    q, k, v = _inputs(head_dim=59)
+    out = cp.empty_like(q)
+    cuflash.attention(q, k, v, out=out)
+    cp.cuda.Device().synchronize()
+    with cp.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        with pytest.raises(ValueError, match="q and k and v cannot be read"):
+            cuflash.attention(q, k, v, out=out)
+        stream.end_capture()
+
+
+def test_threads_calling_at_once_each_get_their_own_result():
+    q, k, v = _inputs()
+    expected = {n: cuflash.attention(q[:, :n], k, v, causal=True) for n in range(20, 300, 20)}
+    wrong: list[int] = []
+
+    def work() -> None:
+        with cp.cuda.Stream(non_blocking=True) as stream:
+            for n, result in expected.items():
+                out = cuflash.attention(q[:, :n], k, v, causal=True)
+                stream.synchronize()
+                if not (out == result).all():
+                    wrong.append(n)
+
+    cp.cuda.Device().synchronize()
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
