@@ -1,0 +1,163 @@
+"""What cuflash is compared with, each run only where it can be imported and can do the problem.
+
+Nothing is imported before a peer is prepared: a missing library is then one more reason in ``peer_errors``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+# Largest ‖out − expected‖ / ‖expected‖ allowed in any row of the output. Two right kernels differ by their
+# roundings to bfloat16, about 0.005; one that drops 64 keys out of 16384 is off by 0.06.
+ROW_TOLERANCE = 0.02
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """torch tensors (batch, seqlen, heads, head_dim) on the GPU, and the mask."""
+
+    q: Any
+    k: Any
+    v: Any
+    causal: bool
+
+    def bhsd(self) -> tuple[Any, Any, Any]:
+        """Views with the axes in the order SDPA takes them; nothing is copied."""
+        return self.q.transpose(1, 2), self.k.transpose(1, 2), self.v.transpose(1, 2)
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.q.shape[2] != self.k.shape[2]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``prepare`` returns the function to time; whatever it raises is the reason the peer is absent."""
+
+    label: str
+    prepare: Callable[[Inputs], Run]
+
+
+def reference(inputs: Inputs) -> Any:
+    """SDPA's answer by whichever backend PyTorch picks: what every timed function must agree with."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v = inputs.bhsd()
+    out = scaled_dot_product_attention(q, k, v, is_causal=inputs.causal, enable_gqa=inputs.is_grouped)
+    return out.transpose(1, 2)
+
+
+def row_error(out: Any, expected: Any) -> float:
+    """The largest relative error of an output row, NaN if any element is NaN.
+
+    By row, because late rows are averages of many values and small: one bound for all elements would pass a
+    kernel that gets every late row wrong.
+    """
+    expected = expected.float()
+    distance = (out.float() - expected).norm(dim=-1)
+    return float((distance / expected.norm(dim=-1)).max())
+
+
+def require_agreement(name: str, out: Any, expected: Any) -> float:
+    """The row error; raises if it is too large or NaN, because a wrong answer must never yield a figure."""
+    error = row_error(out, expected)
+    if not error <= ROW_TOLERANCE:
+        raise ArithmeticError(f"{name} is wrong: a row is off by {error:.3g}, more than {ROW_TOLERANCE}")
+    return error
+
+
+def prepare_peers(
+    names: Iterable[str], inputs: Inputs, expected: Any
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """The peers that ran the problem once and agreed, and for each of the others the reason it is absent."""
+    runs: dict[str, Run] = {}
+    errors: dict[str, str] = {}
+    for name in names:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                run = PEERS[name].prepare(inputs)
+                require_agreement(name, run(), expected)
+            except Exception as error:  # anything at all may be wrong with another library
+                errors[name] = _reason(error, [str(warning.message) for warning in caught])
+            else:
+                runs[name] = run
+    return runs, errors
+
+
+def _reason(error: Exception, notes: list[str]) -> str:
+    """One line; SDPA says in warnings, not in its error, why a backend refuses a problem."""
+    lines = [f"{type(error).__name__}: {error}".splitlines()[0]]
+    lines += [note.split(" (Triggered internally")[0] for note in notes]
+    return "; ".join(dict.fromkeys(lines))[:400]
+
+
+def _sdpa(backend: str) -> Callable[[Inputs], Run]:
+    """A peer that is one backend of torch.nn.functional.scaled_dot_product_attention."""
+
+    def prepare(inputs: Inputs) -> Run:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.functional import scaled_dot_product_attention
+
+        q, k, v = inputs.bhsd()
+        chosen = getattr(SDPBackend, backend)
+
+        def run() -> Any:
+            with sdpa_kernel(chosen):
+                out = scaled_dot_product_attention(
+                    q, k, v, is_causal=inputs.causal, enable_gqa=inputs.is_grouped
+                )
+            return out.transpose(1, 2)
+
+        return run
+
+    return prepare
+
+
+def _standard(inputs: Inputs) -> Run:
+    """SDPA's math backend, which keeps the score matrix: refused where three float32 copies do not fit."""
+    import torch
+
+    batch, seqlen, heads, _ = inputs.q.shape
+    needed = 3 * 4 * batch * heads * seqlen * seqlen
+    free = torch.cuda.mem_get_info()[0]
+    if needed > free:
+        raise MemoryError(f"needs about {needed >> 30} GiB, {free >> 30} GiB are free")
+    return _sdpa("MATH")(inputs)
+
+
+def _fa3(inputs: Inputs) -> Run:
+    import flash_attn_interface
+
+    return lambda: _first(flash_attn_interface.flash_attn_func(*_qkv(inputs), causal=inputs.causal))
+
+
+def _fa4(inputs: Inputs) -> Run:
+    from flash_attn.cute import flash_attn_func
+
+    return lambda: _first(flash_attn_func(*_qkv(inputs), causal=inputs.causal))
+
+
+def _qkv(inputs: Inputs) -> tuple[Any, Any, Any]:
+    return inputs.q, inputs.k, inputs.v
+
+
+def _first(result: Any) -> Any:
+    """FlashAttention returns (out, lse) in some versions and out in others."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+PEERS = {
+    "fa2_sdpa": Peer("FA2 (SDPA)", _sdpa("FLASH_ATTENTION")),
+    "cudnn": Peer("cuDNN", _sdpa("CUDNN_ATTENTION")),
+    "efficient": Peer("SDPA efficient", _sdpa("EFFICIENT_ATTENTION")),
+    "standard": Peer("SDPA math", _standard),
+    "fa3": Peer("FA3", _fa3),
+    "fa4": Peer("FA4", _fa4),
+}
+DEFAULT_PEERS = ("fa2_sdpa", "cudnn")

@@ -1,0 +1,68 @@
+"""SVG plots of a results file: speed against length, a column for each head dim, a row for each mask."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Results, Row
+from benchmarks.tables import mask, peer_label, peer_names, variant
+
+# Ours in black; peers in colours that stay apart for the colour-blind (Okabe and Ito).
+OURS_STYLE = {"color": "black", "linewidth": 2.0, "marker": "o", "markersize": 4}
+PEER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f")
+
+
+def fingerprint(results_file: Path) -> str:
+    """Changes when the figure would: with the results or with this module.
+
+    It is kept in the SVG, so that a figure can be checked without drawing it again, with any version of
+    matplotlib or none.
+    """
+    return hashlib.sha256(results_file.read_bytes() + Path(__file__).read_bytes()).hexdigest()
+
+
+def draw(results: Results, mark: str, path: Path) -> None:
+    """Write the figure, ``mark`` in its metadata; the same results give the same bytes."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "cuflash", "font.size": 9}):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"Date": None, "Creator": None, "Description": mark}
+        make_figure(results).savefig(path, format="svg", metadata=metadata)
+
+
+def make_figure(results: Results) -> Any:
+    """A matplotlib Figure; all panels share their axes, so that heights can be compared."""
+    from matplotlib.figure import Figure
+
+    rows = results["rows"]
+    columns = sorted({(variant(row), row["head_dim"]) for row in rows})
+    masks = [name for name in ("full", "causal") if any(mask(row) == name for row in rows)]
+    names = peer_names(rows)
+    figure = Figure(figsize=(1 + 3 * len(columns), 0.8 + 2.4 * len(masks)), layout="constrained")
+    grid = figure.subplots(len(masks), len(columns), sharex=True, sharey=True, squeeze=False)
+    for axes_of_mask, name_of_mask in zip(grid, masks, strict=True):
+        for axes, column in zip(axes_of_mask, columns, strict=True):
+            chosen = [r for r in rows if (variant(r), r["head_dim"]) == column and mask(r) == name_of_mask]
+            _draw_panel(axes, sorted(chosen, key=lambda row: row["seqlen_q"]), names)
+            axes.set_title(f"d = {column[1]}, {name_of_mask} ({column[0]})")
+    grid[0][0].set_ylim(bottom=0)  # after the last line: fixing one end stops the axis growing at the other
+    figure.supylabel("TFLOP/s")
+    figure.supxlabel(f"sequence length; {results['gpu']}")
+    handles = grid[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(names) + 1)
+    return figure
+
+
+def _draw_panel(axes: Any, rows: list[Row], names: list[str]) -> None:
+    """Lines break where a peer could not run."""
+    lengths = [row["seqlen_q"] for row in rows]
+    for name, color in zip(names, PEER_COLORS, strict=False):
+        speeds = [row["peers"].get(name, float("nan")) for row in rows]
+        axes.plot(lengths, speeds, color=color, marker=".", label=peer_label(name))
+    axes.plot(lengths, [row["tflops"] for row in rows], label="cuflash", **OURS_STYLE)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
+    axes.grid(alpha=0.3)

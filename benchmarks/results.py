@@ -1,0 +1,139 @@
+"""Results files: what they hold, checked when they are written and when they are read.
+
+``benchmarks/results/<gpu>-<topic>.json`` holds "gpu", "date", "commit", "command", "versions", "method" and
+"rows". A row names its problem (``PROBLEM``), then what was measured: ``SPEED`` for kernels, with "peers" in
+TFLOP/s, "peer_errors" for those that could not run, "row_error" (the largest relative error of an output row
+against SDPA) and, where asked for, "burst" (the same figures from single calls); ``HOST`` where direction is
+"host".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Results = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS_DIR = ROOT / "benchmarks" / "results"
+
+HEADER: dict[str, tuple[type, ...]] = {
+    "gpu": (str,),
+    "date": (str,),
+    "commit": (str,),
+    "command": (str,),
+    "versions": (dict,),
+    "method": (str,),
+    "rows": (list,),
+}
+PROBLEM: dict[str, tuple[type, ...]] = {
+    "family": (str,),
+    "direction": (str,),
+    "head_dim": (int,),
+    "seqlen_q": (int,),
+    "seqlen_k": (int,),
+    "batch": (int,),
+    "heads_q": (int,),
+    "heads_kv": (int,),
+    "causal": (bool, str),
+    "dtype": (str,),
+    "features": (dict,),
+}
+SPEED: dict[str, tuple[type, ...]] = {"ms": (float,), "tflops": (float,), "gbps": (float,), "peers": (dict,)}
+HOST: dict[str, tuple[type, ...]] = {
+    "steady_us": (float,),  # host time of one call on CuPy arrays, compiled and warm: the median
+    "cold_first_call_s": (float,),  # first call of a process, kernel compiled, until the GPU is done
+    "warm_first_call_ms": (float,),  # the same with the kernel in the disk cache
+}
+DIRECTIONS = ("forward", "backward", "decode", "train", "host")
+
+
+def significant(value: float, digits: int = 5) -> float:
+    """Rounded to what the measurement can tell, so that files stay readable."""
+    return float(f"{value:.{digits}g}")
+
+
+def gpu_slug(name: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" → "h100": the model number, which is the first word with a digit in it."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    model = next((word for word in words if any(map(str.isdigit, word))), words[-1])
+    return f"rtx{model}" if model.isdigit() else model
+
+
+def problems(results: Results) -> list[str]:
+    """Everything about ``results`` that breaks the format; empty if nothing does."""
+    found = _wrong_fields(results, HEADER, "the file")
+    rows = results.get("rows")
+    if not found and not rows:
+        found.append("rows is empty")
+    for index, row in enumerate(rows if isinstance(rows, list) else []):
+        found += _row_problems(row, f"row {index}")
+    return found
+
+
+def _row_problems(row: Row, where: str) -> list[str]:
+    is_host = row.get("direction") == "host"
+    found = _wrong_fields(row, PROBLEM | (HOST if is_host else SPEED), where)
+    if row.get("direction") not in DIRECTIONS:
+        found.append(f"{where}: direction {row.get('direction')!r} is none of {DIRECTIONS}")
+    if "burst" in row:
+        found += _wrong_fields(row["burst"], SPEED, f"{where}, burst")
+    peers, errors = row.get("peers", {}), row.get("peer_errors", {})
+    for name in peers:
+        if not _is_a(peers[name], (float,)) or peers[name] <= 0:
+            found.append(f"{where}: peer {name} must be a positive number, got {peers[name]!r}")
+        if name in errors:
+            found.append(f"{where}: peer {name} has both a figure and an error")
+    return found
+
+
+def _wrong_fields(data: Any, fields: dict[str, tuple[type, ...]], where: str) -> list[str]:
+    if not isinstance(data, dict):
+        return [f"{where}: must be an object, got {data!r}"]
+    found = [f"{where}: {name} is missing" for name in fields if name not in data]
+    for name, types in fields.items():
+        if name in data and not _is_a(data[name], types):
+            wanted = " or ".join(t.__name__ for t in types)
+            found.append(f"{where}: {name} must be {wanted}, got {data[name]!r}")
+    return found
+
+
+def _is_a(value: Any, types: tuple[type, ...]) -> bool:
+    """JSON writes 3.0 as 3 in some hands, and Python calls True an int."""
+    if isinstance(value, bool):
+        return bool in types
+    return isinstance(value, types) or (float in types and isinstance(value, int))
+
+
+def load(path: Path) -> Results:
+    """Read one results file; raises ValueError that names the file and everything wrong in it."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if found := problems(results):
+        raise ValueError(f"{path.name}: " + "; ".join(found))
+    return results
+
+
+def save(path: Path, results: Results) -> None:
+    """Write one results file whole or not at all."""
+    if found := problems(results):
+        raise ValueError(f"refusing to write {path.name}: " + "; ".join(found))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Recorder:
+    """Collects rows into one results file, rewritten after each: a run cut short keeps what it measured."""
+
+    def __init__(self, folder: Path, topic: str, header: dict[str, Any]) -> None:
+        self.path = folder / f"{gpu_slug(header['gpu'])}-{topic}.json"
+        self._results: Results = {**header, "rows": []}
+
+    def add(self, row: Row) -> None:
+        self._results["rows"].append(row)
+        save(self.path, self._results)

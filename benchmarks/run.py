@@ -1,0 +1,85 @@
+"""Run a benchmark and write its results file.
+
+python -m benchmarks.run forward --topic fa2-forward      the grid, against SDPA's flash backend and cuDNN
+python -m benchmarks.run host                            host time of a call, cold and warm first call
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from benchmarks import machine
+from benchmarks.options import add_options, forward_topic, workloads
+from benchmarks.results import HOST, Recorder, Row
+from benchmarks.workload import HOST_WORKLOADS, Workload
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if everything asked for was measured."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Run a benchmark.")
+    parser.add_argument("benchmark", choices=("forward", "host"))
+    add_options(parser.add_argument)
+    options = parser.parse_args(arguments)
+    command = shlex.join(["python", "-m", "benchmarks.run", *arguments])
+    return _forward(options, command) if options.benchmark == "forward" else _host(options, command)
+
+
+def _forward(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("forward", reason)
+    from benchmarks import forward, timing
+
+    def measure(workload: Workload) -> Row:
+        prepared = forward.prepare(workload, options.algorithm, options.peers)
+        return forward.measure(prepared, budget_ms=options.budget_ms, burst=options.burst)
+
+    header = machine.header(command, options.commit, timing.METHOD)
+    return _record(workloads(options), measure, Recorder(options.results_dir, forward_topic(options), header))
+
+
+def _host(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_cupy():
+        return _skip("host", reason)
+    from benchmarks import host
+
+    header = machine.header(command, options.commit, host.METHOD)
+    return _record(HOST_WORKLOADS, host.measure, Recorder(options.results_dir, "host", header))
+
+
+def _record(points: Iterable[Workload], measure: Callable[[Workload], Row], into: Recorder) -> int:
+    """Measure and record each point; one that fails is named, leaves no row, and does not stop the others."""
+    failed = 0
+    for point in points:
+        try:
+            row = measure(point)
+        except Exception as error:  # whatever a kernel under test can do wrong
+            failed += 1
+            print(f"{point}: FAILED {type(error).__name__}: {error}", flush=True)
+        else:
+            into.add(row)
+            print(f"{point}: {summary(row)}", flush=True)
+    print(f"{into.path}: {failed} failed")
+    return 1 if failed else 0
+
+
+def summary(row: Row) -> str:
+    """One line of a row's figures, with our speed over each peer's."""
+    if row["direction"] == "host":
+        return ", ".join(f"{name} {row[name]}" for name in HOST)
+    peers = [f"{name} {peer:.0f} (x{row['tflops'] / peer:.2f})" for name, peer in row["peers"].items()]
+    absent = [f"no {name} (see peer_errors)" for name in row["peer_errors"]]
+    return ", ".join([f"{row['tflops']:.0f} TFLOP/s", *peers, *absent])
+
+
+def _skip(name: str, reason: str) -> int:
+    """Said plainly and not counted as success: nothing was measured."""
+    print(f"SKIPPED {name}: {reason}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

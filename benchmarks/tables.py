@@ -1,0 +1,187 @@
+"""Markdown tables of a results file: every measured number in README.md and docs/ comes from here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+
+from benchmarks.peers import PEERS
+from benchmarks.results import HOST, Results, Row
+
+SHORT_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
+
+
+def table(results: Results) -> str:
+    """Every row: our speed, each peer's, and the ratio; a geometric mean for each head dim and over all."""
+    if results["rows"][0]["direction"] == "host":
+        return "\n".join([*_host_table(results["rows"]), "", footer(results)])
+    return _sections(results, _speed_table)
+
+
+def burst(results: Results) -> str:
+    """The same of single calls at full clock."""
+    rows = [{**row, **row["burst"]} for row in results["rows"] if "burst" in row]
+    if not rows:
+        raise ValueError("no row has burst figures; measure with --burst")
+    return _sections({**results, "rows": rows}, _speed_table)
+
+
+def summary(results: Results) -> str:
+    """One line for each head dim and mask: our speeds; geometric mean and lowest ratio to each peer."""
+    return _sections(results, _summary_table)
+
+
+VIEWS: dict[str, Callable[[Results], str]] = {"table": table, "burst": burst, "summary": summary}
+
+
+def variant(row: Row) -> str:
+    """What sets apart rows of one file that are otherwise the same point: direction, dtype, head grouping."""
+    group = row["heads_q"] // row["heads_kv"]
+    words = [row["direction"], _dtype(row)]
+    return ", ".join(words + ([f"{group} query heads per key/value head"] if group > 1 else []))
+
+
+def mask(row: Row) -> str:
+    return "causal" if row["causal"] else "full"
+
+
+def peer_names(rows: Iterable[Row]) -> list[str]:
+    """The peers that ran in any of the rows, in the order of ``PEERS``, then those it does not know."""
+    present = {name for row in rows for name in row["peers"]}
+    return [name for name in PEERS if name in present] + sorted(present - PEERS.keys())
+
+
+def peer_label(name: str) -> str:
+    return PEERS[name].label if name in PEERS else name
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def footer(results: Results) -> str:
+    """Where the numbers come from."""
+    return f"{results['gpu']}, {results['date']}, commit `{results['commit']}`: `{results['command']}`"
+
+
+def _sections(results: Results, make: Callable[[list[Row]], list[str]]) -> str:
+    """A captioned table for each variant, then the footer."""
+    lines: list[str] = []
+    for _, group in groupby(sorted(results["rows"], key=variant), key=variant):
+        rows = sorted(group, key=lambda row: (row["head_dim"], bool(row["causal"]), row["seqlen_q"]))
+        lines += [_caption(rows), "", *make(rows), ""]
+    return "\n".join([*lines, *_absences(results["rows"]), footer(results)])
+
+
+def _caption(rows: list[Row]) -> str:
+    tokens = _span(row["batch"] * row["seqlen_q"] for row in rows)
+    width = _span(row["heads_q"] * row["head_dim"] for row in rows)
+    families = " and ".join(sorted({row["family"] for row in rows}))
+    return (
+        f"{families}, {variant(rows[0])}: TFLOP/s, ratio = cuflash / peer. "
+        f"Batch &times; length = {tokens}, heads &times; d = {width}."
+    )
+
+
+def _span(values: Iterable[int]) -> str:
+    distinct = set(values)
+    low, high = min(distinct), max(distinct)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _speed_table(rows: list[Row]) -> list[str]:
+    names = peer_names(rows)
+    head = ["d", "mask", "length", "cuflash"]
+    for name in names:
+        head += [peer_label(name), "ratio"]
+    body = []
+    for head_dim, group in _by_head_dim(rows):
+        body += [_speed_line(row, names) for row in group]
+        body.append(_mean_line(f"**{head_dim}**", group, names))
+    return _markdown(head, [*body, _mean_line("**all**", rows, names)])
+
+
+def _speed_line(row: Row, names: list[str]) -> list[str]:
+    cells = [str(row["head_dim"]), mask(row), str(row["seqlen_q"]), _speed(row["tflops"])]
+    for name in names:
+        peer = row["peers"].get(name)
+        cells += [_speed(peer), _ratio(row["tflops"] / peer)] if peer else ["-", "-"]
+    return cells
+
+
+def _mean_line(label: str, rows: list[Row], names: list[str]) -> list[str]:
+    cells = [label, "geometric mean", "", _speed(geometric_mean([row["tflops"] for row in rows]))]
+    for name in names:
+        ratios = _ratios(rows, name)
+        cells += ["", f"**{_ratio(geometric_mean(ratios))}**" if ratios else "-"]
+    return cells
+
+
+def _summary_table(rows: list[Row]) -> list[str]:
+    names = peer_names(rows)
+    head = ["d", "mask", "cuflash", *(f"ratio to {peer_label(name)} (lowest)" for name in names)]
+    body = []
+    for head_dim, group in _by_head_dim(rows):
+        for name_of_mask, points in groupby(group, key=mask):
+            body.append(_summary_line([str(head_dim), name_of_mask], list(points), names))
+    return _markdown(head, [*body, _summary_line(["**all**", ""], rows, names)])
+
+
+def _summary_line(labels: list[str], rows: list[Row], names: list[str]) -> list[str]:
+    speeds = [row["tflops"] for row in rows]
+    cells = [*labels, f"{_speed(min(speeds))} to {_speed(max(speeds))}"]
+    for name in names:
+        ratios = _ratios(rows, name)
+        cells.append(f"{_ratio(geometric_mean(ratios))} ({_ratio(min(ratios))})" if ratios else "-")
+    return cells
+
+
+def _host_table(rows: list[Row]) -> list[str]:
+    head = ["d", "length", "heads", "dtype", "steady call, µs", "first call cold, s", "first call warm, ms"]
+    body = [
+        [
+            *(str(row[name]) for name in ("head_dim", "seqlen_q", "heads_q")),
+            _dtype(row),
+            *(f"{row[name]:.3g}" for name in HOST),
+        ]
+        for row in rows
+    ]
+    return _markdown(head, body)
+
+
+def _absences(rows: list[Row]) -> list[str]:
+    """A line for each peer and reason that left holes in the tables."""
+    reasons = {(name, why): None for row in rows for name, why in row.get("peer_errors", {}).items()}
+    lines = []
+    for name, why in reasons:
+        count = sum(row.get("peer_errors", {}).get(name) == why for row in rows)
+        lines += [f"{peer_label(name)} could not run at {count} of {len(rows)} points: {why}", ""]
+    return lines
+
+
+def _by_head_dim(rows: list[Row]) -> Iterator[tuple[int, list[Row]]]:
+    for head_dim, group in groupby(rows, key=lambda row: row["head_dim"]):
+        yield head_dim, list(group)
+
+
+def _ratios(rows: list[Row], name: str) -> list[float]:
+    return [row["tflops"] / row["peers"][name] for row in rows if name in row["peers"]]
+
+
+def _dtype(row: Row) -> str:
+    return SHORT_DTYPES.get(row["dtype"]) or str(row["dtype"])
+
+
+def _speed(tflops: float) -> str:
+    return f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.1f}"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.3f}"
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
+    """A table, numbers to the right: every column but the mask's holds them."""
+    rule = ["---" if title == "mask" else "--:" for title in head]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]
