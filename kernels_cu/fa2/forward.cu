@@ -251,10 +251,9 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
     for (int half = 0; half < 2; ++half) {
       const int row = m * 16 + Fragment::row(half);
       const float inverse = softmax.inverse_sum(m, half);
-      unsigned char* o_row = smem;
 #pragma unroll
       for (int d = 0; d < kDTiles; ++d) {
-        *reinterpret_cast<unsigned*>(o_row + OTile::offset(warp * kWarpRows + row, d) + lane % 4 * 4) =
+        *reinterpret_cast<unsigned*>(smem + OTile::offset(warp * kWarpRows + row, d) + lane % 4 * 4) =
             Element::pack(acc_o[m][d][2 * half] * inverse, acc_o[m][d][2 * half + 1] * inverse);
       }
       if (lse != nullptr && lane % 4 == 0 && warp_row + row < params.seqlen_q) {
