@@ -67,16 +67,17 @@ def measure(prepared: Prepared, *, budget_ms: float, burst: bool) -> Row:
         "family": prepared.family,
         "direction": "forward",
         **prepared.workload.fields(),
-        **_speeds(prepared.workload, timer.sustained(functions, budget_ms)),
+        **speeds(prepared.workload, timer.sustained(functions, budget_ms)),
         "peer_errors": prepared.peer_errors,
         "row_error": significant(prepared.row_error),
     }
     if burst:
-        row["burst"] = _speeds(prepared.workload, timer.burst(functions))
+        row["burst"] = speeds(prepared.workload, timer.burst(functions))
     return row
 
 
-def _speeds(workload: Workload, medians: dict[str, float]) -> Row:
+def speeds(workload: Workload, medians: dict[str, float]) -> Row:
+    """The figures of a row, from the median ms of ``OURS`` and of each peer."""
     ms = medians[OURS]
     peers = {name: significant(workload.tflops(peer)) for name, peer in medians.items() if name != OURS}
     return {

@@ -62,6 +62,8 @@ def steady_us(workload: Workload) -> float:
     q, k, v = random_inputs(workload)
     cuflash.attention(q, k, v)
     batches = []
+    for _ in range(CALLS):  # the processor at its full clock
+        cuflash.attention(q, k, v)
     for _ in range(BATCHES):
         cupy.cuda.Device().synchronize()
         start = time.perf_counter()

@@ -14,6 +14,11 @@ OURS_STYLE = {"color": "black", "linewidth": 2.0, "marker": "o", "markersize": 4
 PEER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f")
 
 
+def has_figure(results: Results) -> bool:
+    """Whether its rows are speeds of one kernel: not host times, and not candidates set apart by features."""
+    return not any(row["direction"] == "host" or row["features"] for row in results["rows"])
+
+
 def fingerprint(results_file: Path) -> str:
     """Changes when the figure would: with the results or with this module.
 

@@ -8,7 +8,8 @@ A page shows a results file, named without ".json", between two lines:
     <!-- results:h100-fa2-forward -->
     <!-- /results -->
 
-"results:NAME" is the whole table; "results:NAME:summary", ":burst" and ":figure" are other views of the file.
+"results:NAME" is the whole table; "results:NAME:summary", ":burst", ":candidates" and ":figure" are other
+views of the file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import results as results_files
-from benchmarks.plots import draw, fingerprint
+from benchmarks.plots import draw, fingerprint, has_figure
 from benchmarks.results import ROOT, Results
 from benchmarks.tables import VIEWS
 
@@ -97,6 +98,8 @@ def rewrite(text: str, page: Path, report: Report, results: dict[str, Results], 
 
 def _view(view: str, name: str, page: Path, report: Report, results: Results) -> str:
     if view == "figure":
+        if not has_figure(results):
+            raise ReportError(f"{page.name}: {name} has no figure; show a table of it")
         path = os.path.relpath(report.figure(name), page.parent).replace(os.sep, "/")
         return f"![Speed against sequence length on {results['gpu']}]({path})"
     if view not in VIEWS:
@@ -110,8 +113,7 @@ def outdated_figures(report: Report) -> dict[str, Callable[[], None]]:
     for name, results in report.results().items():
         mark = fingerprint(report.results_dir / f"{name}.json")
         path = report.figure(name)
-        is_speed = results["rows"][0]["direction"] != "host"
-        if is_speed and not (path.exists() and mark in path.read_text(encoding="utf-8")):
+        if has_figure(results) and not (path.exists() and mark in path.read_text(encoding="utf-8")):
             redraw[name] = partial(draw, results, mark, path)
     return redraw
 

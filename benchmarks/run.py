@@ -2,6 +2,9 @@
 
 python -m benchmarks.run forward --topic fa2-forward      the grid, against SDPA's flash backend and cuDNN
 python -m benchmarks.run host                            host time of a call, cold and warm first call
+python -m benchmarks.run tiles                           candidate tiles of FA2 forward, against SDPA's flash
+
+Of the options, host takes --results-dir and --commit, tiles also --budget-ms; the rest are forward's.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from benchmarks import machine
 from benchmarks.options import add_options, forward_topic, workloads
 from benchmarks.results import HOST, Recorder, Row
+from benchmarks.tables import candidate_label
 from benchmarks.workload import HOST_WORKLOADS, Workload
 
 
@@ -21,11 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 if everything asked for was measured."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Run a benchmark.")
-    parser.add_argument("benchmark", choices=("forward", "host"))
+    parser.add_argument("benchmark", choices=tuple(BENCHMARKS))
     add_options(parser.add_argument)
     options = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "benchmarks.run", *arguments])
-    return _forward(options, command) if options.benchmark == "forward" else _host(options, command)
+    return BENCHMARKS[options.benchmark](options, command)
 
 
 def _forward(options: argparse.Namespace, command: str) -> int:
@@ -33,9 +37,9 @@ def _forward(options: argparse.Namespace, command: str) -> int:
         return _skip("forward", reason)
     from benchmarks import forward, timing
 
-    def measure(workload: Workload) -> Row:
+    def measure(workload: Workload) -> list[Row]:
         prepared = forward.prepare(workload, options.algorithm, options.peers)
-        return forward.measure(prepared, budget_ms=options.budget_ms, burst=options.burst)
+        return [forward.measure(prepared, budget_ms=options.budget_ms, burst=options.burst)]
 
     header = machine.header(command, options.commit, timing.METHOD)
     return _record(workloads(options), measure, Recorder(options.results_dir, forward_topic(options), header))
@@ -46,22 +50,42 @@ def _host(options: argparse.Namespace, command: str) -> int:
         return _skip("host", reason)
     from benchmarks import host
 
+    def measure(workload: Workload) -> list[Row]:
+        return [host.measure(workload)]
+
     header = machine.header(command, options.commit, host.METHOD)
-    return _record(HOST_WORKLOADS, host.measure, Recorder(options.results_dir, "host", header))
+    return _record(HOST_WORKLOADS, measure, Recorder(options.results_dir, "host", header))
 
 
-def _record(points: Iterable[Workload], measure: Callable[[Workload], Row], into: Recorder) -> int:
+def _tiles(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("tiles", reason)
+    from benchmarks import tiles, timing
+
+    def measure(workload: Workload) -> list[Row]:
+        return tiles.measure(workload, budget_ms=options.budget_ms)
+
+    header = machine.header(command, options.commit, timing.METHOD)
+    tiles.compile_all()
+    return _record(tiles.WORKLOADS, measure, Recorder(options.results_dir, tiles.TOPIC, header))
+
+
+BENCHMARKS = {"forward": _forward, "host": _host, "tiles": _tiles}
+
+
+def _record(points: Iterable[Workload], measure: Callable[[Workload], list[Row]], into: Recorder) -> int:
     """Measure and record each point; one that fails is named, leaves no row, and does not stop the others."""
     failed = 0
     for point in points:
         try:
-            row = measure(point)
+            rows = measure(point)
         except Exception as error:  # whatever a kernel under test can do wrong
             failed += 1
             print(f"{point}: FAILED {type(error).__name__}: {error}", flush=True)
         else:
-            into.add(row)
-            print(f"{point}: {summary(row)}", flush=True)
+            for row in rows:
+                into.add(row)
+                print(f"{point}: {summary(row)}", flush=True)
     print(f"{into.path}: {failed} failed")
     return 1 if failed else 0
 
@@ -72,7 +96,8 @@ def summary(row: Row) -> str:
         return ", ".join(f"{name} {row[name]}" for name in HOST)
     peers = [f"{name} {peer:.0f} (x{row['tflops'] / peer:.2f})" for name, peer in row["peers"].items()]
     absent = [f"no {name} (see peer_errors)" for name in row["peer_errors"]]
-    return ", ".join([f"{row['tflops']:.0f} TFLOP/s", *peers, *absent])
+    candidate = f"{candidate_label(row['features'])}: " if row["features"] else ""
+    return candidate + ", ".join([f"{row['tflops']:.0f} TFLOP/s", *peers, *absent])
 
 
 def _skip(name: str, reason: str) -> int:

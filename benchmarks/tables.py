@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 from benchmarks.peers import PEERS
 from benchmarks.results import HOST, Results, Row
 
+UNTOLD_FEATURES = ("registers", "spill_bytes", "chosen")  # columns, and bold print, of the candidates' tables
 SHORT_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -32,7 +34,26 @@ def summary(results: Results) -> str:
     return _sections(results, _summary_table)
 
 
-VIEWS: dict[str, Callable[[Results], str]] = {"table": table, "burst": burst, "summary": summary}
+def candidates(results: Results) -> str:
+    """For each head dim a line for each set of features: speed at each point, mean ratio; bold if chosen."""
+    rows = [row for row in results["rows"] if row["features"]]
+    if not rows:
+        raise ValueError("no row has features, which is what candidates differ in")
+    return _sections({**results, "rows": rows}, _candidate_tables)
+
+
+VIEWS: dict[str, Callable[[Results], str]] = {
+    "table": table,
+    "burst": burst,
+    "summary": summary,
+    "candidates": candidates,
+}
+
+
+def candidate_label(features: Row) -> str:
+    """ "128×64, 4 warps, ring of 3, 3 blocks/SM; run 1": the features that are no columns, joined."""
+    told = [(name, value) for name, value in features.items() if name not in UNTOLD_FEATURES]
+    return "; ".join(_feature(name, value) for name, value in told)
 
 
 def variant(row: Row) -> str:
@@ -137,6 +158,60 @@ def _summary_line(labels: list[str], rows: list[Row], names: list[str]) -> list[
     return cells
 
 
+def _candidate_tables(rows: list[Row]) -> list[str]:
+    names = peer_names(rows)
+    lines: list[str] = []
+    for head_dim, group in _by_head_dim(rows):
+        lines += ["", f"d = {head_dim}:", "", *_candidate_table(group, names)]
+    return lines[1:]
+
+
+def _candidate_table(rows: list[Row], names: list[str]) -> list[str]:
+    points = list(dict.fromkeys(map(_point, rows)))
+    head = ["candidate", "registers", "spills, bytes", *points]
+    head += [f"mean ratio to {peer_label(name)}" for name in names]
+    by_label: dict[str, list[Row]] = {}
+    for row in rows:
+        by_label.setdefault(candidate_label(row["features"]), []).append(row)
+    body = [_candidate_line(label, group, points, names) for label, group in by_label.items()]
+    return _markdown(head, body)
+
+
+def _candidate_line(label: str, rows: list[Row], points: list[str], names: list[str]) -> list[str]:
+    """Registers and spills may differ between masks."""
+    speeds = {_point(row): _speed(row["tflops"]) for row in rows}
+    cells = [label, _feature_span(rows, "registers"), _feature_span(rows, "spill_bytes")]
+    cells += [speeds.get(point, "-") for point in points]
+    for name in names:
+        ratios = _ratios(rows, name)
+        cells.append(_ratio(geometric_mean(ratios)) if ratios else "-")
+    is_chosen = any(row["features"].get("chosen") for row in rows)
+    return [f"**{cell}**" for cell in cells] if is_chosen else cells
+
+
+def _point(row: Row) -> str:
+    return f"{mask(row)} {row['seqlen_q']}"
+
+
+def _feature_span(rows: list[Row], name: str) -> str:
+    values = [row["features"][name] for row in rows if name in row["features"]]
+    return _span(values) if values else "-"
+
+
+def _feature(name: str, value: Any) -> str:
+    if name == "tile" and isinstance(value, dict):
+        return _tile(value)
+    return value if isinstance(value, str) else f"{name} {value}"
+
+
+def _tile(tile: dict[str, int]) -> str:
+    blocks = tile["min_blocks_per_sm"]
+    return (
+        f"{tile['block_m']}\N{MULTIPLICATION SIGN}{tile['block_n']}, {tile['warps']} warps, "
+        f"ring of {tile['stages']}, {blocks} {'block' if blocks == 1 else 'blocks'}/SM"
+    )
+
+
 def _host_table(rows: list[Row]) -> list[str]:
     head = ["d", "length", "heads", "dtype", "steady call, µs", "first call cold, s", "first call warm, ms"]
     body = [
@@ -182,6 +257,6 @@ def _ratio(ratio: float) -> str:
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
-    """A table, numbers to the right: every column but the mask's holds them."""
-    rule = ["---" if title == "mask" else "--:" for title in head]
+    """A table, numbers to the right: every column but the mask's and the candidate's holds them."""
+    rule = ["---" if title in ("mask", "candidate") else "--:" for title in head]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]

@@ -1,12 +1,10 @@
-"""The benchmarks without a GPU: counting, peers, timing on a simulated GPU, results files, the report."""
+"""Results files, their tables and figures, and the report."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
-from benchmarks import machine, report, run, tables  # noqa: E402
-from benchmarks import peers as peers_module  # noqa: E402
+from benchmarks import machine, report, tables  # noqa: E402
 from benchmarks import results as results_files  # noqa: E402
-from benchmarks.workload import HEAD_DIMS, SEQLENS, Workload, grid, grid_point  # noqa: E402
+from benchmarks.workload import Workload, grid_point  # noqa: E402
 
 
 def speed_row(head_dim: int, seqlen: int, causal: bool, tflops: float, **peers: float) -> dict[str, Any]:
@@ -69,177 +66,6 @@ def checkout(tmp_path: Path, speed_results: dict[str, Any]) -> Path:
 
 def run_report(checkout: Path, *arguments: str) -> int:
     return report.main(["--root", str(checkout), *arguments])
-
-
-# --- workloads ----------------------------------------------------------------------------------------------
-
-
-def test_flops_and_bytes() -> None:
-    full, causal = (Workload(128, 8192, 2, 16, 4, causal, "bfloat16") for causal in (False, True))
-    assert full.flops == 4 * 2 * 16 * 8192 * 8192 * 128
-    assert causal.flops * 2 == full.flops
-    assert full.tflops(ms=1.0) == pytest.approx(full.flops / 1e-3 / 1e12)
-    assert full.nbytes == 2 * 8192 * 128 * (16 + 4 + 4 + 16) * 2
-
-
-def test_the_default_grid_is_the_issues() -> None:
-    points = grid()
-    assert len(points) == len(set(map(str, points))) == 2 * len(HEAD_DIMS) * len(SEQLENS) == 36
-    assert all(point.batch * point.seqlen == 16384 for point in points)
-    assert all(point.heads_q * point.head_dim == 2048 for point in points)
-
-
-def test_grid_point_refuses_what_does_not_divide() -> None:
-    with pytest.raises(ValueError, match="seqlen 1000"):
-        grid_point(64, 1000, False)
-    with pytest.raises(ValueError, match="head_dim 96 makes 21 heads"):
-        grid_point(96, 512, False, group=4)
-
-
-# --- peers --------------------------------------------------------------------------------------------------
-
-
-def cpu_inputs(torch: Any) -> peers_module.Inputs:
-    q, k, v = (torch.randn(1, 40, 2, 32) for _ in range(3))
-    return peers_module.Inputs(q, k, v, causal=True)
-
-
-def test_a_peer_that_cannot_be_imported_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    inputs = cpu_inputs(torch)
-    runs, errors = peers_module.prepare_peers(("fa3", "fa4"), inputs, peers_module.reference(inputs))
-    assert runs == {}
-    assert errors["fa3"].startswith("ModuleNotFoundError:")
-    assert errors["fa4"].startswith("ModuleNotFoundError:")
-
-
-def test_a_wrong_peer_gives_no_figure_and_a_right_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
-    inputs = cpu_inputs(torch)
-    expected = peers_module.reference(inputs)
-
-    def unwritten(_: peers_module.Inputs) -> peers_module.Run:
-        out = expected.clone()
-        out[0, -1, 0, 0] = float("nan")
-        return lambda: out
-
-    monkeypatch.setitem(peers_module.PEERS, "wrong", peers_module.Peer("wrong", unwritten))
-    monkeypatch.setitem(peers_module.PEERS, "math", peers_module.Peer("math", peers_module._sdpa("MATH")))
-    runs, errors = peers_module.prepare_peers(("wrong", "math"), inputs, expected)
-    assert list(runs) == ["math"]
-    assert "wrong is wrong" in errors["wrong"]
-
-
-def test_row_error_sees_a_block_of_keys_that_was_dropped() -> None:
-    torch = pytest.importorskip("torch")
-    q, k, v = (torch.randn(1, 2048, 1, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    whole = peers_module.reference(peers_module.Inputs(q, k, v, causal=False))
-    less = peers_module.reference(peers_module.Inputs(q, k[:, :-64], v[:, :-64], causal=False))
-    assert peers_module.row_error(whole.bfloat16(), whole) < peers_module.ROW_TOLERANCE
-    with pytest.raises(ArithmeticError, match="less is wrong"):
-        peers_module.require_agreement("less", less, whole)
-
-
-# --- timing, on a simulated GPU -----------------------------------------------------------------------------
-
-
-class SimulatedGpu:
-    """Two clocks in ms: the host's, moved by queueing, and when the GPU will have emptied its queue."""
-
-    def __init__(self) -> None:
-        self.host = self.gpu = 0.0
-
-    def queue(self, gpu_ms: float, host_ms: float) -> None:
-        self.host += host_ms
-        self.gpu = max(self.gpu, self.host) + gpu_ms
-
-    def event(self, enable_timing: bool) -> Any:
-        gpu = self
-
-        class Event:
-            def record(self) -> None:
-                gpu.queue(0.0, 0.001)
-                self.at = gpu.gpu
-
-            def query(self) -> bool:
-                return gpu.host >= self.at
-
-            def elapsed_time(self, stop: Event) -> float:
-                return stop.at - self.at
-
-        return Event()
-
-    def synchronize(self) -> None:
-        self.host = max(self.host, self.gpu)
-
-
-@pytest.fixture
-def simulated(monkeypatch: pytest.MonkeyPatch) -> tuple[SimulatedGpu, Any]:
-    """The GPU, and a Timer that believes in it."""
-    torch = pytest.importorskip("torch")
-    from benchmarks import timing
-
-    gpu = SimulatedGpu()
-    cuda = SimpleNamespace(
-        Event=gpu.event,
-        synchronize=gpu.synchronize,
-        _sleep=lambda cycles: gpu.queue(cycles / timing.SPIN_CYCLES_PER_MS, 0.005),
-        current_device=lambda: 0,
-        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1024),
-    )
-    flush = SimpleNamespace(zero_=lambda: gpu.queue(0.08, 0.005))
-    fake = SimpleNamespace(cuda=cuda, int8=torch.int8, empty=lambda *shape, **options: flush)
-    monkeypatch.setattr(timing, "torch", fake)
-    monkeypatch.setattr(
-        timing, "time", SimpleNamespace(perf_counter=lambda: gpu.host / 1e3, sleep=lambda s: None)
-    )
-    return gpu, timing
-
-
-def test_launches_slower_than_their_kernels_are_not_measured(simulated: tuple[SimulatedGpu, Any]) -> None:
-    gpu, timing = simulated
-    functions = {"ours": lambda: gpu.queue(0.2, 0.02), "slow host": lambda: gpu.queue(0.1, 2.0)}
-    timer = timing.Timer()
-    assert timer.sustained(functions, budget_ms=300) == pytest.approx({"ours": 0.2, "slow host": 0.1})
-    assert timer.burst(functions) == pytest.approx({"ours": 0.2, "slow host": 0.1})
-
-
-def test_a_function_that_waits_for_the_gpu_is_refused(simulated: tuple[SimulatedGpu, Any]) -> None:
-    gpu, timing = simulated
-
-    def waits() -> None:
-        gpu.queue(0.2, 0.02)
-        gpu.synchronize()
-
-    with pytest.raises(timing.HostBoundError):
-        timing.Timer().sustained({"waits": waits}, budget_ms=50)
-
-
-# --- skipping -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["forward", "host"])
-def test_the_command_says_why_it_skips(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(machine, "why_no_cupy", lambda: "CuPy finds no CUDA GPU")
-    monkeypatch.setattr(machine, "why_no_torch", lambda: "PyTorch finds no CUDA GPU")
-    assert run.main([name]) == 1
-    assert f"SKIPPED {name}: " in capsys.readouterr().out
-
-
-def test_pytest_skips_each_benchmark_without_a_gpu(tmp_path: Path) -> None:
-    if machine.why_no_cupy() is None:
-        pytest.skip("this machine has a GPU")
-    pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-rs", "-p", "no:cacheprovider"]
-    command += ["--head-dims=64", "--seqlens=512", f"--results-dir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 skipped" in done.stdout  # full, causal, and two of the host's
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- results files ------------------------------------------------------------------------------------------
@@ -328,6 +154,60 @@ def test_dtypes_get_tables_of_their_own(speed_results: dict[str, Any]) -> None:
     text = tables.table(speed_results)
     assert text.index("forward, bf16:") < text.index("forward, fp16:")
     assert text.count("**all**") == 2
+
+
+@pytest.fixture
+def tile_results(speed_results: dict[str, Any]) -> dict[str, Any]:
+    """Two tiles at every point, the chosen one with registers that differ between masks and a hole."""
+    shape = {"block_m": 128, "block_n": 64, "warps": 4, "stages": 3, "min_blocks_per_sm": 3}
+    rows = []
+    for row in speed_results["rows"]:
+        registers = 168 if row["causal"] else 160
+        chosen = {"tile": shape, "registers": registers, "spill_bytes": 24, "chosen": True}
+        other = {"tile": {**shape, "min_blocks_per_sm": 1}, "registers": 255, "spill_bytes": 0}
+        rows += [{**row, "features": chosen}, {**row, "features": other, "tflops": 300.0}]
+    del rows[0]
+    return {**speed_results, "rows": rows}
+
+
+def test_candidates_are_lines_and_points_are_columns(tile_results: dict[str, Any]) -> None:
+    lines = tables.candidates(tile_results).splitlines()
+    head = "| candidate | registers | spills, bytes | full 512 | full 1024 | causal 512 | causal 1024 |"
+    assert lines.count(f"{head} mean ratio to FA2 (SDPA) | mean ratio to cuDNN |") == 2
+    of_64, of_128 = lines[lines.index("d = 64:") :], lines[lines.index("d = 128:") :]
+    other = "| 128×64, 4 warps, ring of 3, 1 block/SM | 255 | 0 | 300 | 300 | 300 | 300 |"  # noqa: RUF001
+    assert f"{other} 1.500 | 0.600 |" in of_64
+    assert f"{other} 0.938 | 0.600 |" in of_128
+    chosen = ["128×64, 4 warps, ring of 3, 3 blocks/SM", "160 to 168", "24", "-", "400", "400", "400"]  # noqa: RUF001
+    assert "| " + " | ".join(f"**{cell}**" for cell in [*chosen, "2.000", "0.800"]) + " |" in of_64
+
+
+def test_candidates_of_a_history_are_told_by_all_their_features(speed_results: dict[str, Any]) -> None:
+    for row in speed_results["rows"]:
+        version = "maximum moved at once" if row["seqlen_q"] == 512 else "first"
+        row["features"] = {"tile": "64x64, 4 warps", "version": version, "run": 2}
+    lines = tables.candidates(speed_results).splitlines()
+    assert "| 64x64, 4 warps; first; run 2 | - | - | - | 400 | - | 400 | 2.000 | 0.800 |" in lines
+    assert any(line.startswith("| 64x64, 4 warps; maximum moved at once; run 2 |") for line in lines)
+
+
+def test_candidates_have_no_figure_and_none_is_demanded(
+    checkout: Path, tile_results: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results_files.save(checkout / "benchmarks" / "results" / "h100-fa2-forward.json", tile_results)
+    block = "<!-- results:h100-fa2-forward:{} -->\n<!-- /results -->\n"
+    (checkout / "docs" / "fa2.md").unlink()
+    (checkout / "README.md").write_text(block.format("candidates"))
+    assert run_report(checkout) == run_report(checkout, "--check") == 0
+    assert not (checkout / "docs" / "figures").exists()
+    (checkout / "README.md").write_text(block.format("figure"))
+    assert run_report(checkout) == 2
+    assert "h100-fa2-forward has no figure" in capsys.readouterr().err
+
+
+def test_rows_without_features_are_no_candidates(speed_results: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no row has features"):
+        tables.candidates(speed_results)
 
 
 def test_report_writes_pages_and_figures_and_check_detects_drift(
