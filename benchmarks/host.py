@@ -26,7 +26,7 @@ METHOD = (
     "CUDA context and the arrays come before. cold_first_call_s: empty disk cache, once. warm_first_call_ms: "
     "filled disk cache, median of 3."
 )
-BATCHES = 50
+BATCHES = 500  # more than half a second: a disturbance of the machine is shorter
 CALLS = 100  # a batch's launches fit the driver's queue of 1024
 WARM_PROCESSES = 3
 

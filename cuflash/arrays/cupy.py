@@ -31,7 +31,7 @@ class CupyArrays(GpuArrays):
         return x.data.ptr
 
     def empty(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
-        return sys.modules["cupy"].empty(shape, dtype)
+        return sys.modules["cupy"].ndarray(shape, dtype)  # what cupy.empty calls, less a wrapper
 
     def padded(self, x: Any, width: int) -> Any:
         # As 16-bit integers: CuPy's copy kernel is then one it compiles for everybody, whatever the float.
