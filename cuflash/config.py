@@ -5,14 +5,12 @@ Pure Python without CuPy: the choice is printable and testable on any machine.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cuflash.problem import Problem
 from cuflash.resources import shared_memory_per_block
-
-_CPP_ELEMENT = {"float16": "fp16", "bfloat16": "bf16"}
+from cuflash.stub import translation_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +46,7 @@ class Config:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        constants = []
-        for constant in dataclasses.fields(self):
-            value = getattr(self, constant.name)
-            if not constant.metadata.get("in_stub", True):
-                continue
-            if constant.name == "dtype":
-                constants.append(f"  using Element = {_CPP_ELEMENT[value]};")
-            else:
-                kind = "bool" if isinstance(value, bool) else "int"
-                camel = "k" + "".join(part.capitalize() for part in constant.name.split("_"))
-                constants.append(f"  static constexpr {kind} {camel} = {str(value).lower()};")
-        body = "\n".join(constants)
-        return f'#include "core/types.cuh"\n\nstruct Config {{\n{body}\n}};\n\n#include "{self.kernel}"\n'
+        return translation_unit(self, self.kernel)
 
 
 class Tile(NamedTuple):

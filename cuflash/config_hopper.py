@@ -1,0 +1,175 @@
+"""Tile sizes of the Hopper forward kernel: frozen ``HopperConfig``, its table, its shared-memory map.
+
+Pure Python without CuPy: the choice is printable and testable on any machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cuflash.problem import Problem
+from cuflash.resources import ELEMENT_BYTES
+from cuflash.stub import translation_unit
+from cuflash.tensor_map import ALIGNMENT, PANEL_COLUMNS
+
+CAPABILITY = (9, 0)  # wgmma and setmaxnreg exist in sm_90a only
+
+WARPGROUP_ROWS = 64  # query rows of one consumer warpgroup: wgmma's M
+
+_DTYPES = ("float16", "bfloat16")
+_WARPGROUP_THREADS = 128
+_REGISTERS_PER_SM = 65536
+_MAX_REGISTERS = 255
+_BARRIER_BYTES = 8
+_TILE_SLOT_BYTES = 16  # which tile a Q belongs to
+
+
+@dataclass(frozen=True, slots=True)
+class HopperConfig:
+    """Compile-time constants of one Hopper forward program (``kernels_cu/hopper/forward.cu``)."""
+
+    dtype: str
+    head_dim: int  # of Q and K, as multiplied: padded to a tile of the table
+    head_dim_v: int  # of V and O, likewise
+    block_m: int  # query rows per tile: 64 for each consumer warpgroup
+    block_n: int  # keys per block
+    warpgroups: int  # consumers; one more produces
+    stages: int  # K blocks, and V blocks, in shared memory
+    q_stages: int  # 2: the next tile's first product joins this one's last; 1: O is staged in V
+    blocks_per_sm: int
+    producer_registers: int  # a thread, by setmaxnreg
+    consumer_registers: int
+    spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack
+    ping_pong: bool  # warpgroups issue their products in turn
+    dynamic_tiles: bool  # tiles are taken from an atomic counter, not every grid-th
+    causal: bool
+    negative_scale: bool
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "hopper/forward.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "hopper_forward"
+
+    @property
+    def threads(self) -> int:
+        return _WARPGROUP_THREADS * (1 + self.warpgroups)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a thread block; the kernel asserts that its own map ends here."""
+        q, o = self._tile_bytes(self.block_m, self.head_dim), self._tile_bytes(self.block_m, self.head_dim_v)
+        k, v = self._tile_bytes(self.block_n, self.head_dim), self._tile_bytes(self.block_n, self.head_dim_v)
+        tiles = self.q_stages * q + self.stages * (k + v) + (o if self.q_stages == 2 else 0)
+        barriers = _BARRIER_BYTES * (2 * (self.q_stages + 2 * self.stages) + 1)
+        return tiles + _TILE_SLOT_BYTES * self.q_stages + barriers
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
+        return translation_unit(self, self.kernel, {"shared_bytes": self.shared_bytes})
+
+    @staticmethod
+    def _tile_bytes(rows: int, columns: int) -> int:
+        return rows * -(-columns // PANEL_COLUMNS) * PANEL_COLUMNS * ELEMENT_BYTES
+
+
+class Tile(NamedTuple):
+    """Tile shape and resources of one table row; the fields mean what they do in ``HopperConfig``."""
+
+    head_dim: int
+    head_dim_v: int
+    warpgroups: int
+    block_n: int
+    q_stages: int
+    stages: int = 2
+    blocks_per_sm: int = 1
+    spill_bytes: int = 0
+
+
+# The first row that is wide enough is taken. Tiles are as large as registers (S, P and O of a consumer) and
+# shared memory allow, with two Q slots where they fit. Measured: docs/hopper-forward.md.
+TILES = (
+    Tile(64, 64, warpgroups=3, block_n=128, q_stages=2),
+    Tile(96, 96, warpgroups=2, block_n=128, q_stages=2),
+    Tile(128, 128, warpgroups=2, block_n=128, q_stages=2),
+    Tile(192, 128, warpgroups=2, block_n=128, q_stages=1),
+    Tile(192, 192, warpgroups=2, block_n=112, q_stages=1),
+    Tile(256, 256, warpgroups=2, block_n=80, q_stages=1),
+)
+
+_PRODUCER_REGISTERS = 32  # as few as it needs without spilling
+_MAX_CONSUMER_REGISTERS = 240
+
+
+def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
+    """Why the Hopper kernel cannot compute ``problem`` on a GPU of ``capability``; None if it can."""
+    if capability != CAPABILITY:
+        return "it runs on compute capability 9.0 only, and this GPU has {}.{}".format(*capability)
+    if problem.dtype not in _DTYPES:
+        return f"it takes {' and '.join(_DTYPES)}, not {problem.dtype}"
+    for name, head_dim in (("q", problem.head_dim), ("v", problem.head_dim_v)):
+        if head_dim * ELEMENT_BYTES % ALIGNMENT:
+            multiple = ALIGNMENT // ELEMENT_BYTES
+            return f"TMA takes head dims that are multiples of {multiple}, and {name} has {head_dim}"
+    if problem.seqlen_k_visible == 0:
+        return "no query sees a key, and a tensor map cannot be empty"
+    return None
+
+
+def choose_hopper(problem: Problem) -> HopperConfig:
+    """The Config for a problem that ``why_not`` has no objection to."""
+    tile = next(
+        tile for tile in TILES if problem.head_dim <= tile.head_dim and problem.head_dim_v <= tile.head_dim_v
+    )
+    return make_config(tile, dtype=problem.dtype, causal=problem.is_causal, negative_scale=problem.scale < 0)
+
+
+def make_config(
+    tile: Tile,
+    *,
+    dtype: str,
+    causal: bool,
+    negative_scale: bool = False,
+    ping_pong: bool = True,
+    dynamic_tiles: bool | None = None,
+) -> HopperConfig:
+    """``tile`` as a Config.
+
+    Under a causal mask tiles differ in length, so by default thread blocks take the next as they finish one.
+    """
+    return HopperConfig(
+        dtype=dtype,
+        head_dim=tile.head_dim,
+        head_dim_v=tile.head_dim_v,
+        block_m=WARPGROUP_ROWS * tile.warpgroups,
+        block_n=tile.block_n,
+        warpgroups=tile.warpgroups,
+        stages=tile.stages,
+        q_stages=tile.q_stages,
+        blocks_per_sm=tile.blocks_per_sm,
+        producer_registers=_PRODUCER_REGISTERS,
+        consumer_registers=_consumer_registers(tile),
+        spill_bytes=tile.spill_bytes,
+        ping_pong=ping_pong and tile.warpgroups > 1,
+        dynamic_tiles=causal if dynamic_tiles is None else dynamic_tiles,
+        causal=causal,
+        negative_scale=negative_scale,
+    )
+
+
+def launch_registers(warpgroups: int, blocks_per_sm: int) -> int:
+    """Registers a thread starts with: the most that ``__launch_bounds__`` leaves it, a multiple of 8."""
+    threads = _WARPGROUP_THREADS * (1 + warpgroups) * blocks_per_sm
+    return min(_REGISTERS_PER_SM // threads, _MAX_REGISTERS) // 8 * 8
+
+
+def _consumer_registers(tile: Tile) -> int:
+    # setmaxnreg only moves what the launch allocated: asking for more compiles, and then waits for ever.
+    pool = (1 + tile.warpgroups) * launch_registers(tile.warpgroups, tile.blocks_per_sm)
+    share = (pool - _PRODUCER_REGISTERS) // tile.warpgroups
+    return min(share // 8 * 8, _MAX_CONSUMER_REGISTERS)

@@ -1,0 +1,126 @@
+"""From a Problem and a HopperConfig to one launch: grid, parameters, tensor maps. Pure: no GPU, no CuPy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuflash.config_hopper import WARPGROUP_ROWS, HopperConfig
+from cuflash.launch import heads_per_wave
+from cuflash.problem import Problem
+from cuflash.tensor_map import TensorMap, tensor_map
+
+# ForwardParams in kernels_cu/hopper/forward.cu
+FORWARD_PARAMS = np.dtype(
+    [
+        ("seqlen_q", np.int32),
+        ("seqlen_k", np.int32),
+        ("heads_q", np.int32),
+        ("group_size", np.int32),
+        ("batch_heads", np.int32),
+        ("causal_offset", np.int32),
+        ("m_blocks", np.int32),
+        ("tiles", np.int32),
+        ("heads_per_wave", np.int32),
+        ("scale_log2", np.float32),
+        ("scale", np.float32),
+    ]
+)
+
+# A persistent grid is balanced by its counter; waves of more heads only spread what L2 holds (measured up to
+# 132 heads: docs/hopper-forward.md).
+_MAX_HEADS_PER_WAVE = 16
+_MAX_SEQLEN = 2**30  # the kernel adds two positions in 32 bits
+_MAX_TILES = 2**30  # and two tile indices
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)
+
+
+class Operand(NamedTuple):
+    """Shape and strides, in bytes, of an array of four axes in the call's layout."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HopperCall:
+    """One launch, but for the addresses.
+
+    The kernel takes four encoded tensor maps (q, k, v, out), the address of lse or null, the address of a
+    zeroed 32-bit counter of the launch's stream, and ``params`` by value.
+    """
+
+    grid: tuple[int]
+    block: tuple[int]
+    shared_bytes: int
+    maps: tuple[TensorMap, TensorMap, TensorMap, TensorMap]
+    params: np.void
+
+
+def hopper_forward_call(
+    problem: Problem,
+    config: HopperConfig,
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    out: Operand,
+    *,
+    layout: str,
+    multiprocessors: int,
+    l2_bytes: int,
+) -> HopperCall:
+    """The launch of ``hopper_forward`` for a problem that is not empty and that ``why_not`` lets through.
+
+    ValueError where a size does not fit the kernel's 32-bit fields, or |scale| float32.
+    """
+    for name, seqlen in (("q", problem.seqlen_q), ("k", problem.seqlen_k)):
+        if seqlen > _MAX_SEQLEN:
+            raise ValueError(
+                f"{name} has sequence length {seqlen}; the GPU kernel takes at most {_MAX_SEQLEN}"
+            )
+    m_blocks = -(-problem.seqlen_q // config.block_m)
+    batch_heads = problem.batch * problem.heads_q
+    tiles = m_blocks * batch_heads
+    if tiles > _MAX_TILES:
+        raise ValueError(
+            f"q has {tiles} tiles (batch {problem.batch}, {problem.heads_q} heads, {m_blocks} blocks of "
+            f"{config.block_m} rows) and the GPU kernel takes at most {_MAX_TILES}; split the batch"
+        )
+    # At scale 0 every score is 0, but a masked one must stay −inf · scale = −inf: the smallest normal float
+    # does both, and no smaller one survives flushing denormals.
+    scale = max(abs(problem.scale), _SMALLEST_NORMAL)
+    if scale * math.log2(math.e) > _LARGEST:
+        raise ValueError(f"scale {problem.scale} is too large for float32, in which the GPU kernel computes")
+    params: Any = np.array(
+        (
+            problem.seqlen_q,
+            problem.seqlen_k_visible,
+            problem.heads_q,
+            problem.group_size,
+            batch_heads,
+            problem.causal_offset or 0,
+            m_blocks,
+            tiles,
+            min(heads_per_wave(problem, l2_bytes), _MAX_HEADS_PER_WAVE),
+            scale * math.log2(math.e),
+            scale,
+        ),
+        FORWARD_PARAMS,
+    )[()]
+
+    def operand_map(operand: Operand, rows: int, seqlen: int) -> TensorMap:
+        return tensor_map(*operand, problem.dtype, layout, rows=rows, seqlen=seqlen)
+
+    # K and V end at the last key some query sees: TMA reads zeros past it, whatever lies there.
+    maps = (
+        operand_map(q, config.block_m, problem.seqlen_q),
+        operand_map(k, config.block_n, problem.seqlen_k_visible),
+        operand_map(v, config.block_n, problem.seqlen_k_visible),
+        operand_map(out, WARPGROUP_ROWS, problem.seqlen_q),
+    )
+    grid = min(tiles, multiprocessors * config.blocks_per_sm)
+    return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, params)

@@ -1,0 +1,34 @@
+"""The translation unit of a kernel: its Config's constants as a C++ struct, then the kernel's source."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_CPP_ELEMENT = {"float16": "fp16", "bfloat16": "bf16"}
+
+
+def translation_unit(config: DataclassInstance, kernel: str, derived: Mapping[str, int] | None = None) -> str:
+    """The source given to NVRTC: ``struct Config``, then ``kernel``, a path below ``kernels_cu/``.
+
+    The constants are ``config``'s fields, but for those with metadata ``in_stub=False``, and ``derived``.
+    """
+    values: dict[str, Any] = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.metadata.get("in_stub", True)
+    }
+    constants = "".join(_constant(name, value) for name, value in (values | dict(derived or {})).items())
+    return f'#include "core/types.cuh"\n\nstruct Config {{\n{constants}}};\n\n#include "{kernel}"\n'
+
+
+def _constant(name: str, value: bool | int | str) -> str:
+    if isinstance(value, str):
+        return f"  using Element = {_CPP_ELEMENT[value]};\n"
+    camel = "k" + "".join(part.capitalize() for part in name.split("_"))
+    kind = "bool" if isinstance(value, bool) else "int"
+    return f"  static constexpr {kind} {camel} = {str(value).lower()};\n"

@@ -1,0 +1,135 @@
+"""Tensor maps: how TMA finds a box of a strided tensor. Described in pure Python, encoded by the driver.
+
+An attention operand is one map of four axes, innermost first: (head_dim, seqlen, heads, batch). A box is a
+panel of 64 columns, which the 128-byte swizzle takes, by the rows of a tile, of one head. TMA fills what lies
+outside the axes with zeros and clips stores there, so tiles need no other bounds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cuflash.resources import ELEMENT_BYTES
+
+ALIGNMENT = 16  # bytes: addresses and strides are multiples of it
+PANEL_COLUMNS = 64  # 16-bit elements in the 128 bytes that the widest swizzle takes
+
+# CUDA driver API, cuTensorMapEncodeTiled
+_STRIDE_LIMIT = 2**40
+_BYTES = 128
+_ENCODED = np.dtype((np.void, _BYTES))
+_DATA_TYPE = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+_INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _OOB_FILL_ZEROS = 0, 3, 2, 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """One map but for the address. ``strides`` are in bytes, of all axes but the innermost."""
+
+    dtype: str
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int]
+    box: tuple[int, int, int, int]
+
+
+def tensor_map(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, layout: str, *, rows: int, seqlen: int
+) -> TensorMap:
+    """The map of an array of 4 axes in ``layout``, ``strides`` in bytes, moved ``rows`` at a time.
+
+    ``seqlen`` may end the sequence early: rows past it are as good as outside the array.
+    """
+    row, head = (1, 2) if layout == "bshd" else (2, 1)
+
+    # An axis of one element is never stepped along, and libraries report any stride for it.
+    def step(axis: int) -> int:
+        return strides[axis] if shape[axis] > 1 else ALIGNMENT
+
+    return TensorMap(
+        dtype=dtype,
+        shape=(shape[3], seqlen, shape[head], shape[0]),
+        strides=(step(row), step(head), step(0)),
+        box=(PANEL_COLUMNS, rows, 1, 1),
+    )
+
+
+def why_not_mapped(shape: tuple[int, ...], strides: tuple[int, ...], pointer: int) -> str | None:
+    """Why TMA cannot read or write a 4-axis array of 16-bit elements in place; None if it can."""
+    if shape[3] > 1 and strides[3] != ELEMENT_BYTES:
+        return "its last axis is not contiguous"
+    if shape[3] * ELEMENT_BYTES % ALIGNMENT:
+        return f"its head_dim {shape[3]} is not a multiple of {ALIGNMENT // ELEMENT_BYTES}"
+    steps = [stride for stride, size in zip(strides[:3], shape[:3], strict=True) if size > 1]
+    if any(n % ALIGNMENT for n in (pointer, *steps)):
+        return f"its rows do not start at multiples of {ALIGNMENT} bytes"
+    if any(not 0 <= step < _STRIDE_LIMIT for step in steps):
+        return "TMA takes strides from 0 to 2**40 bytes"
+    return None
+
+
+class Encoder:
+    """Encodes one ``TensorMap`` for the addresses it is called with, and keeps the last few results.
+
+    A call costs a dictionary look-up for an address seen before and 1.4 µs otherwise.
+    """
+
+    _MAX_KEPT = 64
+
+    def __init__(self, description: TensorMap) -> None:
+        self._data_type = ctypes.c_int(_DATA_TYPE[description.dtype])
+        rank = len(description.shape)
+        self._rank = ctypes.c_uint32(rank)
+        self._shape = (ctypes.c_uint64 * rank)(*description.shape)
+        self._strides = (ctypes.c_uint64 * (rank - 1))(*description.strides)
+        self._box = (ctypes.c_uint32 * rank)(*description.box)
+        self._element_strides = (ctypes.c_uint32 * rank)(*[1] * rank)
+        self._description = description
+        self._kept: dict[int, Any] = {}
+
+    def __call__(self, pointer: int) -> Any:
+        """The 128 bytes a kernel takes as ``const __grid_constant__ CUtensorMap``."""
+        encoded = self._kept.get(pointer)
+        if encoded is None:
+            encoded = self._encode(pointer)
+            if len(self._kept) >= self._MAX_KEPT:
+                self._kept.clear()
+            self._kept[pointer] = encoded
+        return encoded
+
+    def _encode(self, pointer: int) -> Any:
+        buffer = np.empty(2 * _BYTES, np.uint8)
+        start = -buffer.ctypes.data % 64  # the driver wants it aligned; launches copy it
+        status = _driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(buffer.ctypes.data + start),
+            self._data_type,
+            self._rank,
+            ctypes.c_void_p(pointer),
+            self._shape,
+            self._strides,
+            self._box,
+            self._element_strides,
+            _INTERLEAVE_NONE,
+            _SWIZZLE_128B,
+            _L2_PROMOTION_128B,
+            _OOB_FILL_ZEROS,
+        )
+        if status:
+            raise RuntimeError(
+                f"cuTensorMapEncodeTiled failed with CUDA error {status} "
+                f"for address {pointer:#x} and {self._description}"
+            )
+        return buffer[start : start + _BYTES].view(_ENCODED)[0]
+
+
+_library: Any = None
+
+
+def _driver() -> Any:
+    global _library
+    if _library is None:
+        _library = ctypes.CDLL("libcuda.so.1")
+    return _library

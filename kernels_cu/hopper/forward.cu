@@ -1,0 +1,395 @@
+// Forward attention for Hopper (ideas of FlashAttention-3, arXiv 2407.08608): TMA, wgmma, warp specialisation; sm_90a.
+//
+//   out = softmax(scale · Q Kᵀ + mask) V,   lse = log Σ_j exp(scale · q·k_j + mask_j)
+//
+// Grid      persistent: as many thread blocks as run at once. Each works through tiles of (kBlockM queries, head,
+//           batch), longest first (core/scheduler.cuh): its own index, then every gridDim-th, or under a causal mask
+//           the next that nobody has taken (an atomic counter, which is back at 0 when the last block is done).
+// Threads   warpgroup 0 produces: one thread starts all TMA loads. kWarpgroups more consume; each owns 64 queries and
+//           sees every key. setmaxnreg moves the producer's registers to them.
+// Loop      of a consumer, over the key blocks n of a tile from the last visible one down:
+//             start S = Q K[n]ᵀ;  start O += P V[n + 1];  wait for S;  release K[n];
+//             mask, row_max, P' = 2^(S·scale_log2 − row_max·scale_log2), row_sum          (under the products)
+//             wait for O;  release V[n + 1];  P = P', rounded;  O *= 2^(row_max moved by)
+//           At a tile's end the last O += P V has no S beside it. With two Q slots (kQStages) it gets the first S of
+//           the next tile, and the tensor cores do not idle between tiles. One Q slot is refilled meanwhile.
+//           Ping-pong (kPingPong): warpgroups issue products in turn, so that one's softmax runs under the other's.
+// Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
+//           Q · kQStages | K · kStages | V · kStages | O · kWarpgroups, if kQStages = 2; else O is staged over V
+//           | which tile each Q belongs to, 16 bytes · kQStages | barriers
+// Registers O: kHeadDimV/2, S: kBlockN/2, P: kBlockN/4 a thread; docs/hopper-forward.md has ptxas's figures.
+// Barriers  (pipeline.cuh)   who arrives                            who waits
+//           q.full           producer, TMA's bytes                  consumers, before they read the tile or its Q
+//           q.empty          each consumer warp, after its last S   producer, before it writes either
+//           k.full, v.full   producer, TMA's bytes                  consumers, before each product
+//           k.empty, v.empty each consumer warp, after the product  producer, before each load
+//           o_empty          each warpgroup, when O has left V      producer, before the next tile's V
+//           bar 1 + w        the warpgroup before w                 warpgroup w, before it issues products
+//           bar 1 + kWarpgroups + w: O's place is free, O is written (w's warps); with O in V also bar
+//           1 + 2·kWarpgroups: nobody reads V any more (all consumers)
+// Masks     keys ≥ seqlen_k and, if kCausal, keys > row + causal_offset get −inf; masked blocks are peeled off. A
+//           tile that sees no key visits one, masked block. TMA reads rows outside the tensors as zeros, and the host
+//           ends K and V at the last key some query sees. A row that sees no key gives out = 0, lse = −inf.
+// Numerics  S, P's sums and O in float32; P rounded to Element for the second product.
+// Configs   head dims that are multiples of 8 (TMA pads them), Dv ≠ D, float16, bfloat16 (cuflash/config_hopper.py).
+// Speed     docs/hopper-forward.md, generated from benchmarks/results/.
+// Sibling   fa2/forward.cu: a warp loads, multiplies and exponentiates in turn; other thread blocks fill its gaps.
+#include "core/fragment.cuh"
+#include "core/mask.cuh"
+#include "core/scheduler.cuh"
+#include "core/tile_range.cuh"
+#include "core/types.cuh"
+#include "hopper/pipeline.cuh"
+#include "hopper/products.cuh"
+#include "hopper/softmax.cuh"
+#include "hopper/tile.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/fence.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/setmaxnreg.cuh"
+#include "ptx/shared_memory.cuh"
+#include "ptx/stmatrix.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
+
+struct ForwardParams {
+  int seqlen_q, seqlen_k;  // seqlen_k counts the keys some query sees
+  int heads_q, group_size, batch_heads;
+  int causal_offset;
+  int m_blocks, tiles, heads_per_wave;  // tiles = m_blocks · batch_heads
+  float scale_log2, scale;              // |scale|·log2(e) and |scale|; the sign is Config::kNegativeScale
+};
+
+using Element = Config::Element;
+constexpr int kWarpgroups = Config::kWarpgroups;  // of consumers
+constexpr int kBlockM = Config::kBlockM;
+constexpr int kBlockN = Config::kBlockN;
+constexpr int kHeadDim = Config::kHeadDim;
+constexpr int kHeadDimV = Config::kHeadDimV;
+constexpr int kStages = Config::kStages;
+constexpr int kQStages = Config::kQStages;
+constexpr int kWarpgroupThreads = 4 * kWarpSize;
+constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
+constexpr int kNTiles = kBlockN / 8;
+constexpr int kDTiles = kHeadDimV / 8;
+static_assert(kBlockM == 64 * kWarpgroups && kBlockN % 16 == 0, "whole wgmma tiles");
+static_assert(kQStages == 1 || kQStages == 2, "the next Q waits for this one, or has its own slot");
+
+using QTile = PanelTile<kBlockM, kHeadDim>;
+using KTile = PanelTile<kBlockN, kHeadDim>;
+using VTile = PanelTile<kBlockN, kHeadDimV>;
+using OTile = PanelTile<64, kHeadDimV>;  // of one warpgroup
+
+constexpr bool kOInV = kQStages == 1;  // O is staged where V was
+constexpr int kKOffset = kQStages * QTile::kBytes;
+constexpr int kVOffset = kKOffset + kStages * KTile::kBytes;
+constexpr int kOOffset = kOInV ? kVOffset : kVOffset + kStages * VTile::kBytes;
+constexpr int kTileSlotsOffset = kVOffset + kStages * VTile::kBytes + (kOInV ? 0 : kWarpgroups * OTile::kBytes);
+constexpr int kBarriersOffset = kTileSlotsOffset + kQStages * 16;
+static_assert(!kOInV || kWarpgroups * OTile::kBytes <= kStages * VTile::kBytes, "O fits in V's place");
+
+using QRing = Ring<kQStages, QTile::kBytes>;
+using KRing = Ring<kStages, KTile::kBytes>;
+using VRing = Ring<kStages, VTile::kBytes>;
+constexpr int kOEmptyOffset = kBarriersOffset + QRing::kBarrierBytes + KRing::kBarrierBytes + VRing::kBarrierBytes;
+static_assert(kOEmptyOffset + 8 == Config::kSharedBytes, "the host's map is the same");
+
+struct alignas(16) TileSlot { Tile tile; };  // how the producer tells the consumers which tile Q belongs to
+constexpr int kNoTile = -1;                  // in place of m_block: there is no further tile
+
+// acc_s = Q Kᵀ: 64 rows of Q, from q_smem on, and all keys of the block. Started, not waited for.
+__device__ __forceinline__ void start_q_k(float (&acc_s)[kNTiles][4], unsigned q_smem, unsigned k_smem) {
+  wgmma_fence();
+#pragma unroll
+  for (int k16 = 0; k16 < kHeadDim / 16; ++k16) {
+    wgmma_k_major(Element{}, acc_s, QTile::k_major(q_smem, k16), KTile::k_major(k_smem, k16), k16 > 0);
+  }
+  wgmma_commit_group();
+}
+
+// acc_o += P V. Started, not waited for.
+__device__ __forceinline__ void start_p_v(float (&acc_o)[kDTiles][4], const unsigned (&p_reg)[kNTiles / 2][4],
+                                          unsigned v_smem) {
+  wgmma_fence();
+#pragma unroll
+  for (int k16 = 0; k16 < kBlockN / 16; ++k16) {
+    wgmma_n_major(Element{}, acc_o, p_reg[k16], VTile::n_major(v_smem, k16));
+  }
+  wgmma_commit_group();
+}
+
+// The accumulator layout of P is the A-operand layout of the next product: no data moves.
+__device__ __forceinline__ void round_p(unsigned (&p_reg)[kNTiles / 2][4], const float (&p)[kNTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kNTiles * 2; ++i) {
+    p_reg[i / 4][i % 4] = Element::pack(p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, Config::kBlocksPerSm)
+hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q, seqlen_q, head_dim)
+               const __grid_constant__ CUtensorMap k_map,    // (batch, heads_kv, seqlen_k, head_dim)
+               const __grid_constant__ CUtensorMap v_map,    // (batch, heads_kv, seqlen_k, head_dim_v)
+               const __grid_constant__ CUtensorMap out_map,  // (batch, heads_q, seqlen_q, head_dim_v)
+               float* __restrict__ lse,                      // (batch, heads_q, seqlen_q) or null
+               unsigned* __restrict__ tiles_taken,           // 0; used, and left 0, if kDynamicTiles
+               const __grid_constant__ ForwardParams params) {
+  DYN_SMEM(smem);
+  const unsigned base_smem = cvta_to_shared(smem);
+  const QRing q_ring{base_smem, base_smem + kBarriersOffset};
+  const KRing k_ring{base_smem + kKOffset, q_ring.barriers_smem + QRing::kBarrierBytes};
+  const VRing v_ring{base_smem + kVOffset, k_ring.barriers_smem + KRing::kBarrierBytes};
+  const unsigned o_empty = base_smem + kOEmptyOffset;
+  TileSlot* const tile_slots = reinterpret_cast<TileSlot*>(smem + kTileSlotsOffset);  // (kQStages,)
+
+  if (threadIdx.x == 0) {
+    q_ring.init(4 * kWarpgroups);
+    k_ring.init(4 * kWarpgroups);
+    v_ring.init(4 * kWarpgroups);
+    mbarrier_init(o_empty, kWarpgroups);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  const auto key_blocks = [&](const Tile& tile) {
+    const int row = tile.m_block * kBlockM;
+    TileRange range = key_tiles<kBlockN, Config::kCausal>(row, min(row + kBlockM, params.seqlen_q), params.seqlen_k,
+                                                          params.causal_offset);
+    range.end = max(range.end, 1);  // a tile that sees no key passes through the pipeline as one masked block
+    return range;
+  };
+  // The same in every lane, and known to be: descriptors made of it stay in uniform registers.
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0) - 1;
+
+  if (warpgroup < 0) {
+    setmaxnreg_dec<Config::kProducerRegisters>();
+    if (threadIdx.x != 0) return;
+    unsigned use = 0;    // of the K and V rings: key blocks before this one, of all tiles so far
+    unsigned q_use = 0;  // of the Q ring: tiles before this one
+    const auto load_q = [&](unsigned q_use, const Tile& tile) {
+      q_ring.wait_empty(q_use);
+      tile_slots[q_use % kQStages].tile = tile;
+      mbarrier_arrive_expect_tx(q_ring.full(q_use), QTile::kBytes);
+      QTile::load(q_ring.slot(q_use), &q_map, q_ring.full(q_use), tile.m_block * kBlockM, tile.head, tile.batch);
+    };
+    const auto load_k = [&](unsigned use, const Tile& tile, int n_block) {
+      k_ring.wait_empty(use);
+      mbarrier_arrive_expect_tx(k_ring.full(use), KTile::kBytes);
+      KTile::load(k_ring.slot(use), &k_map, k_ring.full(use), n_block * kBlockN, tile.head / params.group_size,
+                  tile.batch);
+    };
+    const auto load_v = [&](unsigned use, const Tile& tile, int n_block) {
+      if constexpr (kOInV) mbarrier_wait(o_empty, q_use % 2);
+      v_ring.wait_empty(use);
+      mbarrier_arrive_expect_tx(v_ring.full(use), VTile::kBytes);
+      VTile::load(v_ring.slot(use), &v_map, v_ring.full(use), n_block * kBlockN, tile.head / params.group_size,
+                  tile.batch);
+    };
+    const auto tile_at = [&](int index) {
+      return longest_first(index, params.m_blocks, params.heads_q, params.batch_heads, params.heads_per_wave);
+    };
+
+    // Q and the first key block.
+    const auto start_tile = [&](unsigned q_use, unsigned use, const Tile& tile) {
+      load_q(q_use, tile);
+      load_k(use, tile, key_blocks(tile).end - 1);
+    };
+
+    int index = blockIdx.x;
+    Tile tile = tile_at(index);
+    start_tile(q_use, use, tile);
+    while (true) {
+      Tile next = {kNoTile, 0, 0};
+      const int n_first = key_blocks(tile).end - 1;
+      for (int n_block = n_first; n_block >= 0; --n_block, ++use) {
+        // The next tile is claimed late, to balance the load, but a block ahead: the counter takes its time to answer.
+        if (n_block == min(n_first, 1)) {
+          if constexpr (Config::kDynamicTiles) index = gridDim.x + atomicInc(tiles_taken, params.tiles - 1);
+          else index += gridDim.x;
+        }
+        if (n_block == 0 && index < params.tiles) next = tile_at(index);
+        // Always what is needed next comes first; but one Q slot is not free before the last V is awaited.
+        if (n_block > 0) load_k(use + 1, tile, n_block - 1);
+        else if (!kOInV && next.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);
+        load_v(use, tile, n_block);
+        if (kOInV && n_block == 0 && next.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);
+      }
+      ++q_use;
+      if (next.m_block == kNoTile) break;
+      tile = next;
+    }
+    q_ring.wait_empty(q_use);
+    tile_slots[q_use % kQStages].tile.m_block = kNoTile;
+    mbarrier_arrive(q_ring.full(q_use));
+    return;
+  }
+
+  setmaxnreg_inc<Config::kConsumerRegisters>();
+  const int lane = Fragment::lane();
+  const int warp = threadIdx.x / kWarpSize % 4;
+  const int warp_row = warpgroup * 64 + warp * 16;  // the warp's first row of a tile
+  const bool stores_o = threadIdx.x % kWarpgroupThreads == 0;
+  unsigned use = 0;
+  unsigned q_use = 0;
+
+  const auto receive_tile = [&](unsigned q_use) {
+    q_ring.wait_full(q_use);
+    const Tile tile = tile_slots[q_use % kQStages].tile;
+    __syncwarp();  // all lanes have read it before one of them releases the slot
+    return tile;
+  };
+  const auto release = [&](unsigned empty_barrier) {
+    if (lane == 0) mbarrier_arrive(empty_barrier);
+  };
+  const auto q_smem = [&](unsigned q_use) { return q_ring.slot(q_use) + warpgroup * 64 * kPanelRowBytes; };
+
+  float acc_o[kDTiles][4] = {};
+  unsigned p_reg[kNTiles / 2][4];  // P of the block whose S was computed last
+  DeferredSoftmax softmax;
+  Tile tile = receive_tile(q_use);
+  TileRange keys = key_blocks(tile);
+
+  // From the scores of a block to its P, unrounded, and the row statistics.
+  const auto exponentiate = [&](float (&acc_s)[1][kNTiles][4], DeferredSoftmax& softmax, const Tile& tile, int n_block,
+                                auto masked) {
+    if constexpr (Config::kNegativeScale) {
+#pragma unroll
+      for (int i = 0; i < kNTiles * 4; ++i) acc_s[0][i / 4][i % 4] = -acc_s[0][i / 4][i % 4];
+    }
+    // Without a causal mask only the last block can need one, and only if the keys do not fill it.
+    if (decltype(masked)::value && (Config::kCausal || params.seqlen_k % kBlockN != 0)) {
+      apply_mask<Config::kCausal>(acc_s, tile.m_block * kBlockM + warp_row, n_block * kBlockN, params.seqlen_k,
+                                  params.causal_offset);
+    }
+    softmax.update(acc_s, params.scale_log2);
+  };
+  // The first block of a tile, with no product beside it.
+  const auto first_block = [&] {
+    float acc_s[1][kNTiles][4];
+    k_ring.wait_full(use);
+    start_q_k(acc_s[0], q_smem(q_use), k_ring.slot(use));
+    if constexpr (kOInV) {
+      if (stores_o) {  // the O of the tile before has left V, if there was one
+        cp_async_bulk_wait_group_read<0>();
+        mbarrier_arrive(o_empty);
+      }
+    }
+    wgmma_wait_group<0>();
+    pin_registers(acc_s[0]);
+    release(k_ring.empty(use));
+    exponentiate(acc_s, softmax, tile, keys.end - 1, Constant<true>{});
+    round_p(p_reg, acc_s[0]);
+  };
+  // The next block's S and P, and O += P V of the block before, which may be the last of the tile before. If there is
+  // no next block, S is computed from whatever the slots hold and dropped: a second way through this code would make
+  // ptxas treat the loops as divergent.
+  const auto next_block = [&](DeferredSoftmax& softmax, const Tile& tile, unsigned q_use, int n_block, bool exists,
+                              auto masked) {
+    float acc_s[1][kNTiles][4];
+    if (exists) k_ring.wait_full(use + 1);
+    if constexpr (Config::kPingPong) bar_sync(1 + warpgroup, 2 * kWarpgroupThreads);
+    start_q_k(acc_s[0], q_smem(q_use), k_ring.slot(use + 1));
+    v_ring.wait_full(use);
+    start_p_v(acc_o, p_reg, v_ring.slot(use));
+    if constexpr (Config::kPingPong) bar_arrive(1 + (warpgroup + 1) % kWarpgroups, 2 * kWarpgroupThreads);
+    wgmma_wait_group<1>();
+    pin_registers(acc_s[0]);
+    if (exists) release(k_ring.empty(use + 1));
+    exponentiate(acc_s, softmax, tile, n_block, masked);
+    wgmma_wait_group<0>();
+    pin_registers(acc_o);
+    pin_registers(p_reg);  // and only now may P change: it was an operand
+    release(v_ring.empty(use));
+    round_p(p_reg, acc_s[0]);
+    ++use;
+  };
+
+  if constexpr (Config::kPingPong) {
+    if (warpgroup == 0) bar_arrive(1, 2 * kWarpgroupThreads);
+  }
+  if constexpr (!kOInV) first_block();
+  while (true) {
+    if constexpr (kOInV) first_block();
+    int n_block = keys.end - 2;
+    if constexpr (Config::kCausal) {
+      for (; n_block >= keys.full_end; --n_block) {
+        next_block(softmax, tile, q_use, n_block, true, Constant<true>{});
+        softmax.rescale(acc_o);
+      }
+    }
+    for (; n_block >= 0; --n_block) {
+      next_block(softmax, tile, q_use, n_block, true, Constant<false>{});
+      softmax.rescale(acc_o);
+    }
+
+    release(q_ring.empty(q_use));
+    Tile next_tile;
+    TileRange next_keys;
+    DeferredSoftmax next_softmax;
+    if constexpr (kOInV) {
+      v_ring.wait_full(use);
+      start_p_v(acc_o, p_reg, v_ring.slot(use));
+      wgmma_wait_group<0>();
+      pin_registers(acc_o);
+      release(v_ring.empty(use));
+      ++use;
+    } else {
+      next_tile = receive_tile(q_use + 1);
+      next_keys = key_blocks(next_tile);
+      next_block(next_softmax, next_tile, q_use + 1, next_keys.end - 1, next_tile.m_block != kNoTile, Constant<true>{});
+    }
+
+    // Epilogue: O is divided by the row sum and leaves through shared memory, by TMA.
+    softmax.finish();
+    const int o_barrier = 1 + kWarpgroups + warpgroup;
+    if constexpr (kOInV) {
+      bar_sync(1 + 2 * kWarpgroups, kWarpgroups * kWarpgroupThreads);
+    } else {
+      if (stores_o) cp_async_bulk_wait_group_read<0>();
+      bar_sync(o_barrier, kWarpgroupThreads);
+    }
+    const unsigned o_smem = base_smem + kOOffset + warpgroup * OTile::kBytes;
+    const float inverse[2] = {softmax.inverse_sum(0, 0), softmax.inverse_sum(0, 1)};
+#pragma unroll
+    for (int d = 0; d < kDTiles; d += 2) {
+      unsigned o_reg[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&o)[4] = acc_o[d + i / 2];
+        o_reg[i] = Element::pack(o[i % 2 * 2] * inverse[i % 2], o[i % 2 * 2 + 1] * inverse[i % 2]);
+      }
+      stmatrix_x4(o_smem + OTile::offset(warp * 16 + lane % 16, d + lane / 16), o_reg);
+    }
+    fence_proxy_async_shared();
+    bar_sync(o_barrier, kWarpgroupThreads);
+    if (stores_o) {
+#pragma unroll
+      for (int panel = 0; panel < OTile::kPanels; ++panel) {
+        cp_async_bulk_tensor_4d_store(&out_map, o_smem + panel * OTile::kPanelBytes, panel * kPanelColumns,
+                                      tile.m_block * kBlockM + warpgroup * 64, tile.head, tile.batch);
+      }
+      cp_async_bulk_commit_group();
+    }
+    if (lse != nullptr && lane % 4 == 0) {
+      float* lse_head = lse + (static_cast<long long>(tile.batch) * params.heads_q + tile.head) * params.seqlen_q;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = tile.m_block * kBlockM + warp_row + Fragment::row(half);
+        if (row < params.seqlen_q) lse_head[row] = softmax.log_sum_exp(0, half, params.scale);
+      }
+    }
+
+    if constexpr (kOInV) {
+      next_tile = receive_tile(q_use + 1);
+      next_keys = key_blocks(next_tile);
+    }
+    if (next_tile.m_block == kNoTile) break;
+    tile = next_tile;
+    keys = next_keys;
+    softmax = next_softmax;
+    ++q_use;
+#pragma unroll
+    for (int i = 0; i < kDTiles * 4; ++i) acc_o[i / 4][i % 4] = 0.0f;
+  }
+  if (stores_o) cp_async_bulk_wait_group_read<0>();  // shared memory outlives its reader
+}

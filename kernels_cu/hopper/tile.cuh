@@ -1,0 +1,51 @@
+// Tiles as TMA brings them and wgmma reads them: panels of 64 columns, in each one row after the other, 128 bytes
+// each, with TMA's 128-byte swizzle.
+#pragma once
+#include "core/types.cuh"
+#include "ptx/tma.cuh"
+
+constexpr int kPanelColumns = 64;
+constexpr int kPanelRowBytes = 128;
+
+// kRows × kColumns elements of 16 bits. Tiles start at multiples of 1024 bytes, which the swizzle repeats after.
+template <int kRows, int kColumns>
+struct PanelTile {
+  static_assert(kRows % 8 == 0 && kColumns % 16 == 0, "whole swizzle atoms and k16 steps");
+  static constexpr int kPanels = ceil_div(kColumns, kPanelColumns);
+  static constexpr int kPanelBytes = kRows * kPanelRowBytes;
+  static constexpr int kBytes = kPanels * kPanelBytes;  // also what TMA counts: zeros are bytes too
+
+  // Byte offset of 16-byte chunk `chunk` of row `row`.
+  static __device__ __forceinline__ unsigned offset(int row, int chunk) {
+    return chunk / 8 * kPanelBytes + row * kPanelRowBytes + ((chunk % 8) ^ (row % 8)) * 16;
+  }
+
+  // Starts the loads of the tile whose first row is `row`; one a panel, so that the last is cut off at the head dim.
+  static __device__ __forceinline__ void load(unsigned tile_smem, const CUtensorMap* map, unsigned mbarrier_smem,
+                                              int row, int head, int batch) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      cp_async_bulk_tensor_4d_load(tile_smem + panel * kPanelBytes, map, mbarrier_smem, panel * kPanelColumns, row,
+                                   head, batch);
+    }
+  }
+
+  // Matrix descriptors of k-step `k16` of the tile.
+  //
+  // Rows are M or N and columns k (Q, K): groups of 8 rows are 1024 bytes apart. The leading offset is not used.
+  static __device__ __forceinline__ unsigned long long k_major(unsigned tile_smem, int k16) {
+    return descriptor(tile_smem, 16, k16 / 4 * kPanelBytes + k16 % 4 * 32);
+  }
+  // Rows are k and columns N (V): panels are kPanelBytes and groups of 8 rows 1024 bytes apart.
+  static __device__ __forceinline__ unsigned long long n_major(unsigned tile_smem, int k16) {
+    return descriptor(tile_smem, kPanelBytes, k16 * 16 * kPanelRowBytes);
+  }
+
+ private:
+  // Fields: 0–13 address / 16; 16–29 leading and 32–45 stride byte offset / 16; bit 62, the 128-byte swizzle.
+  static __device__ __forceinline__ unsigned long long descriptor(unsigned tile_smem, int leading, int step) {
+    constexpr unsigned kHigh = 1024 / 16 | 1u << 30;
+    const unsigned low = (tile_smem & 0x3ffff) / 16 + (leading / 16 << 16) + step / 16;
+    return low | static_cast<unsigned long long>(kHigh) << 32;
+  }
+};
