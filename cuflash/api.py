@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import arrays, cpu, plan
+from cuflash import arrays, cpu, families, layouts, plan
 from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
 from cuflash.checks import Options, check_call, named, out_shape
 from cuflash.explanation import Explanation
@@ -28,8 +28,9 @@ def attention(
     """Exact attention: ``out = softmax(scale · q kᵀ + mask) v``, without ever storing the score matrix.
 
     On a GPU the FlashAttention-2 forward pass (Dao, arXiv 2307.08691, Algorithm 1, sections 3.1 to 3.3) as a
-    CUDA kernel, compiled for the call at its first use and cached on disk; for arrays in host memory the same
-    algorithm in NumPy. Softmax and accumulation are in float32 (float64 for float64).
+    CUDA kernel, compiled for the call at its first use and cached on disk; on Hopper one with the ideas of
+    FlashAttention-3 (Shah et al., arXiv 2407.08608, section 3). For arrays in host memory the same algorithm
+    in NumPy. Softmax and accumulation are in float32 (float64 for float64).
 
     Parameters
     ----------
@@ -55,7 +56,7 @@ def attention(
         Where to write the result; it is also what is returned. Of q's library, device and dtype, with any
         strides that do not make its elements overlap. It must not share memory with q, k or v. JAX arrays are
         immutable and cannot be ``out``.
-    algorithm : "auto", "fa2" or "cpu"
+    algorithm : "auto", "hopper", "fa2" or "cpu"
         The kernel family. "auto" takes the fastest that runs where the arrays are: never the CPU for arrays
         on a GPU, always for arrays in host memory. A named one that cannot run raises. See ``explain``.
 
@@ -124,17 +125,19 @@ def explain(
     problem, infos = request
     device = infos["q"].device
     if device is None:
-        return Explanation("cpu", "the CPU", problem, {"fa2": "q, k and v are in host memory"})
+        return Explanation(
+            "cpu", "the CPU", problem, dict.fromkeys(("hopper", "fa2"), "q, k and v are in host memory")
+        )
 
-    kernel = plan.choose_kernel(request, layout)
-    copies = {name: str(plan.why_copied(infos[name])) for name in kernel.layouts.copied}
+    kernel = families.choose_kernel(request, options)
+    copies = {name: str(layouts.why_copied(infos[name])) for name in kernel.layouts.copied}
     if kernel.layouts.copy_out:
         copies["out"] = "its last axis is not contiguous"
     return Explanation(
-        "fa2",
+        kernel.family,
         f"cuda:{device} ({kernel.arch})",
         problem,
-        {"cpu": "q, k and v are on a GPU"},
+        kernel.not_used,
         copies,
         kernel.config,
         kernel.call,
@@ -182,10 +185,5 @@ def _borrow(lender: Borrowed, q: Any, k: Any, v: Any, out: Any) -> tuple[Native,
     if out is not None and not lender.takes_out:
         raise TypeError(f"out is {lender.noun}, which is immutable; leave it away and use the result")
     borrowed = {name: lender.borrow(x, name) for name, x in named(q, k, v, out).items()}
-    on_cpu = isinstance(borrowed["q"], np.ndarray)
-    for name, x in borrowed.items():
-        if isinstance(x, np.ndarray) != on_cpu:
-            places = ("the CPU", "a GPU") if isinstance(x, np.ndarray) else ("a GPU", "the CPU")
-            raise ValueError(f"{name} is on {places[0]}, q on {places[1]}; they must be on one device")
-    native = arrays.NUMPY if on_cpu else arrays.CUPY
+    native = arrays.native_of(borrowed)
     return native, borrowed["q"], borrowed["k"], borrowed["v"], borrowed.get("out")

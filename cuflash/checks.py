@@ -8,7 +8,7 @@ from cuflash.arrays import ArrayInfo, Native
 from cuflash.arrays.overlap import Footprint
 from cuflash.problem import Causal, Problem, make_problem
 
-ALGORITHMS = ("auto", "fa2", "cpu")
+ALGORITHMS = ("auto", "hopper", "fa2", "cpu")
 _GPU_DTYPES = ("float16", "bfloat16")
 
 
@@ -59,7 +59,7 @@ def check_call(native: Native, arrays: dict[str, Any], options: Options) -> Requ
         scale=options.scale,
         layout=options.layout,
     )
-    _check_algorithm(native, q, options.algorithm)
+    check_algorithm(native, q, options.algorithm)
     if "out" in infos:
         _check_out(problem, infos, options.layout)
     return Request(problem, infos)
@@ -72,12 +72,13 @@ def out_shape(problem: Problem, layout: str) -> tuple[int, ...]:
     return (problem.batch, *middle, problem.head_dim_v)
 
 
-def _check_algorithm(native: Native, q: ArrayInfo, algorithm: str) -> None:
+def check_algorithm(native: Native, q: ArrayInfo, algorithm: str) -> None:
+    """Refuse an ``algorithm``, or a dtype, that does not run where ``q`` is."""
     if q.device is None:
-        if algorithm == "fa2":
+        if algorithm in ("hopper", "fa2"):
             raise ValueError(
-                f'algorithm="fa2" is a CUDA kernel, but q is {native.noun} on the CPU; move q, k and v to a '
-                'GPU or use algorithm="auto", which runs the CPU path'
+                f'algorithm="{algorithm}" is a CUDA kernel, but q is {native.noun} on the CPU; move q, k and '
+                'v to a GPU or use algorithm="auto", which runs the CPU path'
             )
         return
     if algorithm == "cpu":

@@ -6,8 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from cuflash.config import Config
+from cuflash.config_hopper import HopperConfig
 from cuflash.jit import Program
 from cuflash.launch import KernelCall
+from cuflash.launch_hopper import HopperCall
 from cuflash.problem import Problem
 
 
@@ -23,8 +25,8 @@ class Explanation:
     problem: Problem
     not_used: dict[str, str]  # every other family → why it does not run
     copies: dict[str, str] = field(default_factory=dict)  # arrays copied on each call → why
-    config: Config | None = None
-    call: KernelCall | None = None
+    config: Config | HopperConfig | None = None
+    call: KernelCall | HopperCall | None = None
     program: Program | None = None  # registers, spills, the cubin and its path
 
     def __str__(self) -> str:
@@ -46,5 +48,5 @@ class Explanation:
         return "\n".join(f"{label:<10}{text}" for label, text in lines)
 
 
-def _fields(value: Problem | Config) -> str:
+def _fields(value: Problem | Config | HopperConfig) -> str:
     return ", ".join(f"{f.name}={getattr(value, f.name)}" for f in dataclasses.fields(value))

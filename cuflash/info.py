@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cuflash import cache, jit
+from cuflash import cache, config_hopper, jit
 from cuflash.resources import MINIMUM_CAPABILITY
 
 Rows = list[tuple[str, str]]
@@ -126,9 +126,14 @@ def _cache() -> Iterator[tuple[str, str]]:
 
 def _families(gpu: Gpu | None, why_not: str) -> Rows:
     fa2 = f"yes, on {gpu.name}" if gpu else f"no: {why_not}"
+    if gpu is None or gpu.capability == config_hopper.CAPABILITY:
+        hopper = fa2
+    else:
+        hopper = f"no: {gpu.name} has compute capability {_dotted(gpu.capability)}"
     return [
         ("cpu", "yes, for NumPy arrays and other CPU arrays"),
         ("fa2", f"{fa2} (needs NVRTC and an NVIDIA GPU of compute capability ≥ {minimum_capability()})"),
+        ("hopper", f"{hopper} (needs compute capability {_dotted(config_hopper.CAPABILITY)}: H100, H200)"),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -51,6 +51,22 @@ class Strides(NamedTuple):
     batch: int
     row: int
     head: int
+
+
+class Launchable(Protocol):
+    """What one launch takes, but for the kernel's leading arguments. ``params`` goes to it by value."""
+
+    @property
+    def grid(self) -> tuple[int]: ...
+
+    @property
+    def block(self) -> tuple[int]: ...
+
+    @property
+    def shared_bytes(self) -> int: ...
+
+    @property
+    def params(self) -> np.void: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +159,9 @@ def heads_per_wave(problem: Problem, l2_bytes: int) -> int:
     return max(1, min(problem.batch * problem.heads_q, fitting))
 
 
-def launch(function: Any, call: KernelCall, pointers: tuple[int | None, ...], stream: Any = None) -> None:
-    """Start ``function``, a ``cupy.cuda.Function`` of the current device, on ``stream``.
+def launch(function: Any, call: Launchable, arguments: tuple[Any, ...], stream: Any = None) -> None:
+    """Start a ``cupy.cuda.Function`` of the current device on ``stream`` (None: CuPy's current one).
 
-    ``pointers`` are device addresses, None for a null pointer. ``stream`` None is CuPy's current one.
+    ``arguments`` come before ``call.params``; addresses are Python integers, null pointers None.
     """
-    function(call.grid, call.block, (*pointers, call.params), call.shared_bytes, stream)
+    function(call.grid, call.block, (*arguments, call.params), call.shared_bytes, stream)

@@ -4,39 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from cuflash import jit, launch
-from cuflash.arrays import ArrayInfo, GpuArrays
+from cuflash import jit, launch, tile_counters
+from cuflash.arrays import GpuArrays
 from cuflash.arrays.overlap import Footprint
 from cuflash.checks import Options, Request, check_call, check_no_alias, named, out_shape
-from cuflash.config import Config, choose
-from cuflash.problem import Problem
-from cuflash.resources import ELEMENT_BYTES, MINIMUM_CAPABILITY
+from cuflash.config_hopper import HopperConfig
+from cuflash.families import choose_kernel
+from cuflash.launch import KernelCall
+from cuflash.launch_hopper import HopperCall
+from cuflash.layouts import Layouts
+from cuflash.resources import ELEMENT_BYTES
+from cuflash.tensor_map import Encoder
 
 # A plan is a few KB. Growing sequences (decoding) make a new one every step, so the number is bounded.
 # Starting afresh costs each live signature one slow call; keeping the plans in order of use, every call.
 _MAX_PLANS = 4096
 _plans: dict[Hashable, Plan] = {}
-
-
-class Layouts(NamedTuple):
-    """How the kernel meets the arrays: what it reads and writes in place, and what is copied first."""
-
-    strides: tuple[launch.Strides, launch.Strides, launch.Strides, launch.Strides]  # q, k, v, out
-    copied: dict[str, int]  # inputs that cannot be read in place → the padded width of their copy
-    copy_out: bool  # the kernel writes a temporary, which is copied to the caller's out
-    vector_out: bool  # rows of out are 16-byte aligned
-
-
-class Kernel(NamedTuple):
-    """What runs, and with what arguments. The last three are None where the output is empty: nothing runs."""
-
-    arch: str
-    layouts: Layouts
-    config: Config | None
-    call: launch.KernelCall | None
-    program: jit.Program | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +33,11 @@ class Plan:
     lse_shape: tuple[int, ...]
     layouts: Layouts
     footprints: dict[str, Footprint]
-    call: launch.KernelCall | None  # None: the output is empty
+    call: KernelCall | HopperCall | None  # None: the output is empty
+    encoders: tuple[Encoder, ...]  # of the tensor maps of q, k, v and out, for a kernel that takes them
+    takes_tiles: bool  # the kernel needs a tile counter
     function: Any
-    get_current_device: Callable[[], int]  # here to save each call an import statement
+    get_current_device: Callable[[], int]
 
 
 def attend(gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
@@ -73,7 +60,7 @@ def attend(gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, options: Options) -
         raise
     if plan is None:
         request = check_call(gpu, named(q, k, v, out), options)
-        plan = _make_plan(request, options.layout)
+        plan = _make_plan(request, options)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         _plans[key] = plan
@@ -90,8 +77,8 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
     if out is None:
         result = gpu.empty(plan.out_shape, q.dtype, plan.device)
     else:
-        pointers = {"q": gpu.pointer(q), "k": gpu.pointer(k), "v": gpu.pointer(v), "out": gpu.pointer(out)}
-        check_no_alias(plan.footprints, pointers)
+        addresses = {"q": gpu.pointer(q), "k": gpu.pointer(k), "v": gpu.pointer(v), "out": gpu.pointer(out)}
+        check_no_alias(plan.footprints, addresses)
     lse = gpu.empty(plan.lse_shape, "float32", plan.device) if return_lse else None
     if plan.call is None:
         return result, lse
@@ -112,12 +99,10 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
         v = gpu.padded(v, copied["v"]) if "v" in copied else v
     target = gpu.empty(plan.out_shape, q.dtype, plan.device) if layouts.copy_out else result
     pointer = gpu.pointer
-    launch.launch(
-        plan.function,
-        plan.call,
-        (pointer(q), pointer(k), pointer(v), pointer(target), None if lse is None else pointer(lse)),
-        gpu.stream(plan.device),
-    )
+    arrays = (pointer(q), pointer(k), pointer(v), pointer(target))
+    lse_pointer = None if lse is None else pointer(lse)
+    arguments = _hopper_arguments(plan, gpu, arrays, lse_pointer) if plan.encoders else (*arrays, lse_pointer)
+    launch.launch(plan.function, plan.call, arguments, gpu.stream(plan.device))
     if layouts.copy_out:
         gpu.assign(out, target)
     if out is not None:
@@ -125,96 +110,40 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
     return result, lse
 
 
-def _make_plan(request: Request, layout: str) -> Plan:
+def _hopper_arguments(
+    plan: Plan, gpu: GpuArrays, arrays: tuple[int, ...], lse: int | None
+) -> tuple[Any, ...]:
+    """Tensor maps of q, k, v and out in place of their addresses, lse, and the address of a tile counter."""
+    maps = [encode(pointer) for encode, pointer in zip(plan.encoders, arrays, strict=True)]
+    counter = (
+        tile_counters.address(plan.device, *gpu.launch_stream(plan.device)) if plan.takes_tiles else None
+    )
+    return (*maps, lse, counter)
+
+
+def _make_plan(request: Request, options: Options) -> Plan:
     from cupy import cuda
 
     problem, infos = request
     device = infos["q"].device
     assert device is not None
-    kernel = choose_kernel(request, layout)
+    kernel = choose_kernel(request, options)
     function = None
+    takes_tiles = isinstance(kernel.config, HopperConfig) and kernel.config.dynamic_tiles
     if kernel.program is not None and kernel.call is not None:
         with cuda.Device(device):
             function = jit.load(kernel.program, kernel.call.shared_bytes)
+            if takes_tiles:
+                tile_counters.prepare(device)
     return Plan(
         device=device,
-        out_shape=out_shape(problem, layout),
+        out_shape=out_shape(problem, options.layout),
         lse_shape=(problem.batch, problem.heads_q, problem.seqlen_q),
         layouts=kernel.layouts,
         footprints={name: Footprint.of(info) for name, info in infos.items()},
         call=kernel.call,
+        encoders=tuple(map(Encoder, kernel.call.maps)) if isinstance(kernel.call, HopperCall) else (),
+        takes_tiles=takes_tiles,
         function=function,
         get_current_device=cuda.runtime.getDevice,
     )
-
-
-def choose_kernel(request: Request, layout: str) -> Kernel:
-    """Choose and compile, but do not load, the kernel for GPU arrays. ValueError if their GPU is too old."""
-    from cupy import cuda
-
-    problem, infos = request
-    device = infos["q"].device
-    capability = divmod(int(cuda.Device(device).compute_capability), 10)  # "90" is 9.0, "120" is 12.0
-    if capability < MINIMUM_CAPABILITY:
-        raise ValueError(
-            "q is on a GPU of compute capability {}.{}; the fa2 kernel runs on 8.0 and newer".format(
-                *capability
-            )
-        )
-    arch = jit.architecture(capability)
-    layouts = plan_layouts(problem, infos, layout)
-    if problem.is_empty:
-        return Kernel(arch, layouts, None, None, None)
-    config = choose(problem, capability, vector_out=layouts.vector_out)
-    l2_bytes = cuda.runtime.deviceGetAttribute(cuda.runtime.cudaDevAttrL2CacheSize, device)
-    call = launch.forward_call(problem, config, *layouts.strides, l2_bytes=l2_bytes)
-    return Kernel(arch, layouts, config, call, jit.compile(config, arch))
-
-
-def plan_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> Layouts:
-    """Decide what is read and written in place. ``infos`` as in ``Request``."""
-    copied = {}
-    strides = []
-    for name in ("q", "k", "v"):
-        info = infos[name]
-        shape, byte_strides = info.shape, info.strides
-        if why_copied(info):
-            width = -(-shape[3] * ELEMENT_BYTES // launch.ALIGNMENT) * launch.ALIGNMENT // ELEMENT_BYTES
-            copied[name] = width
-            shape = (*shape[:3], width)
-            byte_strides = launch.contiguous_strides(shape, ELEMENT_BYTES)
-        strides.append(launch.kernel_strides(shape, byte_strides, ELEMENT_BYTES, layout))
-    shape = out_shape(problem, layout)
-    byte_strides, pointer, copy_out = launch.contiguous_strides(shape, ELEMENT_BYTES), 0, False
-    if "out" in infos:
-        if _last_axis_contiguous(infos["out"]):
-            byte_strides, pointer = infos["out"].strides, infos["out"].pointer
-        else:
-            copy_out = True
-    strides.append(launch.kernel_strides(shape, byte_strides, ELEMENT_BYTES, layout))
-    q, k, v, out = strides
-    return Layouts((q, k, v, out), copied, copy_out, _aligned(shape, byte_strides, pointer))
-
-
-def why_copied(info: ArrayInfo) -> str | None:
-    """Why the kernel cannot read the rows of ``info`` 16 bytes at a time where they lie; None if it can."""
-    if 0 in info.shape:
-        return None
-    if not _last_axis_contiguous(info):
-        return "its last axis is not contiguous"
-    if info.shape[3] * ELEMENT_BYTES % launch.ALIGNMENT:
-        return f"its head_dim {info.shape[3]} is not a multiple of {launch.ALIGNMENT // ELEMENT_BYTES}"
-    if not _aligned(info.shape, info.strides, info.pointer):
-        return f"its rows do not start at multiples of {launch.ALIGNMENT} bytes"
-    return None
-
-
-def _last_axis_contiguous(info: ArrayInfo) -> bool:
-    whole_steps = all(s % ELEMENT_BYTES == 0 for s, n in zip(info.strides, info.shape, strict=True) if n > 1)
-    return whole_steps and (info.shape[3] <= 1 or info.strides[3] == ELEMENT_BYTES)
-
-
-def _aligned(shape: tuple[int, ...], strides: tuple[int, ...], pointer: int) -> bool:
-    """Every row starts at, and is, a multiple of 16 bytes."""
-    steps = [stride for stride, size in zip(strides[:3], shape[:3], strict=True) if size > 1]
-    return all(n % launch.ALIGNMENT == 0 for n in (pointer, shape[3] * ELEMENT_BYTES, *steps))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from cuflash.arrays.base import ArrayInfo, Borrowed, GpuArrays, HostArrays, Native
 from cuflash.arrays.cupy import CupyArrays
@@ -20,6 +23,8 @@ __all__ = [
     "HostArrays",
     "Native",
     "common_framework",
+    "library_of",
+    "native_of",
 ]
 
 CUPY = CupyArrays()
@@ -38,20 +43,38 @@ def common_framework(q: Any, k: Any, v: Any, out: Any = None) -> Native | Borrow
         or _by_type.get(type(v)) is not framework
         or (out is not None and _by_type.get(type(out)) is not framework)
     ):
-        framework = _recognise(q, "q")
-        for name, x in (("k", k), ("v", v), ("out", out)):
-            if x is None and name == "out":
-                continue
-            other = _recognise(x, name)
-            if other is not framework:
-                raise TypeError(
-                    f"{name} is {other.noun}, q is {framework.noun}; q, k, v and out must come from one "
-                    "library"
-                )
+        named = {"q": q, "k": k, "v": v}
+        framework = library_of(named if out is None else named | {"out": out})
     return framework
 
 
+def library_of(named: Mapping[str, Any]) -> Native | Borrowed:
+    """The one library all arrays of ``named`` belong to, q among them; TypeError names the odd one."""
+    framework = _recognise(named["q"], "q")
+    for name, x in named.items():
+        other = _recognise(x, name)
+        if other is not framework:
+            raise TypeError(
+                f"{name} is {other.noun}, q is {framework.noun}; {', '.join(named)} must come from one "
+                "library"
+            )
+    return framework
+
+
+def native_of(borrowed: Mapping[str, Any]) -> Native:
+    """The library, NumPy or CuPy, of arrays that ``Borrowed.borrow`` returned, q among them."""
+    on_cpu = isinstance(borrowed["q"], np.ndarray)
+    for name, x in borrowed.items():
+        if isinstance(x, np.ndarray) != on_cpu:
+            places = ("the CPU", "a GPU") if isinstance(x, np.ndarray) else ("a GPU", "the CPU")
+            raise ValueError(f"{name} is on {places[0]}, q on {places[1]}; they must be on one device")
+    return NUMPY if on_cpu else CUPY
+
+
 def _recognise(x: Any, name: str) -> Native | Borrowed:
+    known = _by_type.get(type(x))
+    if known is not None:
+        return known
     for framework in _NAMED:
         if framework.owns(x):
             _by_type[type(x)] = framework

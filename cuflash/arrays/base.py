@@ -100,6 +100,10 @@ class GpuArrays(Native):
     def assign(self, target: Any, source: Any) -> None:
         raise NotImplementedError
 
+    def launch_stream(self, device: int) -> tuple[int, bool]:
+        """The handle of that stream, and whether a CUDA graph is capturing it."""
+        raise NotImplementedError
+
     def keeps_temporaries(self) -> bool:
         """Whether what a call allocates and frees stays reserved, should a CUDA graph be capturing it."""
         raise NotImplementedError

@@ -50,3 +50,7 @@ class CupyArrays(GpuArrays):
 
     def stream(self, device: int) -> Any:
         return None
+
+    def launch_stream(self, device: int) -> tuple[int, bool]:
+        stream = sys.modules["cupy"].cuda.get_current_stream()
+        return stream.ptr, stream.is_capturing()

@@ -117,6 +117,10 @@ class TorchTensors(HostArrays, GpuArrays):
     def stream(self, device: int) -> Any:
         return _cupy_stream(sys.modules["torch"].cuda.current_stream(device).cuda_stream)
 
+    def launch_stream(self, device: int) -> tuple[int, bool]:
+        cuda = sys.modules["torch"].cuda
+        return cuda.current_stream(device).cuda_stream, cuda.is_current_stream_capturing()
+
 
 _untraced: dict[Callable[..., Any], Callable[..., Any]] = {}
 

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuflash import launch, plan
+from cuflash import launch
 from cuflash.arrays import ArrayInfo
 from cuflash.arrays.overlap import Footprint
 from cuflash.config import choose
+from cuflash.layouts import Layouts, plan_layouts, why_copied
 from cuflash.problem import Problem, make_problem
 
 FORWARD_CU = Path(__file__).parents[2] / "kernels_cu" / "fa2" / "forward.cu"
@@ -167,10 +168,10 @@ def aligned(*shape: int) -> np.ndarray:
     return buffer[skip : skip + size].reshape(shape)
 
 
-def layouts_of(q: np.ndarray, out: np.ndarray | None = None, layout: str = "bshd") -> plan.Layouts:
+def layouts_of(q: np.ndarray, out: np.ndarray | None = None, layout: str = "bshd") -> Layouts:
     infos = {name: info_of(q) for name in "qkv"} | ({} if out is None else {"out": info_of(out)})
     problem = make_problem(q.shape, q.shape, q.shape, "float16", layout=layout)
-    return plan.plan_layouts(problem, infos, layout)
+    return plan_layouts(problem, infos, layout)
 
 
 def test_strides_are_those_of_the_layout() -> None:
@@ -214,7 +215,7 @@ def test_other_inputs_are_copied_padded_to_a_multiple_of_8(view: Any, reason: st
     x = view()
     layouts = layouts_of(x)
     assert layouts.copied == {"q": width, "k": width, "v": width}
-    assert reason in str(plan.why_copied(info_of(x)))
+    assert reason in str(why_copied(info_of(x)))
     assert layouts.strides[0] == (5 * 3 * width, 3 * width, width)
 
 
