@@ -51,6 +51,8 @@ VIEWS: dict[str, Callable[[Any, Any], Any]] = {
     "last axis not contiguous": _last_axis_strided,
 }
 
+TMA_VIEWS = ("contiguous", "heads first in memory", "slice of a wider array")
+
 
 def make_inputs(
     seed: int,
@@ -81,12 +83,17 @@ def to_numpy(x: Any) -> np.ndarray:
 
 
 def check_forward(
-    cp: Any, problem: Problem, inputs: Inputs, causal: bool | str, views=("contiguous",) * 3
+    cp: Any,
+    problem: Problem,
+    inputs: Inputs,
+    causal: bool | str,
+    views: tuple[str, ...] = ("contiguous",) * 3,
+    algorithm: str = "fa2",
 ) -> None:
     """Run the GPU kernel on ``inputs`` in the given memory layouts and hold out and lse to the contract."""
     q, k, v = (VIEWS[view](cp, cp.asarray(x)) for view, x in zip(views, inputs[:3], strict=True))
     out, lse = cuflash.attention(
-        q, k, v, causal=causal, scale=problem.scale, return_lse=True, algorithm="fa2"
+        q, k, v, causal=causal, scale=problem.scale, return_lse=True, algorithm=algorithm
     )
     options = {"causal_offset": problem.causal_offset, "scale": problem.scale}
     expected = reference.attention(*inputs[:3], **options)

@@ -26,6 +26,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def hopper_or_skip() -> str:
+    """ "hopper" where the current GPU has that family."""
+    import cupy
+
+    capability = cupy.cuda.Device().compute_capability
+    if capability != "90":
+        pytest.skip(f"the hopper family needs compute capability 9.0, this GPU has {capability}")
+    return "hopper"
+
+
+@pytest.fixture(params=["fa2", "hopper"])
+def algorithm(request: pytest.FixtureRequest) -> str:
+    """Each kernel family; one that the GPU has not is skipped."""
+    return hopper_or_skip() if request.param == "hopper" else request.param
+
+
+@pytest.fixture
+def attention(algorithm: str):
+    """``cuflash.attention`` by each kernel family."""
+    import cuflash
+
+    return functools.partial(cuflash.attention, algorithm=algorithm)
+
+
 @pytest.fixture
 def nan_pool():
     """CuPy's memory pool full of freed NaN, so that whatever is read before it is written shows."""

@@ -58,16 +58,17 @@ def test_memory_comes_from_torchs_allocator(qkv):
     assert torch.cuda.max_memory_allocated() - before == out.numel() * 2
 
 
-def test_a_torch_graph_captures_the_call(qkv):
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_torch_graph_captures_the_call(qkv, causal):
     q, k, v = qkv
-    cuflash.attention(q, k, v)
+    cuflash.attention(q, k, v, causal=causal)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = cuflash.attention(q, k, v)
+        out = cuflash.attention(q, k, v, causal=causal)
     q.mul_(2)
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(out, cuflash.attention(q, k, v))
+    assert torch.equal(out, cuflash.attention(q, k, v, causal=causal))
 
 
 def test_a_tensor_that_requires_grad_is_refused_and_accepted_under_no_grad(qkv):
