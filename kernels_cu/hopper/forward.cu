@@ -219,7 +219,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       tile = next;
     }
     q_ring.wait_empty(q_use);
-    tile_slots[q_use % kQStages].tile.m_block = kNoTile;
+    tile_slots[q_use % kQStages].tile = Tile{kNoTile, 0, 0};
     mbarrier_arrive(q_ring.full(q_use));
     return;
   }
