@@ -1,0 +1,71 @@
+"""Planted bugs: textual mutations of the real kernels, and what notices them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from arrays import make_inputs
+from numerics import Inputs
+
+from cuflash import jit
+from cuflash.problem import Causal, Problem
+from emulator.findings import KernelFault
+from emulator.session import Emulator, emulator
+
+WRONG_RESULT = "wrong result"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call, in ``arrays.make_inputs``'s terms."""
+
+    batch: int = 1
+    seqlens: tuple[int, int] = (150, 200)
+    heads: tuple[int, int] = (2, 1)
+    head_dims: tuple[int, int] = (64, 64)
+    causal: bool | str = True
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Bug:
+    """``old`` → ``new`` in ``file``, noticed by ``check`` (a check's name, or ``WRONG_RESULT``)."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    check: str
+    call: Call = field(default_factory=Call)
+
+    def edits(self) -> dict[str, str]:
+        """The mutated file. AssertionError if the mutation no longer applies to the kernel."""
+        text = (jit.sources_dir() / self.file).read_text()
+        count = text.count(self.old)
+        assert count == 1, f"{self.file} holds {self.old!r} {count} times: plant {self.name!r} anew"
+        return {self.file: text.replace(self.old, self.new)}
+
+
+# Computes a call and asserts that the result is right.
+Check = Callable[[Emulator, Problem, Inputs, Causal], None]
+
+
+def what_notices(edits: dict[str, str], call: Call, check: Check, seeds: int = 3) -> dict[str, str]:
+    """The checks that report something in any of some interleavings, each with its first report."""
+    noticed: dict[str, str] = {}
+    problem, inputs = make_inputs(
+        0, call.batch, call.seqlens, call.heads, call.head_dims, "float16", call.causal, call.scale
+    )
+    for seed in range(seeds):
+        # Without race checks the launch goes on to its end, so that a wrong result shows too.
+        for check_races in (True, False):
+            with emulator(edits=edits, seed=seed, check_races=check_races) as session:
+                try:
+                    check(session, problem, inputs, call.causal)
+                except KernelFault as fault:
+                    for finding in fault.findings:
+                        noticed.setdefault(finding.check, str(finding))
+                except AssertionError as error:
+                    noticed.setdefault(WRONG_RESULT, str(error))
+    return noticed

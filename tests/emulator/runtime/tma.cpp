@@ -1,0 +1,191 @@
+#include "tma.h"
+
+#include <string.h>
+
+#include <algorithm>
+#include <list>
+
+#include "machine.h"
+#include "memory.h"
+#include "scheduler.h"
+#include "tensor_map.h"
+
+namespace emu {
+
+static_assert(kChunk == 16, "what the swizzle moves together");
+
+struct Transfer {
+  bool load;
+  TensorMap map;
+  int start[kMostAxes];
+  uint32_t shared, mbarrier, phase;
+  Thread* thread;
+  uint32_t step;  // of the mbarrier's or the thread's actor
+  Clock clock;    // at the issue
+  Site site;
+  uint32_t row = 0, rows = 1;  // a row is the box's innermost axis
+};
+
+static std::list<Transfer> transfers;
+
+static uint32_t row_bytes(const Transfer& transfer) { return transfer.map.box[0] * transfer.map.element_bytes; }
+
+// Where row `row` of the box starts in global memory; null if it lies outside the tensor.
+static unsigned char* global_row(const Transfer& transfer, uint32_t row) {
+  const TensorMap& map = transfer.map;
+  unsigned char* address = reinterpret_cast<unsigned char*>(map.address);
+  for (int axis = 1; axis < map.rank; ++axis) {
+    const int64_t index = transfer.start[axis] + static_cast<int64_t>(row % map.box[axis]);
+    row /= map.box[axis];
+    if (index < 0 || index >= map.shape[axis]) return nullptr;
+    address += index * static_cast<int64_t>(map.strides[axis - 1]);
+  }
+  return address;
+}
+
+static void move_chunk(Transfer& transfer, unsigned char* global, uint32_t row, uint32_t offset) {
+  const TensorMap& map = transfer.map;
+  Block& block = *transfer.thread->block;
+  const StoreQueue& stores = transfer.thread->stores;
+  const int reads = transfer.load ? block.mbarriers.at(transfer.mbarrier).actor : stores.reader;
+  const int writes = transfer.load ? reads : stores.writer;
+  const uint32_t address = swizzled(transfer.shared + row * row_bytes(transfer) + offset, map.swizzle);
+  const int64_t column = transfer.start[0] + static_cast<int64_t>(offset / map.element_bytes);
+  const int64_t left = static_cast<int64_t>(map.shape[0]) - column;
+  const int64_t elements = std::clamp<int64_t>(left, 0, kChunk / map.element_bytes);
+  const size_t inside = global && column >= 0 ? elements * map.element_bytes : 0;
+  if (!inside && !transfer.load) return;  // clipped: not even read
+  Access access{&block, transfer.load ? writes : reads, transfer.step, &transfer.clock, transfer.load, true, true,
+                transfer.site};
+  unsigned char* const shared = shared_at(access, address, kChunk, kChunk);
+  unsigned char* const there = inside ? global + column * map.element_bytes : nullptr;
+  if (inside) {
+    access.actor = transfer.load ? reads : writes;
+    access.write = !transfer.load;
+    check_global(access, there, inside, false);
+  }
+  if (transfer.load) {
+    if (inside) memcpy(shared, there, inside);
+    memset(shared + inside, 0, kChunk - inside);
+  } else {
+    memcpy(there, shared, inside);
+  }
+}
+
+// Moves up to `rows` rows; true when nothing is left.
+static bool advance(Transfer& transfer, uint32_t rows) {
+  const uint32_t first = transfer.row;
+  for (; rows > 0 && transfer.row < transfer.rows; --rows, ++transfer.row) {
+    unsigned char* const global = global_row(transfer, transfer.row);
+    for (uint32_t offset = 0; offset < row_bytes(transfer); offset += kChunk) {
+      move_chunk(transfer, global, transfer.row, offset);
+    }
+  }
+  const bool done = transfer.row == transfer.rows;
+  if (transfer.load) {
+    Mbarrier& mbarrier = transfer.thread->block->mbarriers.at(transfer.mbarrier);
+    const int64_t bytes = static_cast<int64_t>(transfer.row - first) * row_bytes(transfer);
+    land_bytes(mbarrier, transfer.phase, bytes, transfer.site);
+    mbarrier.arriving.join(transfer.clock);
+    if (done) mbarrier.arriving.seen.raise(mbarrier.actor, transfer.step);
+    complete_if_done(mbarrier);
+  }
+  return done;
+}
+
+bool step_transfers() {
+  if (transfers.empty()) return false;
+  auto chosen = std::next(transfers.begin(), random_below(static_cast<uint32_t>(transfers.size())));
+  if (advance(*chosen, 1 + random_below(chosen->rows))) transfers.erase(chosen);
+  return true;
+}
+
+static Transfer make_transfer(bool load, const void* map, uint32_t shared, const int* coordinates, int rank,
+                              Site site) {
+  Thread& thread = *current();
+  Transfer transfer{};
+  transfer.load = load;
+  transfer.map = decode_tensor_map(map, rank, site);
+  std::copy(coordinates, coordinates + rank, transfer.start);
+  transfer.shared = shared;
+  transfer.thread = &thread;
+  transfer.site = site;
+  for (int axis = 1; axis < rank; ++axis) transfer.rows *= transfer.map.box[axis];
+  require_shared(*thread.block, shared, transfer.rows * row_bytes(transfer), 128, load, site);
+  transfer.clock = thread.clock;
+  thread.clock.seen.raise(thread.id, thread.clock.seen[thread.id] + 1);
+  return transfer;
+}
+
+void tma_load(uint32_t target, const void* map, uint32_t mbarrier_address, const int* coordinates, int rank) {
+  const Site site = __builtin_return_address(0);
+  Block& block = *current()->block;
+  Mbarrier& mbarrier = mbarrier_at(block, mbarrier_address, site);
+  if (!mbarrier.fenced && first_time(kProxy, site)) {
+    finding(kProxy, "TMA load " + at(site) + " reports to an mbarrier whose initialisation no fence made visible");
+  }
+  if (mbarrier.actor < 0) {
+    mbarrier.actor = new_actor(block, format("TMA load to mbarrier +%u", mbarrier_address - kSharedBase));
+  }
+  Transfer transfer = make_transfer(true, map, target, coordinates, rank, site);
+  transfer.mbarrier = mbarrier_address;
+  transfer.phase = mbarrier.phase;
+  transfer.step = ++mbarrier.loads;
+  transfers.push_back(std::move(transfer));
+}
+
+void tma_store(const void* map, uint32_t source, const int* coordinates, int rank) {
+  const Site site = __builtin_return_address(0);
+  Thread& thread = *current();
+  StoreQueue& queue = thread.stores;
+  if (queue.reader < 0) {
+    queue.reader = new_actor(*thread.block, format("TMA store of thread %d", thread.id));
+    queue.writer = new_actor(*thread.block, format("TMA store of thread %d", thread.id));
+  }
+  Transfer transfer = make_transfer(false, map, source, coordinates, rank, site);
+  transfer.step = ++queue.issued;
+  transfers.push_back(std::move(transfer));
+}
+
+void bulk_commit() {
+  StoreQueue& queue = current()->stores;
+  ++queue.groups;
+  queue.group_ends.push_back(queue.issued);
+}
+
+void bulk_wait(int pending, bool reads_only) {
+  Thread& thread = *current();
+  StoreQueue& queue = thread.stores;
+  if (queue.groups <= static_cast<uint32_t>(pending)) return;
+  const uint32_t done = queue.group_ends[queue.groups - pending - 1];
+  for (auto it = transfers.begin(); it != transfers.end();) {
+    const bool waited_for = !it->load && it->thread == &thread && it->step <= done;
+    if (waited_for) advance(*it, it->rows);
+    it = waited_for ? transfers.erase(it) : std::next(it);
+  }
+  queue.read_waited = std::max(queue.read_waited, done);
+  if (queue.reader < 0) return;
+  thread.clock.seen.raise(queue.reader, done);
+  if (!reads_only) thread.clock.seen.raise(queue.writer, done);
+}
+
+void check_no_stores_pending(const Thread& thread) {
+  if (thread.stores.read_waited < thread.stores.issued) {
+    fault(kInFlight, "the thread exits while TMA may still read what it stores from the block's shared memory");
+  }
+}
+
+void end_transfers(const Block& block) {
+  for (auto it = transfers.begin(); it != transfers.end();) {
+    if (it->thread->block != &block) {
+      ++it;
+      continue;
+    }
+    finding(kInFlight, name_of(block) + " ends before anybody has waited for the TMA load " + at(it->site));
+    it = transfers.erase(it);
+  }
+}
+
+void cancel_transfers() { transfers.clear(); }
+
+}  // namespace emu

@@ -1,0 +1,146 @@
+"""hopper/forward.cu, the same tests on the emulator, with all checks on, and on a GPU.
+
+Sizes are the smallest that reach every path: the emulator takes 20 ms for a 128 × 128 tile.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from arrays import check_forward, make_inputs, to_numpy
+from numerics import Inputs
+
+import cuflash
+from cuflash.config_hopper import TILES, make_config
+from cuflash.problem import Problem
+from emulator import emulator
+from emulator.hopper_call import attend, check_hopper
+
+CAUSAL = (False, True, "top_left")
+
+
+@pytest.fixture
+def hopper(cp):
+    """``cp``, if its GPU is a Hopper."""
+    if cp.cuda.Device().compute_capability != "90":
+        pytest.skip("needs compute capability 9.0")
+    return cp
+
+
+def attention(q, k, v, **options):
+    return cuflash.attention(q, k, v, return_lse=True, algorithm="hopper", **options)
+
+
+def check(cp, problem, inputs, causal, view="contiguous"):
+    """Hold out and lse to the contract."""
+    check_forward(cp, problem, inputs, causal, (view,) * 3, algorithm="hopper")
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize(
+    "head_dims", [*((tile.head_dim, tile.head_dim_v) for tile in TILES), (72, 40), (8, 16), (40, 200)]
+)
+def test_every_tile_shape_is_right_at_its_head_dims(hopper, head_dims, causal):
+    problem, inputs = make_inputs(sum(head_dims), 1, (150, 200), (2, 1), head_dims, "float16", causal)
+    check(hopper, problem, inputs, causal)
+
+
+@pytest.mark.parametrize("seqlen", [1, 16, 63, 64, 65, 128, 129, 191, 192, 193, 257])
+def test_lengths_around_every_tile_boundary_are_right(hopper, seqlen):
+    for seqlens in ((seqlen, 130), (70, seqlen)):
+        for causal in (False, True):
+            problem, inputs = make_inputs(seqlen, 1, seqlens, (1, 1), (64, 64), "bfloat16", causal)
+            check(hopper, problem, inputs, causal)
+
+
+@pytest.mark.parametrize("view", ["heads first in memory", "slice of a wider array"])
+def test_strided_inputs_are_read_in_place(hopper, view):
+    problem, inputs = make_inputs(3, 2, (70, 140), (4, 2), (64, 64), "float16", True)
+    check(hopper, problem, inputs, True, view)
+
+
+@pytest.mark.parametrize("seqlens", [(200, 70), (130, 1)])
+def test_rows_that_see_no_key_give_zero_and_minus_infinity(hopper, seqlens):
+    _, inputs = make_inputs(4, 1, seqlens, (1, 1), (64, 64), "float16", True)
+    out, lse = (to_numpy(x) for x in attention(*map(hopper.asarray, inputs[:3]), causal=True))
+    blind = seqlens[0] - seqlens[1]
+    assert (out[:, :blind] == 0).all()
+    assert np.isneginf(lse[:, :, :blind]).all()
+    assert np.isfinite(lse[:, :, blind:]).all()
+
+
+def test_nan_in_keys_that_no_query_sees_stays_invisible(hopper):
+    _, inputs = make_inputs(5, 1, (70, 200), (2, 2), (64, 64), "float16", "top_left")
+    q, k, v = (hopper.asarray(x) for x in inputs[:3])
+    expected = attention(q, k, v, causal="top_left")[0]
+    k[:, 70:], v[:, 70:] = hopper.nan, hopper.nan
+    assert (attention(q, k, v, causal="top_left")[0] == expected).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 3.0])
+def test_any_finite_scale_is_right(hopper, scale):
+    for causal in (False, True):
+        problem, inputs = make_inputs(6, 1, (70, 300), (1, 1), (64, 64), "float16", causal, scale)
+        check(hopper, problem, inputs, causal)
+
+
+@pytest.mark.parametrize("logit", [-120.0, 3e4])
+def test_extreme_logits_neither_overflow_nor_vanish(hopper, logit):
+    q, k = np.full((1, 20, 1, 64), 1, np.float16), np.full((1, 150, 1, 64), logit / 64, np.float16)
+    v = np.random.default_rng(7).standard_normal((1, 150, 1, 64)).astype(np.float16)
+    problem = Problem(1, 20, 150, 1, 1, 64, 64, "float16", None, 1.0)
+    check(hopper, problem, Inputs(q, k, v, q, q), False)
+
+
+def test_one_sequence_after_another_finds_the_tile_counter_as_it_was(hopper):
+    _, inputs = make_inputs(9, 2, (200, 150), (3, 1), (64, 64), "float16", True)
+    q, k, v = (hopper.asarray(x) for x in inputs[:3])
+    expected = attention(q, k, v, causal=True)[0]
+    for _ in range(3):
+        assert (attention(q, k, v, causal=True)[0] == expected).all()
+
+
+# --- what only the emulator can show, or only it can be made to do ------------------------------------------
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5])
+@pytest.mark.parametrize("head_dims", [(64, 64), (192, 128)])  # two Q slots; O staged in V
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_thread_blocks_that_work_through_many_tiles_are_right(emulated, head_dims, dynamic, multiprocessors):
+    problem, inputs = make_inputs(1, 2, (200, 150), (3, 1), head_dims, "float16", True)
+    tile = next(t for t in TILES if (t.head_dim, t.head_dim_v) == head_dims)
+    config = make_config(tile, dtype="float16", causal=True, dynamic_tiles=dynamic)
+    check_hopper(emulated, problem, inputs, config=config, multiprocessors=multiprocessors)
+
+
+def test_without_ping_pong_the_result_is_the_same_bit_for_bit(emulated):
+    problem, inputs = make_inputs(2, 1, (200, 300), (2, 2), (128, 128), "bfloat16", False)
+    q, k, v = (emulated.cp.asarray(x) for x in inputs[:3])
+    tile = next(t for t in TILES if t.head_dim == 128)
+    plain = make_config(tile, dtype="bfloat16", causal=False, ping_pong=False)
+    expected = attend(emulated, problem, q, k, v)
+    for a, b in zip(attend(emulated, problem, q, k, v, config=plain), expected, strict=True):
+        np.testing.assert_array_equal(a.get().view(np.uint8), b.get().view(np.uint8))
+
+
+@pytest.mark.parametrize("head_dims", [(64, 64), (192, 128)])
+def test_a_hundred_interleavings_raise_no_report_and_agree_bit_for_bit(emulated, head_dims):
+    problem, inputs = make_inputs(8, 1, (150, 140), (2, 1), head_dims, "float16", True)
+    q, k, v = (emulated.cp.asarray(x) for x in inputs[:3])
+    results = set()
+    for seed in range(100):
+        emulated.seed = seed
+        out, lse = attend(emulated, problem, q, k, v, multiprocessors=1 + seed % 3)
+        results.add((out.get().tobytes(), lse.get().tobytes()))
+    assert emulated.launches == 100
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (192, 128), (256, 256)])
+def test_no_access_of_the_threads_to_shared_memory_meets_a_bank_conflict(needs_emulator, head_dims):
+    with emulator(count_banks=True) as counting:
+        problem, inputs = make_inputs(10, 1, (200, 150), (2, 1), head_dims, "float16", True)
+        check_hopper(counting, problem, inputs)
+        counts = counting.bank_conflicts()
+    assert any(count.write and count.requests >= 100 for count in counts), "O on its way out"
+    assert [count for count in counts if count.extra] == []

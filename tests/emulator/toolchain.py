@@ -1,0 +1,161 @@
+"""From C++ to loaded objects: the runtime once, each kernel program once, kept by the hash of their sources.
+
+Nothing is compiled for the machine at hand (no -march=native): an object serves any x86-64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cuflash import jit
+
+CACHE_VARIABLE = "CUFLASH_EMULATOR_CACHE"
+
+_HERE = Path(__file__).parent
+_RUNTIME = _HERE / "runtime"
+_OLDEST_GCC = 11
+
+_RUNTIME_FLAGS = ("-std=c++20", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+# -O1 compiles in half of -O2's time. -fsanitize=thread announces every access to the hooks of
+# runtime/hooks.cpp (libtsan itself is not linked); bounds and shift trap.
+_KERNEL_FLAGS = (
+    *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-w", "-x", "c++"),
+    *("-fsanitize=thread,bounds,shift", "-fsanitize-undefined-trap-on-error"),
+    *("--param", "tsan-instrument-func-entry-exit=0", "--param", "tsan-distinguish-volatile=1"),
+    *("-include", "cuda_on_cpu.h"),
+)
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why the emulator cannot run on this machine; None if it can."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"needs Linux on x86-64, this is {platform.system()} on {platform.machine()}"
+    for tool in ("g++", "addr2line"):
+        if shutil.which(tool) is None:
+            return f"needs {tool} (Debian: apt install g++)"
+    if _gcc_version() < _OLDEST_GCC:
+        return f"needs g++ {_OLDEST_GCC} or newer, this is {_gcc_version()}"
+    return None
+
+
+@functools.cache
+def _gcc_version() -> int:
+    return int(_run(["g++", "-dumpversion"]).split(".")[0])
+
+
+def folder() -> Path:
+    """Where objects are kept: ``$CUFLASH_EMULATOR_CACHE``, else cuflash-emulator in the user's cache."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = Path(chosen or os.path.join(base, "cuflash-emulator")).expanduser().absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """The emulator's runtime, loaded so that kernels find its symbols."""
+    sources = sorted(_RUNTIME.glob("*.cpp"))
+    texts = [path.read_text() for path in (*sources, *sorted(_RUNTIME.glob("*.h")))]
+    target = folder() / f"runtime-{_digest(_RUNTIME_FLAGS, texts)}.so"
+    if not target.exists():
+        with _atomically(target) as temporary:
+            objects = [temporary.with_suffix(f".{path.stem}.o") for path in sources]
+            commands = [
+                ["g++", *_RUNTIME_FLAGS, "-c", str(source), "-o", str(target)]
+                for source, target in zip(sources, objects, strict=True)
+            ]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_run, commands))
+            _run(["g++", "-shared", *map(str, objects), "-o", str(temporary)])
+            for path in objects:
+                path.unlink()
+    return ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
+
+
+def compile_kernel(stub: str, entry: str, edits: Mapping[str, str]) -> Path:
+    """The shared object of the program ``stub`` with kernel ``entry``.
+
+    ``edits`` replaces files below ``kernels_cu`` (path → text): how planted bugs are compiled.
+    """
+    program = f"{stub}EMU_PROGRAM({entry})\n"
+    key = _digest(_KERNEL_FLAGS, [program, *_included(program, edits)])
+    target = folder() / f"{entry}-{key}.so"
+    if target.exists():
+        return target
+    overlay = folder() / f"{entry}-{key}-sources"
+    for name, text in {"stub.cpp": program, **edits}.items():
+        path = overlay / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    includes = [f"-I{place}" for place in (overlay, _RUNTIME, _HERE, jit.sources_dir())]
+    with _atomically(target) as temporary:
+        # Compiled and linked apart: g++ would link libtsan along with -fsanitize=thread.
+        unlinked = temporary.with_suffix(".o")
+        _run(["g++", *_KERNEL_FLAGS, *includes, "-c", str(overlay / "stub.cpp"), "-o", str(unlinked)])
+        _run(["g++", "-shared", str(unlinked), "-o", str(temporary)])
+        unlinked.unlink()
+    return target
+
+
+def _included(text: str, edits: Mapping[str, str], found: dict[str, str] | None = None) -> list[str]:
+    """The texts of all files ``text`` includes in quotes, directly or not, as the compiler will find them."""
+    found = {} if found is None else found
+    for name in re.findall(r'^\s*#include "([^"]+)"', f'#include "cuda_on_cpu.h"\n{text}', re.MULTILINE):
+        if name in found:
+            continue
+        places = [place / name for place in (_RUNTIME, _HERE, jit.sources_dir())]
+        path = next((place for place in places if place.exists()), None)
+        if name in edits:
+            found[name] = edits[name]
+        elif path is not None:
+            found[name] = path.read_text()
+        else:
+            raise FileNotFoundError(f"{name} is included but exists in none of {[str(p) for p in places]}")
+        _included(found[name], edits, found)
+    return list(found.values())
+
+
+@functools.cache
+def _gcc_banner() -> str:
+    return _run(["g++", "--version"])
+
+
+def _digest(flags: object, texts: list[str]) -> str:
+    parts = repr((flags, _gcc_banner(), texts))
+    return hashlib.sha256(parts.encode()).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def _atomically(target: Path) -> Iterator[Path]:
+    """A temporary name that becomes ``target`` if the block succeeds: other processes never see a half."""
+    temporary = target.with_name(f"{uuid.uuid4().hex}.so")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class CompileError(RuntimeError):
+    """g++ refused; the message holds what it said."""
+
+
+def _run(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise CompileError(f"{' '.join(command)}\n{result.stderr[:6000]}")
+    return result.stdout
