@@ -1,6 +1,6 @@
-"""Every ptx/ wrapper on a GPU and its host twin on the same inputs: bit for bit where the instruction is exact.
+"""Every ptx/ wrapper on a GPU and its host twin on the same inputs: bit for bit where it is exact.
 
-What is compared is each wrapper's whole effect: registers of every lane, shared memory, what a wait made visible.
+What is compared is each wrapper's whole effect: registers of every lane, shared memory, what a wait shows.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import generate_wgmma
 import ml_dtypes
 import numpy as np
 import pytest
 
-from cuflash import jit
+import cuflash
+from cuflash import jit, tensor_map
 from emulator import emulator, why_not
 from emulator.conftest import _why_no_gpu
 
@@ -41,12 +43,14 @@ class Snippet:
 
     body: str
     headers: str = HEADERS
+    parameters: str = "const unsigned* x, unsigned* y"
     entry: str = "snippet"
     kernel: str = "tests/emulator/test_agreement.py"
 
     def stub(self) -> str:
-        parameters = "const unsigned* x, unsigned* y"
-        return f'{self.headers}extern "C" __global__ void snippet({parameters}) {{\n{self.body}\n}}\n'
+        # setmaxnreg needs to know what the launch allocates, hence the bounds
+        kernel = f"__launch_bounds__(256, 1) snippet({self.parameters}) {{\n{self.body}\n}}\n"
+        return f'{self.headers}extern "C" __global__ void {kernel}'
 
 
 def on_gpu(snippet: Snippet, x: np.ndarray, y_words: int, threads: int, shared_bytes: int) -> np.ndarray:
@@ -97,7 +101,8 @@ def test_approximate_functions_agree_within_their_documented_error(function):
     )
     x = np.concatenate([np.float32(values), np.float32([0, 1, np.inf, np.nan, 1e-40])])
     x = np.append(x, np.float32(-np.inf if function == "ex2_approx" else 2))
-    body = f"for (int i = threadIdx.x; i < 4102; i += 32) y[i] = __float_as_uint({function}(__uint_as_float(x[i])));"
+    body = f"""for (int i = threadIdx.x; i < 4102; i += 32)
+      y[i] = __float_as_uint({function}(__uint_as_float(x[i])));"""
     gpu, twin = (y.view(np.float32) for y in both(body, x, 4102))
     np.testing.assert_allclose(
         gpu, twin, rtol=2.0**-21, atol=2.0**-21 if function == "lg2_approx" else 2.0**-126
@@ -202,3 +207,166 @@ def test_named_barriers_and_mbarriers_agree_in_what_they_make_visible():
         }
       }"""
     np.testing.assert_array_equal(*both(body, random_words(128), 384, threads=64))
+
+
+_FILL_TILES = """DYN_SMEM(smem);
+  using A = PanelTile<64, 64>;
+  using B = PanelTile<{rows}, {columns}>;
+  unsigned* const a_smem = (unsigned*)smem;
+  unsigned* const b_smem = (unsigned*)(smem + A::kBytes);
+  for (int i = threadIdx.x; i < 64 * 32; i += 128) a_smem[A::offset(i / 32, i % 32 / 4) / 4 + i % 4] = x[i];
+  for (int i = threadIdx.x; i < {rows} * {columns} / 2; i += 128) {{
+    const int row = i / ({columns} / 2), column = i % ({columns} / 2);
+    b_smem[B::offset(row, column / 4) / 4 + column % 4] = x[2048 + i];
+  }}
+  fence_proxy_async_shared();
+  __syncthreads();
+  float d[{n} / 8][4];
+  for (int i = 0; i < {n} / 2; ++i) d[i / 4][i % 4] = 1;
+  const unsigned a = cvta_to_shared(a_smem), b = cvta_to_shared(b_smem);
+  {products}
+  wgmma_commit_group();
+  wgmma_wait_group<0>();
+  pin_registers(d);
+  for (int i = 0; i < {n} / 2; ++i) y[i * 128 + threadIdx.x] = __float_as_uint(d[i / 4][i % 4]);"""
+_SS = """wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) wgmma_m64k16_{kind}_ss<0, 0>(d, A::k_major(a, k), B::k_major(b, k), 1);"""
+_RS = """unsigned p[4][4];
+#pragma unroll
+  for (int k16 = 0; k16 < 4; ++k16) {{
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    ldmatrix_x4(p[k16], a + A::offset(16 * warp + lane % 16, 2 * k16 + lane / 16));
+  }}
+  wgmma_fence();
+#pragma unroll
+  for (int k16 = 0; k16 < 4; ++k16) wgmma_m64k16_{kind}_rs<1>(d, p[k16], B::n_major(b, k16), 1);"""
+_WGMMA_HEADERS = HEADERS + '#include "ptx/wgmma.cuh"\n#include "hopper/tile.cuh"\n'
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f16", np.float16), ("bf16", ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(
+    ("operands", "n"),
+    [*(("ss", n) for n in generate_wgmma.SMEM_SMEM), *(("rs", n) for n in generate_wgmma.REGISTER_SMEM)],
+)
+def test_wgmma_agrees_bit_for_bit_on_integers_and_closely_on_any_numbers(operands, n, kind, dtype):
+    """d = 1 + a b: a in shared memory and b with k inside, or a in registers and b with k outside."""
+    rows, columns = (n, 64) if operands == "ss" else (64, n)
+    products = (_SS if operands == "ss" else _RS).format(kind=kind)
+    snippet = Snippet(_FILL_TILES.format(rows=rows, columns=columns, n=n, products=products), _WGMMA_HEADERS)
+    panels = -(-columns // 64)
+    shared_bytes = 64 * 128 + rows * panels * 128
+    rng = np.random.default_rng()
+    for draw, tolerance in ((lambda m: rng.integers(-8, 9, m), 0.0), (rng.standard_normal, 1e-4)):
+        x = draw(64 * 64 + rows * columns).astype(dtype).view(np.uint32)
+        gpu, twin = (run(snippet, x, 64 * n, 128, shared_bytes).view(np.float32) for run in (on_gpu, on_twin))
+        np.testing.assert_allclose(gpu, twin, rtol=0, atol=tolerance)
+
+
+_TMA = """DYN_SMEM(smem);
+  const unsigned full = cvta_to_shared(smem) + 8192;
+  if (threadIdx.x == 0) { mbarrier_init(full, 1); fence_mbarrier_init(); }
+  __syncthreads();
+  const int boxes[3][4] = {{0, 0, 0, 0}, {0, 4, 1, 1}, {64, -2, 2, 0}};
+  const unsigned tile = cvta_to_shared(smem);
+  for (int i = 0; i < 3; ++i) {
+    const int *c = boxes[i];
+    if (threadIdx.x == 0) {
+      cp_async_bulk_wait_group_read<0>();
+      mbarrier_arrive_expect_tx(full, 8 * 128);
+      cp_async_bulk_tensor_4d_load(tile, &map, full, c[0], c[1], c[2], c[3]);
+    }
+    mbarrier_wait(full, i & 1);
+    for (int j = threadIdx.x; j < 256; j += 32) y[256 * i + j] = ((unsigned*)smem)[j];
+    __syncwarp();
+    for (int j = threadIdx.x; j < 256; j += 32) ((unsigned*)smem)[j] ^= 0x00010001;
+    fence_proxy_async_shared();
+    __syncwarp();
+    if (threadIdx.x == 0) {
+      cp_async_bulk_tensor_4d_store(&map, tile, c[0], c[1], c[2], c[3]);
+      cp_async_bulk_commit_group();
+    }
+    __syncwarp();
+  }
+  if (threadIdx.x == 0) cp_async_bulk_wait_group<0>();"""
+
+
+def test_tma_agrees_bit_for_bit_in_swizzle_zeros_and_clipping():
+    """Boxes inside the array, over its last row and over its first: what is loaded, and what stores leave."""
+    snippet = Snippet(
+        _TMA, HEADERS + '#include "ptx/tma.cuh"\n', "const __grid_constant__ CUtensorMap map, unsigned* y"
+    )
+    values = np.random.default_rng().integers(0, 2**16, (2, 9, 3, 72), dtype=np.uint16)
+    description = tensor_map.tensor_map(values.shape, values.strides, "float16", "bshd", rows=8, seqlen=9)
+
+    def run(cp: Any) -> tuple[np.ndarray, np.ndarray]:
+        x, y = cp.asarray(values), cp.zeros(768, np.uint32)
+        arguments = (tensor_map.Encoder(description)(x.data.ptr), y.data.ptr)
+        jit.load(jit.compile(snippet, "sm_90a"), 8200)((1,), (32,), arguments, 8200)
+        return x.get(), y.get()
+
+    import cupy
+
+    gpu = run(cupy)
+    with emulator() as session:
+        twin = run(session.cp)
+    for on_hardware, emulated in zip(gpu, twin, strict=True):
+        np.testing.assert_array_equal(on_hardware, emulated)
+
+
+def test_float16_widens_exactly_on_both():
+    x = np.arange(65536, dtype=np.uint32)
+    body = "for (int i = threadIdx.x; i < 65536; i += 32) y[i] = __float_as_uint(cvt_f32_f16(x[i]));"
+    snippet = Snippet(body, HEADERS + '#include "ptx/widen.cuh"\n')
+    gpu, twin = (run(snippet, x, 65536, 32, 64).view(np.float32) for run in (on_gpu, on_twin))
+    np.testing.assert_array_equal(gpu, twin)  # any NaN equals any other
+
+
+def test_reductions_and_released_flags_agree_on_integers():
+    """Every lane adds to one word and to a vector of its own; the last warp reads them behind the flag."""
+    body = """float* const sums = (float*)y;
+      if (threadIdx.x < 160) y[threadIdx.x] = 0;
+      __syncthreads();
+      red_add_f32(sums + 128, (float)(x[threadIdx.x] % 64));
+      float four[4];
+      for (int i = 0; i < 4; ++i) four[i] = (float)(x[threadIdx.x] % (61 + i));
+      red_add_v4_f32(sums + 4 * (threadIdx.x % 32), four);
+      __syncthreads();
+      if (threadIdx.x == 0) red_release_gpu_add((int*)y + 144, 7);
+      while (ld_acquire_gpu((const int*)y + 144) != 7) {}"""
+    snippet = Snippet(body, HEADERS + '#include "ptx/acquire_release.cuh"\n#include "ptx/reduce.cuh"\n')
+    x = random_words(256)
+    gpu, twin = (run(snippet, x, 160, 256, 64) for run in (on_gpu, on_twin))
+    np.testing.assert_array_equal(gpu, twin)
+
+
+def test_setmaxnreg_moves_registers_without_changing_values():
+    body = """unsigned kept[8];
+      for (int i = 0; i < 8; ++i) kept[i] = x[(threadIdx.x + 32 * i) % 256];
+      if (threadIdx.x < 128) setmaxnreg_dec<24>(); else setmaxnreg_inc<240>();
+      for (int i = 0; i < 8; ++i) y[256 * i + threadIdx.x] = kept[i];"""
+    snippet = Snippet(body, HEADERS + '#include "ptx/setmaxnreg.cuh"\n')
+    x = random_words(256)
+    gpu, twin = (run(snippet, x, 2048, 256, 64) for run in (on_gpu, on_twin))
+    np.testing.assert_array_equal(gpu, twin)
+
+
+@pytest.mark.parametrize("algorithm", ["fa2", "hopper"])
+@pytest.mark.parametrize(("head_dim", "causal"), [(64, False), (128, True), (40, True), (256, False)])
+def test_whole_kernels_agree_within_the_order_of_accumulation(algorithm, head_dim, causal):
+    rng = np.random.default_rng()
+    shapes = ((2, 150, 4, head_dim), (2, 203, 2, head_dim), (2, 203, 2, head_dim))
+    inputs = [rng.standard_normal(shape).astype(np.float16) for shape in shapes]
+
+    def run(cp: Any) -> tuple[np.ndarray, np.ndarray]:
+        arrays = [cp.asarray(x) for x in inputs]
+        out, lse = cuflash.attention(*arrays, causal=causal, return_lse=True, algorithm=algorithm)
+        return out.get().astype(np.float32), lse.get()
+
+    import cupy
+
+    gpu = run(cupy)
+    with emulator() as session:
+        twin = run(session.cp)
+    np.testing.assert_allclose(gpu[0], twin[0], rtol=2.0**-9, atol=2.0**-13)
+    np.testing.assert_allclose(gpu[1], twin[1], rtol=0, atol=1e-5)
