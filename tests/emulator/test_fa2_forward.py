@@ -118,14 +118,13 @@ def test_extreme_logits_neither_overflow_nor_vanish(cp, logit):
 
 
 @pytest.mark.parametrize("step", [0.5, 5.0, 20.0])
-def test_a_maximum_that_grows_by_every_amount_rescales_exactly(cp, step):
-    """Scores that climb tile by tile: by less than the lazy threshold, then by far more."""
-    seqlen = 320
-    q = np.ones((1, 40, 1, 64), np.float16)
-    k = np.zeros((1, seqlen, 1, 64), np.float16)
-    k[0, :, 0, 0] = np.arange(seqlen, 0, -1) // 64 * step  # tiles are visited from the last
-    v = np.random.default_rng(6).standard_normal((1, seqlen, 1, 64)).astype(np.float16)
-    _check_at_scale_one(cp, q, k, v)
+def test_a_maximum_that_climbs_tile_by_tile_is_rescaled_right(cp, step):
+    """By less than the lazy threshold of 2^8, about it, and far more. Tiles are visited from the last."""
+    problem, inputs = make_inputs(6, 1, (70, 320), (1, 1), (64, 64), "float16", False, 1.0)
+    inputs.q[..., 1:] *= 0.1
+    inputs.q[..., 0] = 1
+    inputs.k[..., 0] = (np.arange(320, 0, -1) // 64 * step)[:, None]
+    check_forward(cp, problem, inputs, False)
 
 
 def _check_at_scale_one(cp, q, k, v):
