@@ -1,7 +1,8 @@
 """Exact FlashAttention for CuPy, PyTorch, JAX and NumPy arrays, from CUDA sources compiled at run time."""
 
 from cuflash.api import attention, explain
+from cuflash.api_backward import attention_backward
 from cuflash.explanation import Explanation
 
 __version__ = "0.1.0"
-__all__ = ["Explanation", "__version__", "attention", "explain"]
+__all__ = ["Explanation", "__version__", "attention", "attention_backward", "explain"]

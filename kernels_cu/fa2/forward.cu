@@ -19,7 +19,8 @@
 //           or V feeds two mma; with 32 it feeds four, and shared memory stops being the limit.
 // Barriers  __syncthreads() before each tile is read: its copies, waited for by the thread that issued them, become
 //           visible, and every warp has left the tile before it, whose slot is loaded next. __syncthreads() before the
-//           epilogue overwrites Q, __syncwarp() between a warp's O stores and its reads.
+//           epilogue, because Q may still be arriving in a block that visits no tile; __syncwarp() between a warp's O
+//           stores and its reads.
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > row + causal_offset get −inf. Rows and columns outside the tensors
 //           are loaded as zeros. A row that sees no key gives out = 0, lse = −inf.
 // Numerics  S, P's sums and O in float32; P rounded to Element for the second product; row_max may lag by 2^8.
@@ -31,15 +32,14 @@
 #include "core/mask.cuh"
 #include "core/scheduler.cuh"
 #include "core/softmax.cuh"
+#include "core/strides.cuh"
 #include "core/tile_range.cuh"
 #include "core/types.cuh"
+#include "fa2/load_tile.cuh"
+#include "fa2/products.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/shared_memory.cuh"
-
-struct Strides {
-  long long batch, row, head;  // in elements; the last axis is contiguous
-};
 
 struct ForwardParams {
   Strides q, k, v, out;
@@ -65,8 +65,6 @@ constexpr int kDTiles = kHeadDimV / 8;
 static_assert(kBlockM % (16 * Config::kWarps) == 0 && kBlockN % 16 == 0, "whole mma tiles");
 static_assert(kStages >= 2, "a K tile and a V tile");
 
-using QTile = SwizzledTile<kHeadDim>;
-using KTile = SwizzledTile<kHeadDim>;
 using VTile = SwizzledTile<kHeadDimV>;
 using OTile = SwizzledTile<kHeadDimV>;
 
@@ -74,56 +72,8 @@ constexpr int kRowBytes = (kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV) * 2;
 constexpr int kRingOffset = kBlockM * kRowBytes;
 constexpr int kSlotBytes = kBlockN * kRowBytes;
 
-// Starts the copy of kRows rows into a swizzled tile. kPeriod neighbouring threads read neighbouring chunks of one
-// row; rows from `rows` on and columns from `columns` on are written as zeros.
-template <int kRows, int kColumns>
-__device__ __forceinline__ void load_tile(unsigned tile_smem, const Element* tile_gmem, long long row_stride, int rows,
-                                          int columns) {
-  using Layout = SwizzledTile<kColumns>;
-  constexpr int kRowsPerPass = kThreads / Layout::kPeriod;
-  static_assert(kRowsPerPass % 8 == 0, "the swizzle of a thread's rows is the same in every pass");
-  const int row = threadIdx.x / Layout::kPeriod;
-  const int chunk = threadIdx.x % Layout::kPeriod;
-  const Element* source = tile_gmem + row * row_stride + chunk * 8;
-  const unsigned target = tile_smem + Layout::offset(row, chunk);
-#pragma unroll
-  for (int pass = 0; pass < ceil_div(kRows, kRowsPerPass); ++pass) {
-    if (kRows % kRowsPerPass == 0 || row + pass * kRowsPerPass < kRows) {
-#pragma unroll
-      for (int j = 0; j < Layout::kChunks; j += Layout::kPeriod) {
-        const bool inside = row + pass * kRowsPerPass < rows && (chunk + j) * 8 < columns;
-        cp_async_16(target + pass * kRowsPerPass * Layout::kRowBytes + j * 16, source + j * 8, inside ? 16 : 0);
-      }
-    }
-    source += kRowsPerPass * row_stride;
-  }
-}
-
-// acc_s += Q Kᵀ for one warp: its kWarpRows queries, which start at row q_row of the Q tile, and all keys of the tile.
-__device__ __forceinline__ void multiply_q_k(float (&acc_s)[kMTiles][kNTiles][4], unsigned q_smem, int q_row,
-                                             unsigned k_smem) {
-  const int lane = Fragment::lane();
-  const unsigned q_lane = q_smem + QTile::offset(q_row + lane % 16, lane / 16);
-  const unsigned k_lane = k_smem + KTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-#pragma unroll
-  for (int kk = 0; kk < kHeadDim / 16; ++kk) {
-    unsigned q_reg[kMTiles][4];
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m) ldmatrix_x4(q_reg[m], QTile::advance(q_lane, 2 * kk) + m * 16 * QTile::kRowBytes);
-#pragma unroll
-    for (int n = 0; n < kBlockN / 16; ++n) {
-      unsigned k_reg[4];
-      ldmatrix_x4(k_reg, KTile::advance(k_lane, 2 * kk) + n * 16 * KTile::kRowBytes);
-#pragma unroll
-      for (int m = 0; m < kMTiles; ++m) {
-        Element::mma(acc_s[m][2 * n], q_reg[m], k_reg[0], k_reg[1]);
-        Element::mma(acc_s[m][2 * n + 1], q_reg[m], k_reg[2], k_reg[3]);
-      }
-    }
-  }
-}
-
-// acc_o += P V. The accumulator layout of P is the A-operand layout of the next product: no data moves.
+// acc_o += P V. The accumulator layout of P is the A-operand layout of the next product: no data moves. P is packed 16
+// keys at a time, as each product needs it: packed all at once, it costs registers that are not there.
 __device__ __forceinline__ void multiply_p_v(float (&acc_o)[kMTiles][kDTiles][4],
                                              const float (&p)[kMTiles][kNTiles][4], unsigned v_smem) {
   const int lane = Fragment::lane();
@@ -178,21 +128,24 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
 
   const auto load_k = [&](int n_block, int slot) {
     if (n_block >= 0) {
-      load_tile<kBlockN, kHeadDim>(ring_smem + slot * kSlotBytes, k + (long long)n_block * kBlockN * params.k.row,
-                                   params.k.row, params.seqlen_k - n_block * kBlockN, params.head_dim);
+      load_tile<kBlockN, kHeadDim, kThreads>(ring_smem + slot * kSlotBytes, k + (long long)n_block * kBlockN * params.k.row,
+                                   params.k.row, params.seqlen_k - n_block * kBlockN, params.head_dim,
+                   threadIdx.x);
     }
     cp_async_commit_group();
   };
   const auto load_v = [&](int n_block, int slot) {
     if (n_block >= 0) {
-      load_tile<kBlockN, kHeadDimV>(ring_smem + slot * kSlotBytes, v + (long long)n_block * kBlockN * params.v.row,
-                                    params.v.row, params.seqlen_k - n_block * kBlockN, params.head_dim_v);
+      load_tile<kBlockN, kHeadDimV, kThreads>(ring_smem + slot * kSlotBytes, v + (long long)n_block * kBlockN * params.v.row,
+                                    params.v.row, params.seqlen_k - n_block * kBlockN, params.head_dim_v,
+                   threadIdx.x);
     }
     cp_async_commit_group();
   };
 
   // The ring holds K and V tiles in the order they are used, K first. kStages − 1 of them are on their way.
-  load_tile<kBlockM, kHeadDim>(q_smem, q, params.q.row, params.seqlen_q - block_row, params.head_dim);
+  load_tile<kBlockM, kHeadDim, kThreads>(q_smem, q, params.q.row, params.seqlen_q - block_row, params.head_dim,
+                                         threadIdx.x);
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
     if (i % 2 == 0) load_k(tiles.end - 1 - i / 2, i);
@@ -217,7 +170,7 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
     else load_v(n_block - (kStages / 2 - 1), free_slot());
     advance_slot();
     float acc_s[kMTiles][kNTiles][4] = {};
-    multiply_q_k(acc_s, q_smem, warp * kWarpRows, k_smem);
+    multiply_a_bt<Element, kHeadDim>(acc_s, q_smem, warp * kWarpRows, k_smem, 0);
 
     if constexpr (Config::kNegativeScale) {
 #pragma unroll

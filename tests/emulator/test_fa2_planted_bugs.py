@@ -9,6 +9,7 @@ from arrays import check_forward
 from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
 
 FORWARD = "fa2/forward.cu"
+LOAD_TILE = "fa2/load_tile.cuh"
 FULL = Call(seqlens=(70, 400), heads=(1, 1), causal=False)
 BLIND = Call(seqlens=(200, 70))  # the first query block sees no key
 STEEP = Call(scale=3.0)  # the maximum moves often
@@ -23,8 +24,8 @@ BUGS = [
     Bug("a wait that lets one group too many fly", FORWARD,
         "cp_async_wait_group<kStages - 2>();", "cp_async_wait_group<kStages - 1>();", "race"),
     Bug("copies of K not committed as a group", FORWARD,
-        "params.seqlen_k - n_block * kBlockN, params.head_dim);\n    }\n    cp_async_commit_group();",
-        "params.seqlen_k - n_block * kBlockN, params.head_dim);\n    }", "race"),
+        "params.head_dim,\n                   threadIdx.x);\n    }\n    cp_async_commit_group();",
+        "params.head_dim,\n                   threadIdx.x);\n    }", "race"),
     Bug("no last wait: Q of a blind tile still arriving", FORWARD,
         "cp_async_wait_group<0>();\n", "\n", "race", BLIND),
     Bug("no barrier before O overwrites Q", FORWARD,
@@ -37,7 +38,7 @@ BUGS = [
         "slot == 0 ? kStages - 1 : slot - 1;", "slot == kStages - 1 ? 0 : slot + 1;", "race"),
     Bug("every block computes query block 0", "core/scheduler.cuh",
         "return {m_blocks - 1 - m_reversed,", "return {0,", "race"),
-    Bug("copies without the swizzle", FORWARD,
+    Bug("copies without the swizzle", LOAD_TILE,
         "Layout::offset(row, chunk)", "(row * Layout::kRowBytes + chunk * 16)", WRONG_RESULT),
     Bug("the swizzle of the reads has another period", "core/layout.cuh",
         "(address ^ (chunk % kPeriod * 16))", "(address ^ (chunk % (kPeriod / 2) * 16))", WRONG_RESULT),
@@ -78,9 +79,9 @@ BUGS = [
         "k += tile.batch * params.k.batch", "k += tile.batch * params.q.batch", "bounds", GROUPED),
     Bug("query heads do not share key/value heads", FORWARD,
         "tile.head / params.group_size", "tile.head", "bounds", GROUPED),
-    Bug("rows after the last key are read", FORWARD,
+    Bug("rows after the last key are read", LOAD_TILE,
         "row + pass * kRowsPerPass < rows && (chunk", "(chunk", "bounds"),
-    Bug("columns after the head dim are read", FORWARD,
+    Bug("columns after the head dim are read", LOAD_TILE,
         "< rows && (chunk + j) * 8 < columns;", "< rows;", "bounds", ODD),
     Bug("rows of O after the last query are written", FORWARD,
         "row >= kWarpRows || warp_row + row >= params.seqlen_q", "row >= kWarpRows", "bounds"),
@@ -90,7 +91,7 @@ BUGS = [
         "kRingOffset = kBlockM * kRowBytes;", "kRingOffset = kBlockM * kRowBytes + 64;", "bounds"),
     Bug("O stored one element late, 16 bytes at a time", FORWARD,
         "(out_row + chunk * 8) = vector", "(out_row + chunk * 8 + 1) = vector", "alignment"),
-    Bug("a copy's target off by half a chunk", FORWARD,
+    Bug("a copy's target off by half a chunk", LOAD_TILE,
         "const unsigned target = tile_smem + ", "const unsigned target = tile_smem + 8 + ", "alignment"),
     Bug("O read back from rows nobody wrote", FORWARD,
         "smem + OTile::offset(warp * kWarpRows + row, chunk)",

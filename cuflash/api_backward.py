@@ -1,0 +1,115 @@
+"""``attention_backward``: recognise the arrays, check the call, run the CPU path or a GPU plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cuflash import arrays, cpu, plan_backward
+from cuflash.arrays import GpuArrays, HostArrays, Native, loans
+from cuflash.checks_backward import BackwardOptions, check_backward_call, named_backward
+from cuflash.problem import Causal
+
+
+def attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    *,
+    dlse: Any = None,
+    causal: Causal = False,
+    scale: float | None = None,
+    layout: str = "bshd",
+    deterministic: bool = False,
+    algorithm: str = "auto",
+) -> tuple[Any, Any, Any]:
+    """Gradients of ``attention``: dq, dk and dv of a loss, given its gradient with respect to out (and lse).
+
+    On a GPU the FlashAttention-2 backward pass (Dao, arXiv 2307.08691, Algorithm 2) as CUDA kernels; for
+    arrays in host memory the same algorithm in NumPy. The probabilities are recomputed from lse, so memory
+    stays linear in the sequence length; sums are in float32 (float64 for float64).
+
+    Parameters
+    ----------
+    dout : array (batch, seqlen_q, heads_q, head_dim_v)
+        ∂loss/∂out, of q's library, device and dtype.
+    q, k, v : array
+        As given to ``attention``.
+    out : array (batch, seqlen_q, heads_q, head_dim_v)
+        What ``attention`` returned for them.
+    lse : array (batch, heads_q, seqlen_q)
+        What it returned with ``return_lse=True``: float32, or float64 where q is float64.
+    dlse : array (batch, heads_q, seqlen_q), optional
+        ∂loss/∂lse, of lse's dtype, where the loss depends on lse.
+    causal, scale, layout
+        As given to ``attention``; ``layout`` is also that of dout, out and the gradients.
+    deterministic : bool
+        Whether two calls must agree bit for bit. dk and dv always do. On a GPU the parts of dq are added in
+        float32 in the order in which thread blocks finish, unless this is True: they then wait for each
+        other, which takes longer and no more memory to speak of.
+    algorithm : "auto", "fa2" or "cpu"
+        The kernel family, as for ``attention``.
+
+    Returns
+    -------
+    dq, dk, dv : arrays of the shapes and the dtype of q, k and v
+        Contiguous, of q's library and on its device. dk and dv are summed over the query heads that share a
+        key/value head. Queries that see no key, and keys that no query sees, get zeros, whatever they hold.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before anything is launched, naming the argument. Among the reasons: a mix of libraries or devices, a
+        PyTorch tensor that requires grad, an array that JAX is tracing, an lse of another shape or dtype.
+
+    Notes
+    -----
+    Memory. dout, q, k, v and out are read in place, or copied first, under the conditions that ``attention``
+    names for its inputs: a dout broadcast from a scalar, whose last axis has stride 0, is copied once. lse
+    and dlse are read in place whatever their strides. A call allocates, from the pool of q's library, the
+    gradients and for its duration a float32 dq and two floats for each query and head.
+
+    Streams. As ``attention``. A call captured in a CUDA graph through CuPy keeps its float32 dq for as long
+    as the process lives.
+    """
+    options = BackwardOptions(causal, scale, layout, deterministic, algorithm)
+    named = named_backward(dout, q, k, v, out, lse, dlse)
+    library = arrays.library_of(named)
+    if isinstance(library, Native):
+        return library.untraced(_differentiate)(library, named, options)
+
+    borrowed = {name: library.borrow(x, name) for name, x in named.items()}
+    native = arrays.native_of(borrowed)
+    gradients = _differentiate(native, borrowed, options)
+    if native is arrays.CUPY:
+        with borrowed["q"].device:
+            loans.hold(list(borrowed.values()))
+    dq, dk, dv = (library.give_back(gradient, like=q) for gradient in gradients)
+    return dq, dk, dv
+
+
+def _differentiate(native: Native, named: dict[str, Any], options: BackwardOptions) -> tuple[Any, Any, Any]:
+    if native.on_gpu(named["q"]):
+        assert isinstance(native, GpuArrays)
+        return plan_backward.differentiate(native, named, options)
+    assert isinstance(native, HostArrays)
+    return _differentiate_on_cpu(native, named, options)
+
+
+def _differentiate_on_cpu(
+    host: HostArrays, named: dict[str, Any], options: BackwardOptions
+) -> tuple[Any, Any, Any]:
+    problem, _ = check_backward_call(host, named, options)
+    views = {name: host.view(x) for name, x in named.items()}
+
+    def bshd(array: np.ndarray) -> np.ndarray:
+        return array if options.layout == "bshd" else array.transpose(0, 2, 1, 3)
+
+    dout, q, k, v, out = (bshd(views[name]) for name in ("dout", "q", "k", "v", "out"))
+    gradients = cpu.backward(problem, dout, q, k, v, out, views["lse"], views.get("dlse"))
+    dq, dk, dv = (host.wrap(np.ascontiguousarray(bshd(gradient))) for gradient in gradients)
+    return dq, dk, dv

@@ -1,0 +1,185 @@
+"""From a Problem and Configs to the three launches of a backward. Pure: no GPU, no CuPy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuflash.config_backward import BackwardConfigs
+from cuflash.launch import KernelCall, Strides
+from cuflash.problem import Problem
+from cuflash.resources import ELEMENT_BYTES
+
+_STRIDES = np.dtype([("batch", np.int64), ("row", np.int64), ("head", np.int64)], align=True)
+
+
+def _params(strides: str, ints: str, floats: str = "") -> np.dtype:
+    fields: list[tuple[str, Any]] = [(name, _STRIDES) for name in strides.split()]
+    fields += [(name, np.dtype(np.int32)) for name in ints.split()]
+    fields += [(name, np.dtype(np.float32)) for name in floats.split()]
+    return np.dtype(fields, align=True)
+
+
+# PreprocessParams, BackwardParams and PostprocessParams in kernels_cu/fa2/backward*.cu
+PREPROCESS_PARAMS = _params(
+    "dout out lse dlse", "first_row seqlen_q heads_q head_dim_v m_blocks turns_per_block"
+)
+BACKWARD_PARAMS = _params(
+    "q k v dout dk dv",
+    "first_row seqlen_q seqlen_k seqlen_k_visible heads_kv group_size batch_heads head_dim head_dim_v "
+    "causal_offset m_blocks n_blocks heads_per_wave",
+    "scale_log2 scale",
+)
+POSTPROCESS_PARAMS = _params("dq", "first_row seqlen_q heads_q head_dim m_blocks dq_blocks", "scale")
+
+_MAX_GRID = 2**31 - 1
+_MAX_SEQLEN = 2**30  # the kernels add two positions in 32 bits
+_LOG2_E = math.log2(math.e)
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+class BackwardStrides(NamedTuple):
+    """Of every tensor the kernels walk. Those of lse and dlse count floats; their last axis is ``row``."""
+
+    dout: Strides
+    q: Strides
+    k: Strides
+    v: Strides
+    out: Strides
+    lse: Strides
+    dlse: Strides
+    dq: Strides
+    dk: Strides
+    dv: Strides
+
+
+class Workspace(NamedTuple):
+    """Where in one buffer of 4-byte words each part starts: multiples of 16 bytes."""
+
+    lse_log2: int
+    delta: int
+    dq: int
+    turns: int
+    words: int  # of the whole buffer
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardCalls:
+    """The launches of one backward, but for the pointers; None where there is nothing to do."""
+
+    preprocess: KernelCall | None
+    main: KernelCall | None
+    postprocess: KernelCall | None
+    workspace: Workspace
+
+
+def backward_calls(
+    problem: Problem, configs: BackwardConfigs, strides: BackwardStrides, l2_bytes: int
+) -> BackwardCalls:
+    """The launches of the backward of ``problem`` on a GPU with ``l2_bytes`` of L2 cache.
+
+    Queries are counted from the first that sees a key: those before it are not read, and get zeros.
+    ValueError where a size does not fit the kernels' 32-bit fields, or scale float32.
+    """
+    _check_sizes(problem)
+    preprocess, main, postprocess = configs
+    first_row = first_visible_row(problem)
+    rows = problem.seqlen_q - first_row
+    m_blocks = -(-rows // main.block_m)
+    dq_blocks = -(-problem.seqlen_q // main.block_m)
+    n_blocks = -(-problem.seqlen_k // main.block_n)
+    heads = problem.batch * problem.heads_q
+    turns_per_block = main.warps if main.deterministic else 0
+
+    blocks = heads * m_blocks
+    vector_words = blocks * main.block_m
+    lse_log2, delta = 0, vector_words
+    dq = delta + vector_words
+    turns = dq + blocks * main.block_m * main.head_dim
+    workspace = Workspace(lse_log2, delta, dq, turns, turns + blocks * turns_per_block)
+
+    s = strides
+    return BackwardCalls(
+        _call(
+            "q",
+            heads * m_blocks,
+            preprocess.threads,
+            0,
+            PREPROCESS_PARAMS,
+            *(s.dout, s.out, s.lse, s.dlse),
+            *(first_row, rows, problem.heads_q, problem.head_dim_v, m_blocks, turns_per_block),
+        ),
+        _call(
+            "k",
+            problem.batch * problem.heads_kv * n_blocks,
+            main.threads,
+            main.shared_bytes,
+            BACKWARD_PARAMS,
+            *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
+            *(first_row, rows, problem.seqlen_k, problem.seqlen_k_visible),
+            *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
+            problem.batch * problem.heads_kv,
+            *(problem.head_dim, problem.head_dim_v),
+            (problem.causal_offset or 0) + first_row,
+            *(m_blocks, n_blocks, heads_per_wave(problem, l2_bytes)),
+            *(problem.scale * _LOG2_E, problem.scale),
+        ),
+        _call(
+            "q",
+            heads * dq_blocks,
+            postprocess.threads,
+            0,
+            POSTPROCESS_PARAMS,
+            s.dq,
+            *(first_row, problem.seqlen_q, problem.heads_q, problem.head_dim, m_blocks, dq_blocks),
+            problem.scale,
+        ),
+        workspace,
+    )
+
+
+def first_visible_row(problem: Problem) -> int:
+    """The first query that sees a key; past 0 only under a causal mask. seqlen_q if none does."""
+    if problem.causal_offset is None:
+        return 0
+    return min(problem.seqlen_q, max(0, -problem.causal_offset))
+
+
+def heads_per_wave(problem: Problem, l2_bytes: int) -> int:
+    """(batch, key/value head) pairs whose key blocks are launched together, longest first.
+
+    As in the forward: under a causal mask early key blocks are seen by more queries, so they start first in
+    all of a wave's heads, whose Q, dO and float32 dQ should stay in L2 together.
+    """
+    if not problem.is_causal:
+        return 1
+    row_bytes = (problem.head_dim + problem.head_dim_v) * ELEMENT_BYTES + problem.head_dim * 4
+    head_bytes = problem.seqlen_q * problem.group_size * row_bytes if problem.heads_kv else 0
+    fitting = l2_bytes * 16 // 25 // max(1, head_bytes)
+    return max(1, min(problem.batch * problem.heads_kv, fitting))
+
+
+def _check_sizes(problem: Problem) -> None:
+    for name, seqlen in (("q", problem.seqlen_q), ("k", problem.seqlen_k)):
+        if seqlen > _MAX_SEQLEN:
+            raise ValueError(
+                f"{name} has sequence length {seqlen}; the GPU kernel takes at most {_MAX_SEQLEN}"
+            )
+    if abs(problem.scale) * _LOG2_E > _FLOAT32_MAX:
+        raise ValueError(f"scale {problem.scale} is too large for float32, in which the GPU kernel computes")
+
+
+def _call(
+    name: str, blocks: int, threads: int, shared_bytes: int, dtype: np.dtype, *values: Any
+) -> KernelCall | None:
+    if blocks == 0:
+        return None
+    if blocks > _MAX_GRID:
+        raise ValueError(
+            f"{name} needs {blocks} thread blocks and a grid has at most {_MAX_GRID}; split the batch"
+        )
+    params: Any = np.array(values, dtype)[()]
+    return KernelCall((blocks,), (threads,), shared_bytes, params)

@@ -1,0 +1,393 @@
+// FlashAttention-2 backward (arXiv 2307.08691, Algorithm 2) on mma.sync and cp.async, sm_80 and newer.
+//
+//   P = exp(scale · Q Kᵀ − lse),  dP = dO Vᵀ,  dS = P ∘ (dP − delta),  delta = rowsum(dO ∘ O) − dlse
+//   dV = Pᵀ dO,  dK = scale · dSᵀ Q,  dQ = scale · dS K
+//
+// Before   backward_preprocess.cu: delta, lse in base 2, zeros in the dQ workspace. After: backward_postprocess.cu: dQ.
+// Grid     one dimension: a thread block per (kBlockN keys, key/value head, batch), longest first. It visits the query
+//          blocks that see its keys, of every query head of the group, so dK and dV need no atomics.
+// Threads  two halves, which split the five products: the probability warps compute Sᵀ = K Qᵀ, P and dV, the gradient
+//          warps dPᵀ = V dOᵀ, dS and dK, and each warp of both a share of dQ. Either half has kKeyWarps warps along the
+//          keys and kColumnWarps along the queries of Sᵀ and the columns of dV. A warp owns 16·kMTiles keys, so every
+//          ldmatrix of Q or dO feeds 2·kMTiles mma; with dK and dV in one warp only half as many keys would fit in
+//          registers. While one half computes exponentials or dS, the other keeps the tensor cores busy.
+// Loop     probability warps                        gradient warps
+//            Sᵀ[j] = K Q[j]ᵀ;  P                      dPᵀ[j] = V dO[j]ᵀ
+//            store P;  arrive kPReady                 wait kPReady;  dS = P ∘ (dP − delta);  store dS;  arrive kDsReady
+//            dV += Pᵀ dO[j]                           dK += dSᵀ Q[j]
+//            wait kDsReady;  load dO[j+2]             wait kDsStored;  load Q[j+2]
+//            dQ share: red.add (dS K)                 dQ share: red.add (dS K)
+// Shared   bytes (N = kBlockN, M = kBlockM, D and Dv the head dims): K 2·N·D, V 2·N·Dv; rings of two: Q 4·M·D, dO 4·M·Dv;
+// memory   P 2·M·N and dS 2·M·N as [key][query]; lse 8·M, delta 8·M. Tiles are swizzled (core/layout.cuh): no bank is hit
+//          twice. The epilogue stages dK in K's place and dV in V's.
+// Registers dK or dV: 4·kMTiles·D/8 a thread, S or dP: 4·kMTiles·M/8, for one warp along the columns; dQ less than S.
+// Barriers kPReady (all; probability warps arrive, gradient warps wait): P[j] is stored; dO[j+1], delta[j+1] have
+//          landed; every probability warp is done with dQ[j−1], so dS may be overwritten.
+//          kDsReady (all; gradient warps arrive, probability warps wait): dS[j] is stored, P[j] read; Q[j+1], lse[j+1]
+//          have landed; dO[j] is read by everybody once the waiting warps meet here.
+//          kDsStored (gradient warps): dS[j] is complete and Q[j] read by everybody.
+//          kPStored, kDsShared (one half each, only if kColumnWarps > 1): P or dS can be read as an A operand.
+// Masks    keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
+//          past the last. Query blocks start at the first row that sees a key: rows before it are never read.
+// Numerics S, dP, dV, dK and dQ in float32; P and dS rounded to Element for the products, P also for dS.
+// Order    dK and dV are bit-stable. dQ is summed in float32 by atomics, in any order, or with kDeterministic in the
+//          order of n_block: each warp's share of each query block has a turn (core/turn.cuh).
+// Configs  head dims to 256 in steps of 16 (others zero-padded by the loads), Dv ≠ D, float16 and bfloat16.
+// Speed    docs/fa2-backward.md.
+// Sibling  FlashAttention-2's own kernel keeps S untransposed and passes P and dS through shared memory for dV and dK.
+#include "core/dq_workspace.cuh"
+#include "core/mask_transposed.cuh"
+#include "core/scheduler.cuh"
+#include "core/strides.cuh"
+#include "core/turn.cuh"
+#include "core/widen.cuh"
+#include "fa2/load_tile.cuh"
+#include "fa2/products.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/reduce.cuh"
+#include "ptx/shared_memory.cuh"
+
+struct BackwardParams {
+  Strides q, k, v, dout, dk, dv;
+  int first_row;         // the first query that sees a key; the counts and the offset below start from it
+  int seqlen_q;          // queries from there on
+  int seqlen_k;          // keys, of which …
+  int seqlen_k_visible;  // … some query sees these: those past them are never read, and get zeros
+  int heads_kv, group_size, batch_heads;  // batch_heads = batch · heads_kv
+  int head_dim, head_dim_v;
+  int causal_offset;
+  int m_blocks, n_blocks, heads_per_wave;
+  float scale_log2, scale;
+};
+
+using Element = Config::Element;
+constexpr int kBlockM = Config::kBlockM;
+constexpr int kBlockN = Config::kBlockN;
+constexpr int kHeadDim = Config::kHeadDim;
+constexpr int kHeadDimV = Config::kHeadDimV;
+constexpr int kThreads = Config::kWarps * kWarpSize;
+constexpr int kHalf = kThreads / 2;  // threads of the probability warps, and of the gradient warps
+constexpr int kKeyWarps = Config::kKeyWarps;
+constexpr int kColumnWarps = Config::kWarps / 2 / kKeyWarps;
+constexpr int kMTiles = kBlockN / (16 * kKeyWarps);      // m16 tiles of keys of a warp
+constexpr int kNTiles = kBlockM / (8 * kColumnWarps);    // n8 tiles of queries of a warp
+constexpr int kDTiles = kHeadDim / (8 * kColumnWarps);   // n8 tiles of a warp's columns of dK
+constexpr int kDvTiles = kHeadDimV / (8 * kColumnWarps);
+constexpr int kDqRowWarps = Config::kDqRowWarps;
+constexpr int kDqColumnWarps = Config::kWarps / kDqRowWarps;
+constexpr int kDqMTiles = kBlockM / (16 * kDqRowWarps);
+constexpr int kDqPairs = ceil_div(kHeadDim / 16, kDqColumnWarps);  // 16-column tiles of dQ of a warp
+
+using QTile = SwizzledTile<kHeadDim>;  // and K, dK
+using VTile = SwizzledTile<kHeadDimV>;  // and dO, dV
+using PTile = SwizzledTile<kBlockM>;  // and dS
+using Workspace = DqWorkspace<kBlockM, kHeadDim, Config::kVectorReductions>;
+
+static_assert(kBlockN % (16 * kKeyWarps) == 0 && kBlockM % (16 * kColumnWarps) == 0, "whole mma tiles");
+static_assert(kBlockM % (16 * kDqRowWarps) == 0, "whole mma tiles of dQ");
+static_assert(kColumnWarps == 1 || (kDTiles % QTile::kPeriod == 0 && kDvTiles % VTile::kPeriod == 0),
+              "a warp's columns are whole swizzle periods");
+static_assert(kColumnWarps == 1 || (kNTiles & (kNTiles - 1)) == 0, "a warp's queries are part of one, or whole ones");
+
+constexpr int kStages = 2;  // of the Q and dO rings; the barriers above rely on it
+constexpr int kQBytes = kBlockM * kHeadDim * 2;
+constexpr int kDoutBytes = kBlockM * kHeadDimV * 2;
+constexpr int kVOffset = kBlockN * kHeadDim * 2;  // K is at 0
+constexpr int kQOffset = kVOffset + kBlockN * kHeadDimV * 2;
+constexpr int kDoutOffset = kQOffset + kStages * kQBytes;
+constexpr int kPOffset = kDoutOffset + kStages * kDoutBytes;
+constexpr int kDsOffset = kPOffset + kBlockM * kBlockN * 2;
+constexpr int kLseOffset = kDsOffset + kBlockM * kBlockN * 2;
+constexpr int kDeltaOffset = kLseOffset + kStages * kBlockM * 4;
+
+enum Barrier { kPReady = 1, kDsReady, kDsStored, kPStored, kDsShared };
+
+// The query blocks a thread block visits: of each query head of the group, blocks [m_begin, m_end).
+struct QueryBlock {
+  int head, m_block;
+  __device__ __forceinline__ void advance(int m_begin, int m_end) {
+    if (++m_block == m_end) {
+      m_block = m_begin;
+      ++head;
+    }
+  }
+};
+
+// Stores P or dS, packed as operands A, into its [key][query] tile.
+__device__ __forceinline__ void store_operand(unsigned char* tile, const OperandA<kMTiles, kNTiles / 2>& a, int row,
+                                              int chunk) {
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < kNTiles * 2; ++i) {
+      *reinterpret_cast<unsigned*>(tile + operand_offset<PTile>(row, chunk, m, i / 4, i % 4)) = a.reg[m][i / 4][i % 4];
+    }
+  }
+}
+
+// Loads columns from 8·chunk of it back, as they were stored or, from other columns, as warps beside this one did.
+template <int kKTiles>
+__device__ __forceinline__ void load_operand(OperandA<kMTiles, kKTiles>& a, unsigned tile_smem, int row, int chunk) {
+  const int lane = Fragment::lane();
+  const unsigned a_lane = tile_smem + PTile::offset(row + lane % 16, chunk + lane / 16);
+#pragma unroll
+  for (int kk = 0; kk < kKTiles; ++kk) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      ldmatrix_x4(a.reg[m][kk], PTile::advance(a_lane, 2 * kk) + m * 16 * PTile::kRowBytes);
+    }
+  }
+}
+
+// acc += A B, where A is what this warp has in registers or, if warps share keys, those rows of the tile.
+template <int kColumns, int kTiles>
+__device__ __forceinline__ void multiply_operand(float (&acc)[kMTiles][kTiles][4],
+                                                 const OperandA<kMTiles, kNTiles / 2>& a, unsigned tile_smem, int row,
+                                                 unsigned b_smem, int chunk) {
+  if constexpr (kColumnWarps == 1) {
+    multiply_a_b<Element, kColumns>(acc, a, b_smem, 0);
+  } else {
+    OperandA<kMTiles, kBlockM / 16> whole;
+    load_operand(whole, tile_smem, row, 0);
+    multiply_a_b<Element, kColumns>(acc, whole, b_smem, chunk);
+  }
+}
+
+// Adds this warp's share of dS K to one block of the workspace.
+__device__ __forceinline__ void accumulate_dq(float* workspace, int* turn, int n_block, unsigned ds_smem,
+                                              unsigned k_smem, int warp) {
+  const int row_tile = warp / kDqColumnWarps * kDqMTiles;
+  const int pair = warp % kDqColumnWarps * kDqPairs;
+  const int pairs = kHeadDim / 16 % kDqColumnWarps == 0 ? kDqPairs : kHeadDim / 16 - pair;
+  float acc_dq[kDqMTiles][2 * kDqPairs][4] = {};
+  multiply_at_b<Element, kBlockN, kBlockM, kHeadDim>(acc_dq, ds_smem, row_tile, k_smem, pair, pairs);
+  if constexpr (Config::kDeterministic) wait_for_turn(turn + warp, n_block);
+#pragma unroll
+  for (int m = 0; m < kDqMTiles; ++m) {
+#pragma unroll
+    for (int d = 0; d < 2 * kDqPairs; ++d) {
+      if (d / 2 >= pairs) continue;
+      const int lane = Fragment::lane();
+      if constexpr (Config::kVectorReductions) {
+        red_add_v4_f32(workspace + Workspace::index(row_tile + m, 2 * pair + d, lane, 0), acc_dq[m][d]);
+      } else {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          red_add_f32(workspace + Workspace::index(row_tile + m, 2 * pair + d, lane, r), acc_dq[m][d][r]);
+        }
+      }
+    }
+  }
+  if constexpr (Config::kDeterministic) pass_turn(turn + warp);
+}
+
+// Stores a warp's rows and columns of dK or dV, times factor, by way of a tile in shared memory.
+template <int kColumns, int kTiles>
+__device__ __forceinline__ void store_gradient(const float (&acc)[kMTiles][kTiles][4], float factor,
+                                               unsigned char* tile, int tile_row, int tile_chunk, Element* gradient,
+                                               long long row_stride, int rows, int columns) {
+  using Layout = SwizzledTile<kColumns>;
+  const int lane = Fragment::lane();
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < kTiles * 2; ++i) {
+      const float(&pair)[4] = acc[m][i / 2];
+      *reinterpret_cast<unsigned*>(tile + operand_offset<Layout>(tile_row, tile_chunk, m, i / 4, i % 4)) =
+          Element::pack(pair[i % 2 * 2] * factor, pair[i % 2 * 2 + 1] * factor);
+    }
+  }
+  __syncwarp();  // a warp stores only what it wrote
+  constexpr int kLanesPerRow = Layout::kPeriod;
+  constexpr int kRowsPerPass = kWarpSize / kLanesPerRow;
+#pragma unroll
+  for (int pass = 0; pass < ceil_div(16 * kMTiles, kRowsPerPass); ++pass) {
+    const int row = tile_row + pass * kRowsPerPass + lane / kLanesPerRow;
+    if (row >= tile_row + 16 * kMTiles || row >= rows) continue;
+#pragma unroll
+    for (int j = 0; j < kTiles; j += kLanesPerRow) {
+      const int chunk = tile_chunk + j + lane % kLanesPerRow;
+      const Vector16 vector = *reinterpret_cast<const Vector16*>(tile + Layout::offset(row, chunk));
+      Element* target = gradient + row * row_stride + chunk * 8;
+      if constexpr (Config::kVectorOut) {
+        if (chunk * 8 < columns) *reinterpret_cast<Vector16*>(target) = vector;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const unsigned short bits = vector.words[i / 2] >> (i % 2 * 16);
+          if (chunk * 8 + i < columns) target[i].bits = bits;
+        }
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)
+fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, head_dim)
+             const Element* __restrict__ k,     // (batch, seqlen_k, heads_kv, head_dim)
+             const Element* __restrict__ v,     // (batch, seqlen_k, heads_kv, head_dim_v)
+             const Element* __restrict__ dout,  // (batch, seqlen_q, heads_q, head_dim_v)
+             const float* __restrict__ lse_log2,  // (batch, heads_q, m_blocks · kBlockM)
+             const float* __restrict__ delta,     // (batch, heads_q, m_blocks · kBlockM)
+             float* __restrict__ workspace,       // (batch, heads_q, m_blocks) blocks of dQ, core/dq_workspace.cuh
+             int* __restrict__ turns,             // (batch, heads_q, m_blocks, kWarps); null unless kDeterministic
+             Element* __restrict__ dk,            // (batch, seqlen_k, heads_kv, head_dim)
+             Element* __restrict__ dv,            // (batch, seqlen_k, heads_kv, head_dim_v)
+             const __grid_constant__ BackwardParams params) {
+  DYN_SMEM(smem);
+  const unsigned k_smem = cvta_to_shared(smem);
+  const unsigned v_smem = k_smem + kVOffset;
+  const unsigned ds_smem = k_smem + kDsOffset;
+  const int lane = Fragment::lane();
+  const int warp = threadIdx.x / kWarpSize;
+  const bool probability_warp = threadIdx.x < kHalf;
+  const int loader = threadIdx.x % kHalf;
+  const int half_warp = warp % (Config::kWarps / 2);  // number within its half
+  const int key_row = half_warp / kColumnWarps * 16 * kMTiles;
+  const int column_warp = kColumnWarps == 1 ? 0 : half_warp % kColumnWarps;
+  const int query_column = column_warp * 8 * kNTiles;
+
+  // Early keys are seen by the most queries under a causal mask, so blocks start from the first.
+  const Tile tile = longest_first(blockIdx.x, params.n_blocks, params.heads_kv, params.batch_heads, params.heads_per_wave);
+  const int n_block = params.n_blocks - 1 - tile.m_block;
+  const int block_key = n_block * kBlockN;
+  const int keys = params.seqlen_k_visible - block_key;
+  const int m_begin = Config::kCausal ? max(0, block_key - params.causal_offset) / kBlockM : 0;
+  const int visits = keys > 0 ? max(0, params.m_blocks - m_begin) * params.group_size : 0;
+  const int first_head = tile.head * params.group_size;
+  const long long first_batch_head = (long long)tile.batch * params.heads_kv * params.group_size + first_head;
+
+  q += tile.batch * params.q.batch + first_head * params.q.head + params.first_row * params.q.row;
+  dout += tile.batch * params.dout.batch + first_head * params.dout.head + params.first_row * params.dout.row;
+  k += tile.batch * params.k.batch + tile.head * params.k.head + block_key * params.k.row;
+  v += tile.batch * params.v.batch + tile.head * params.v.head + block_key * params.v.row;
+  dk += tile.batch * params.dk.batch + tile.head * params.dk.head + block_key * params.dk.row;
+  dv += tile.batch * params.dv.batch + tile.head * params.dv.head + block_key * params.dv.row;
+
+  // Index of a query block in (batch, heads_q, m_blocks).
+  const auto block_index = [&](const QueryBlock& at) {
+    return (first_batch_head + at.head) * params.m_blocks + at.m_block;
+  };
+  QueryBlock to_load = {0, m_begin};
+  const auto load_q = [&](int slot) {  // with lse, by the gradient warps
+    const int row = to_load.m_block * kBlockM;
+    load_tile<kBlockM, kHeadDim, kHalf>(k_smem + kQOffset + slot * kQBytes,
+                                        q + to_load.head * params.q.head + row * params.q.row, params.q.row,
+                                        params.seqlen_q - row, params.head_dim, loader);
+    load_floats<kBlockM, kHalf>(k_smem + kLseOffset + slot * kBlockM * 4, lse_log2 + block_index(to_load) * kBlockM, loader);
+    cp_async_commit_group();
+    to_load.advance(m_begin, params.m_blocks);
+  };
+  const auto load_dout = [&](int slot) {  // with delta, by the probability warps
+    const int row = to_load.m_block * kBlockM;
+    load_tile<kBlockM, kHeadDimV, kHalf>(k_smem + kDoutOffset + slot * kDoutBytes,
+                                         dout + to_load.head * params.dout.head + row * params.dout.row,
+                                         params.dout.row, params.seqlen_q - row, params.head_dim_v, loader);
+    load_floats<kBlockM, kHalf>(k_smem + kDeltaOffset + slot * kBlockM * 4, delta + block_index(to_load) * kBlockM, loader);
+    cp_async_commit_group();
+    to_load.advance(m_begin, params.m_blocks);
+  };
+
+  // The first of each ring with K and V, the second on its way.
+  if (visits > 0) {
+    load_tile<kBlockN, kHeadDim, kThreads>(k_smem, k, params.k.row, keys, params.head_dim, threadIdx.x);
+    load_tile<kBlockN, kHeadDimV, kThreads>(v_smem, v, params.v.row, keys, params.head_dim_v, threadIdx.x);
+  }
+#pragma unroll
+  for (int slot = 0; slot < kStages; ++slot) {
+    if (slot < visits) {
+      if (probability_warp) load_dout(slot);
+      else load_q(slot);
+    } else {
+      cp_async_commit_group();
+    }
+  }
+  cp_async_wait_group<kStages - 1>();
+  __syncthreads();
+
+  QueryBlock at = {0, m_begin};
+  if (probability_warp) {
+    float acc_dv[kMTiles][kDvTiles][4] = {};
+    for (int visit = 0; visit < visits; ++visit) {
+      const int slot = visit % kStages;
+      OperandA<kMTiles, kNTiles / 2> p_reg;
+      {
+        float acc_s[kMTiles][kNTiles][4] = {};
+        multiply_a_bt<Element, kHeadDim>(acc_s, k_smem, key_row, k_smem + kQOffset + slot * kQBytes, query_column);
+        const FloatPair* lse_pair = reinterpret_cast<const FloatPair*>(smem + kLseOffset) +
+                                    (slot * kBlockM + query_column) / 2 + lane % 4;
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n) {
+          const FloatPair lse = lse_pair[4 * n];
+#pragma unroll
+          for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              acc_s[m][n][i] = ex2_approx(acc_s[m][n][i] * params.scale_log2 - (i % 2 == 0 ? lse.lo : lse.hi));
+            }
+          }
+        }
+        const int row = at.m_block * kBlockM;
+        if (keys < kBlockN || (Config::kCausal && block_key + kBlockN - 1 > row + params.causal_offset)) {
+          zero_hidden<Config::kCausal>(acc_s, block_key + key_row, row + query_column, params.seqlen_k_visible,
+                                       params.causal_offset);
+        }
+        pack<Element>(p_reg, acc_s);
+      }
+      store_operand(smem + kPOffset, p_reg, key_row, query_column / 8);
+      cp_async_wait_group<0>();
+      bar_arrive(kPReady, kThreads);
+      if constexpr (kColumnWarps > 1) bar_sync(kPStored, kHalf);
+      multiply_operand<kHeadDimV>(acc_dv, p_reg, k_smem + kPOffset, key_row, k_smem + kDoutOffset + slot * kDoutBytes,
+                                  column_warp * kDvTiles);
+      bar_sync(kDsReady, kThreads);
+      if (visit + kStages < visits) load_dout(slot);
+      const long long block = block_index(at);
+      accumulate_dq(workspace + block * Workspace::kBlock, turns + block * Config::kWarps, n_block, ds_smem, k_smem, warp);
+      at.advance(m_begin, params.m_blocks);
+    }
+    __syncthreads();  // everybody is done with K and V
+    store_gradient<kHeadDimV>(acc_dv, 1.0f, smem + kVOffset, key_row, column_warp * kDvTiles, dv, params.dv.row,
+                              params.seqlen_k - block_key, params.head_dim_v);
+  } else {
+    float acc_dk[kMTiles][kDTiles][4] = {};
+    for (int visit = 0; visit < visits; ++visit) {
+      const int slot = visit % kStages;
+      OperandA<kMTiles, kNTiles / 2> ds_reg;
+      {
+        float acc_dp[kMTiles][kNTiles][4] = {};
+        multiply_a_bt<Element, kHeadDimV>(acc_dp, v_smem, key_row, k_smem + kDoutOffset + slot * kDoutBytes, query_column);
+        const FloatPair* delta_pair = reinterpret_cast<const FloatPair*>(smem + kDeltaOffset) +
+                                      (slot * kBlockM + query_column) / 2 + lane % 4;
+        bar_sync(kPReady, kThreads);
+        load_operand(ds_reg, k_smem + kPOffset, key_row, query_column / 8);
+#pragma unroll
+        for (int i = 0; i < kNTiles * 2; ++i) {
+          const FloatPair delta_of = delta_pair[4 * (i / 2)];
+#pragma unroll
+          for (int m = 0; m < kMTiles; ++m) {
+            unsigned& p_then_ds = ds_reg.reg[m][i / 4][i % 4];
+            const FloatPair p = widen<Element>(p_then_ds);
+            const float(&dp)[4] = acc_dp[m][i / 2];
+            p_then_ds =
+                Element::pack(p.lo * (dp[i % 2 * 2] - delta_of.lo), p.hi * (dp[i % 2 * 2 + 1] - delta_of.hi));
+          }
+        }
+      }
+      store_operand(smem + kDsOffset, ds_reg, key_row, query_column / 8);
+      cp_async_wait_group<0>();
+      bar_arrive(kDsReady, kThreads);
+      if constexpr (kColumnWarps > 1) bar_sync(kDsShared, kHalf);
+      multiply_operand<kHeadDim>(acc_dk, ds_reg, ds_smem, key_row, k_smem + kQOffset + slot * kQBytes,
+                                 column_warp * kDTiles);
+      bar_sync(kDsStored, kHalf);
+      if (visit + kStages < visits) load_q(slot);
+      const long long block = block_index(at);
+      accumulate_dq(workspace + block * Workspace::kBlock, turns + block * Config::kWarps, n_block, ds_smem, k_smem, warp);
+      at.advance(m_begin, params.m_blocks);
+    }
+    __syncthreads();
+    store_gradient<kHeadDim>(acc_dk, params.scale, smem, key_row, column_warp * kDTiles, dk, params.dk.row,
+                             params.seqlen_k - block_key, params.head_dim);
+  }
+}
