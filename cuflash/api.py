@@ -70,12 +70,18 @@ def attention(
     Raises
     ------
     TypeError, ValueError
-        Before anything is launched, naming the argument. Among the reasons: a mix of libraries or devices, a
-        PyTorch tensor that requires grad (gradients do not exist yet; nothing is detached silently), an array
-        that JAX is tracing, float32 or float64 on a GPU.
+        Before anything is launched, naming the argument. Among the reasons: a mix of libraries or devices,
+        float32 or float64 on a GPU, a PyTorch tensor that requires grad in a call with ``out``. In traced
+        code the error comes while it is traced or compiled.
 
     Notes
     -----
+    Gradients. out and lse are differentiable, once and in reverse mode. In PyTorch under autograd, autocast
+    (which casts q, k and v as for a matrix product), torch.compile, torch.utils.checkpoint and
+    torch.func.grad; torch.use_deterministic_algorithms makes the backward deterministic. In JAX under jit,
+    grad, vmap (which extends the batch axis) and checkpoint; XLA's flag xla_gpu_deterministic_ops does. Other
+    libraries have ``attention_backward``.
+
     Memory. Inputs with a contiguous last axis are read in place through their strides, whatever the layout.
     On a GPU an input is copied first, once, on its device, if its last axis is not contiguous, if head_dim is
     not a multiple of 8 (the copy is padded with zeros to one), or if a row does not start at a multiple of 16
@@ -91,8 +97,11 @@ def attention(
     """
     options = Options(causal, scale, layout, return_lse, algorithm)
     framework = arrays.common_framework(q, k, v, out)
-    if isinstance(framework, Native):
-        result, lse = framework.untraced(_attend)(framework, q, k, v, out, options)
+    adapter = framework.adapter(q, k, v) if out is None else None
+    if adapter is not None:
+        result, lse = adapter.attend(q, k, v, options)
+    elif isinstance(framework, Native):
+        result, lse = framework.untraced(attend)(framework, q, k, v, out, options)
     else:
         result, lse = _attend_borrowed(framework, q, k, v, out, options)
     return (result, lse) if return_lse else result
@@ -121,6 +130,8 @@ def explain(
     native = arrays.common_framework(q, k, v, out)
     if isinstance(native, Borrowed):
         native, q, k, v, out = _borrow(native, q, k, v, out)
+    elif out is None:
+        q, k, v = native.operands(q, k, v)
     request = check_call(native, named(q, k, v, out), options)
     problem, infos = request
     device = infos["q"].device
@@ -145,7 +156,8 @@ def explain(
     )
 
 
-def _attend(native: Native, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
+def attend(native: Native, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
+    """Compute attention of arrays of ``native``, which nothing traces; return out, and lse or None."""
     if native.on_gpu(q):
         assert isinstance(native, GpuArrays)
         return plan.attend(native, q, k, v, out, options)
@@ -171,7 +183,7 @@ def _attend_on_cpu(host: HostArrays, q: Any, k: Any, v: Any, out: Any, options: 
 def _attend_borrowed(lender: Borrowed, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
     native, *borrowed = _borrow(lender, q, k, v, out)
     q_borrowed, k_borrowed, v_borrowed, out_borrowed = borrowed
-    result, lse = _attend(native, q_borrowed, k_borrowed, v_borrowed, out_borrowed, options)
+    result, lse = attend(native, q_borrowed, k_borrowed, v_borrowed, out_borrowed, options)
     if native is arrays.CUPY:
         with q_borrowed.device:
             loans.hold(borrowed)

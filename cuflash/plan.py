@@ -60,7 +60,7 @@ def attend(gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, options: Options) -
         raise
     if plan is None:
         request = check_call(gpu, named(q, k, v, out), options)
-        plan = _make_plan(request, options)
+        plan = make_plan(request, options)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         _plans[key] = plan
@@ -121,7 +121,8 @@ def _hopper_arguments(
     return (*maps, lse, counter)
 
 
-def _make_plan(request: Request, options: Options) -> Plan:
+def make_plan(request: Request, options: Options) -> Plan:
+    """Choose, compile and load the kernel for GPU arrays that passed the checks."""
     from cupy import cuda
 
     problem, infos = request

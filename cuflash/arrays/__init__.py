@@ -17,6 +17,7 @@ from cuflash.arrays.torch import TorchTensors
 __all__ = [
     "CUPY",
     "NUMPY",
+    "TORCH",
     "ArrayInfo",
     "Borrowed",
     "GpuArrays",
@@ -29,8 +30,9 @@ __all__ = [
 
 CUPY = CupyArrays()
 NUMPY = NumpyArrays()
+TORCH = TorchTensors()
 _DLPACK = DlpackArrays()
-_NAMED: tuple[Native | Borrowed, ...] = (CUPY, NUMPY, TorchTensors(), JaxArrays())
+_NAMED: tuple[Native | Borrowed, ...] = (CUPY, NUMPY, TORCH, JaxArrays())
 _by_type: dict[type, Native | Borrowed] = {}  # what `_recognise` found: the steady path is four look-ups
 
 

@@ -41,6 +41,10 @@ class Framework:
         cls = getattr(sys.modules.get(self.module), self.type_name, None)
         return cls is not None and isinstance(x, cls)
 
+    def adapter(self, q: Any, k: Any, v: Any) -> Any:
+        """The module that computes this call if the library differentiates or traces it, else None."""
+        return None
+
 
 class Native(Framework):
     """A library whose arrays cuflash reads and allocates directly."""
@@ -48,6 +52,10 @@ class Native(Framework):
     def untraced(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` as it must be called where the library may be tracing the caller."""
         return function
+
+    def operands(self, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        """What ``attention`` computes with, given q, k and v: less what only the library's gradients need."""
+        return q, k, v
 
     def on_gpu(self, x: Any) -> bool:
         raise NotImplementedError

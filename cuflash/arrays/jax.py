@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
 
 from cuflash.arrays import dlpack
-from cuflash.arrays.base import Borrowed
+from cuflash.arrays.base import ArrayInfo, Borrowed, GpuArrays, Native
+from cuflash.arrays.streams import cupy_stream
 
 
 class JaxArrays(Borrowed):
     module, type_name, noun = "jax", "Array", "a JAX array"
     takes_out: ClassVar[bool] = False
 
+    def adapter(self, q: Any, k: Any, v: Any) -> Any:
+        tracer = sys.modules["jax"].core.Tracer
+        if isinstance(q, tracer) or isinstance(k, tracer) or isinstance(v, tracer):
+            from cuflash import jax as adapter
+
+            return adapter
+        return None
+
     def borrow(self, x: Any, name: str) -> Any:
         jax = sys.modules["jax"]
         if isinstance(x, jax.core.Tracer):
             raise TypeError(
-                f"{name} is traced by JAX ({type(x).__name__}), and cuflash.attention has neither a JAX "
-                "gradient nor a batching rule yet: call it on concrete arrays, outside jax.jit, jax.grad and "
-                "jax.vmap"
+                f"{name} is traced by JAX ({type(x).__name__}); of cuflash only attention can be called "
+                "inside jax.jit, jax.grad and jax.vmap"
             )
         if x.is_deleted():
             raise ValueError(f"{name} is a JAX array that was deleted or donated")
@@ -45,3 +54,72 @@ class JaxArrays(Borrowed):
             return jax.device_put(array, device)
         with array.device:  # whose current stream CuPy makes JAX wait for
             return jax.dlpack.from_dlpack(array)
+
+
+class JaxAvals(Native):
+    """Arrays as JAX sees them while it traces or compiles: shapes and dtypes, on a device that is given."""
+
+    noun = JaxArrays.noun
+
+    def __init__(self, device: int | None) -> None:
+        self._device = device
+
+    def check(self, x: Any, name: str) -> None:
+        pass
+
+    def info(self, x: Any) -> ArrayInfo:
+        return _info(x, self._device, 0)
+
+    def cast(self, name: str, dtype: str) -> str:
+        return f"{name}.astype(jax.numpy.{dtype})"
+
+
+class XlaBuffers(GpuArrays):
+    """What XLA gives to a callback on a GPU: inputs, outputs to be written, and the stream to write them on.
+
+    One object serves one call. It allocates nothing: "new" arrays are XLA's outputs, in order.
+    """
+
+    noun = JaxArrays.noun
+
+    def __init__(self, stream: int, outputs: Iterable[Any]) -> None:
+        self._stream = stream
+        self._outputs = iter(outputs)
+
+    def on_gpu(self, x: Any) -> bool:
+        return True
+
+    def check(self, x: Any, name: str) -> None:
+        pass
+
+    def info(self, x: Any) -> ArrayInfo:
+        return _info(x, x.__dlpack_device__()[1], self.pointer(x))
+
+    def signature(self, x: Any) -> tuple[Any, ...]:
+        return type(x), x.shape, x.dtype, x.__dlpack_device__()[1], self.pointer(x) & 15
+
+    def pointer(self, x: Any) -> int:
+        return x.__cuda_array_interface__["data"][0]
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, device: int) -> Any:
+        output = next(self._outputs)
+        assert (output.shape, output.dtype) == (shape, np.dtype(dtype))
+        return output
+
+    def keeps_temporaries(self) -> bool:
+        return True  # there are none
+
+    def stream(self, device: int) -> Any:
+        return cupy_stream(self._stream)
+
+    def launch_stream(self, device: int) -> tuple[int, bool]:
+        return self._stream, cupy_stream(self._stream).is_capturing()
+
+
+def _info(x: Any, device: int | None, pointer: int) -> ArrayInfo:
+    itemsize = x.dtype.itemsize
+    strides = [itemsize]
+    for size in x.shape[:0:-1]:
+        strides.append(strides[-1] * size)
+    strides = strides[::-1] if x.shape else []
+    return ArrayInfo(tuple(x.shape), tuple(strides), x.dtype.name, itemsize, device, pointer)

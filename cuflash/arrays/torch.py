@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +9,30 @@ from typing import Any
 import numpy as np
 
 from cuflash.arrays.base import ArrayInfo, GpuArrays, HostArrays, require_plain
+from cuflash.arrays.streams import cupy_stream
 
 
 class TorchTensors(HostArrays, GpuArrays):
     module, type_name, noun = "torch", "Tensor", "a PyTorch tensor"
+
+    def adapter(self, q: Any, k: Any, v: Any) -> Any:
+        torch = sys.modules["torch"]
+        if (
+            torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+            or torch._C._are_functorch_transforms_active()
+            or ((dtype := autocast_dtype(q)) is not None and not q.dtype == k.dtype == v.dtype == dtype)
+        ):
+            from cuflash import torch as adapter
+
+            return adapter
+        return None
+
+    def operands(self, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        from cuflash.torch import autocast
+
+        q, k, v = autocast(q.detach(), k.detach(), v.detach())
+        return q, k, v
 
     def untraced(self, function: Callable[..., Any]) -> Callable[..., Any]:
         # Inside torch.compile a call is a graph break: Dynamo follows tensor operations, not addresses.
@@ -29,20 +48,16 @@ class TorchTensors(HostArrays, GpuArrays):
     def check(self, x: Any, name: str) -> None:
         torch = sys.modules["torch"]
         require_plain(x, name, torch.Tensor, torch.nn.Parameter)
-        if x.layout is not torch.strided or x.is_nested:
-            kind = "a nested tensor" if x.is_nested else f"of layout {x.layout}"
-            raise TypeError(f"{name} is {kind}; attention takes dense tensors (torch.strided)")
-        if x.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"{name} is on device {x.device}; attention takes cpu and cuda tensors")
+        _check_dense(torch, x, name)
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{name} requires grad, and cuflash.attention has no gradient yet: pass {name}.detach() or "
-                "call it under torch.no_grad()"
+                f"{name} requires grad, and neither a call with out= nor attention_backward can be "
+                f"differentiated: pass {name}.detach(), or call under torch.no_grad()"
             )
         if _has_tangent(torch, x):
             raise ValueError(
-                f"{name} carries a forward-mode tangent, and cuflash.attention has no gradient yet: pass "
-                f"{name}.detach()"
+                f"{name} carries a forward-mode tangent, and cuflash.attention has reverse-mode gradients "
+                f"only: pass {name}.detach()"
             )
         if x.is_neg():
             raise ValueError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
@@ -50,20 +65,12 @@ class TorchTensors(HostArrays, GpuArrays):
             x.data_ptr()
         except RuntimeError as error:
             raise TypeError(
-                f"{name} has no memory to read; inside torch.compile, torch.export and torch.func transforms "
-                f"cuflash.attention cannot be called ({str(error).splitlines()[0]})"
+                f"{name} has no memory to read: it is traced or transformed, where of cuflash only attention "
+                f"without out= can be called ({str(error).splitlines()[0]})"
             ) from error
 
     def info(self, x: Any) -> ArrayInfo:
-        itemsize = x.element_size()
-        return ArrayInfo(
-            tuple(x.shape),
-            tuple(stride * itemsize for stride in x.stride()),
-            str(x.dtype).removeprefix("torch."),
-            itemsize,
-            x.device.index if x.is_cuda else None,
-            x.data_ptr(),
-        )
+        return _info(x, x.data_ptr())
 
     def cast(self, name: str, dtype: str) -> str:
         return f"{name}.to(torch.{dtype})"
@@ -115,32 +122,54 @@ class TorchTensors(HostArrays, GpuArrays):
         return True  # torch captures with a memory pool that belongs to the graph
 
     def stream(self, device: int) -> Any:
-        return _cupy_stream(sys.modules["torch"].cuda.current_stream(device).cuda_stream)
+        return cupy_stream(sys.modules["torch"].cuda.current_stream(device).cuda_stream)
 
     def launch_stream(self, device: int) -> tuple[int, bool]:
         cuda = sys.modules["torch"].cuda
         return cuda.current_stream(device).cuda_stream, cuda.is_current_stream_capturing()
 
 
+class FakeTensors(TorchTensors):
+    """Tensors seen while torch traces: everything but their memory is known."""
+
+    def check(self, x: Any, name: str) -> None:
+        _check_dense(sys.modules["torch"], x, name)
+
+    def info(self, x: Any) -> ArrayInfo:
+        return _info(x, pointer=0)
+
+
 _untraced: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _check_dense(torch: Any, x: Any, name: str) -> None:
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"of layout {x.layout}"
+        raise TypeError(f"{name} is {kind}; attention takes dense tensors (torch.strided)")
+    if x.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} is on device {x.device}; attention takes cpu and cuda tensors")
+
+
+def _info(x: Any, pointer: int) -> ArrayInfo:
+    itemsize = x.element_size()
+    return ArrayInfo(
+        tuple(x.shape),
+        tuple(stride * itemsize for stride in x.stride()),
+        str(x.dtype).removeprefix("torch."),
+        itemsize,
+        x.device.index if x.is_cuda else None,
+        pointer,
+    )
+
+
+def autocast_dtype(x: Any) -> Any:
+    """The dtype torch.autocast asks for where ``x`` is; None where it asks for none."""
+    torch = sys.modules["torch"]
+    kind = x.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
 
 
 def _has_tangent(torch: Any, x: Any) -> bool:
     return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
-
-
-class _StreamHandle:
-    """A stream of another library, in the CUDA stream protocol, which torch before 2.7 does not speak."""
-
-    def __init__(self, pointer: int) -> None:
-        self._pointer = pointer
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._pointer
-
-
-@functools.lru_cache(maxsize=256)  # torch keeps 32 streams for each device and priority, and reuses them
-def _cupy_stream(pointer: int) -> Any:
-    from cupy import cuda
-
-    return cuda.Stream.from_external(_StreamHandle(pointer))

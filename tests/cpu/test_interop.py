@@ -91,10 +91,17 @@ def test_torch_parameters_and_graph_tensors_are_taken_without_grad_mode(torch: A
         assert torch.equal(out, expected)
 
 
-def test_torch_compile_breaks_its_graph_and_calls_us(torch: Any) -> None:
+def test_torch_compile_breaks_its_graph_for_out(torch: Any) -> None:
     q, k, v = (to_torch(torch, x) for x in inputs("bfloat16"))
-    compiled = torch.compile(lambda q, k, v: cuflash.attention(q * 1, k, v, causal=True) + 1, backend="eager")
-    assert torch.equal(compiled(q, k, v), cuflash.attention(q, k, v, causal=True) + 1)
+    out = torch.empty(2, 9, 4, 5, dtype=q.dtype)
+
+    @torch.compile(backend="eager")
+    def compiled(q: Any, k: Any, v: Any) -> Any:
+        return cuflash.attention(q * 1, k, v, out=out) + 1
+
+    expected = cuflash.attention(q, k, v)
+    assert torch.equal(compiled(q, k, v), expected + 1)
+    assert torch.equal(out, expected)
 
 
 def test_torch_tensors_are_explained(torch: Any) -> None:

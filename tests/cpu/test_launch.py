@@ -22,6 +22,7 @@ from cuflash.layouts import Layouts, plan_layouts, why_copied
 from cuflash.problem import Problem, make_problem
 
 FORWARD_CU = Path(__file__).parents[2] / "kernels_cu" / "fa2" / "forward.cu"
+STRIDES_CUH = Path(__file__).parents[2] / "kernels_cu" / "core" / "strides.cuh"
 H100_L2 = 50 << 20
 
 
@@ -54,9 +55,9 @@ def call_of(problem: Problem, l2_bytes: int = H100_L2) -> launch.KernelCall:
     return launch.forward_call(problem, config, q, k, v, out, l2_bytes)
 
 
-def members(name: str) -> list[tuple[str, str]]:
+def members(name: str, source: Path = FORWARD_CU) -> list[tuple[str, str]]:
     """(member, C type) of a struct in the kernel's source, in order."""
-    body = re.search(rf"struct {name} \{{(.*?)\}};", FORWARD_CU.read_text(), re.S)
+    body = re.search(rf"struct {name} \{{(.*?)\}};", source.read_text(), re.S)
     assert body is not None
     declarations = re.sub(r"//.*", "", body[1]).split(";")
     result = []
@@ -72,7 +73,8 @@ def test_params_have_the_members_of_the_kernels_struct_in_its_order() -> None:
     assert [(n, launch.FORWARD_PARAMS[n]) for n in fields] == [
         (n, kinds[k]) for n, k in members("ForwardParams")
     ]
-    assert [(n, "long long") for n in launch.FORWARD_PARAMS["q"].names or ()] == members("Strides")
+    strides = members("Strides", STRIDES_CUH)
+    assert [(n, "long long") for n in launch.FORWARD_PARAMS["q"].names or ()] == strides
 
 
 def test_params_have_the_offsets_a_c_compiler_gives_them() -> None:

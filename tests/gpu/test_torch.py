@@ -71,13 +71,14 @@ def test_a_torch_graph_captures_the_call(qkv, causal):
     assert torch.equal(out, cuflash.attention(q, k, v, causal=causal))
 
 
-def test_a_tensor_that_requires_grad_is_refused_and_accepted_under_no_grad(qkv):
+def test_a_tensor_that_requires_grad_is_refused_with_out_and_accepted_under_no_grad(qkv):
     q, k, v = qkv
     k.requires_grad_()
-    with pytest.raises((TypeError, ValueError, NotImplementedError), match=r"\bk\b"):
-        cuflash.attention(q, k, v)
+    out = torch.empty_like(q)
+    with pytest.raises(ValueError, match=r"^k requires grad"):
+        cuflash.attention(q, k, v, out=out)
     with torch.no_grad():
-        assert not cuflash.attention(q, k, v).requires_grad
+        assert not cuflash.attention(q, k, v, out=out).requires_grad
 
 
 def test_float32_is_refused_with_what_to_do(qkv):
