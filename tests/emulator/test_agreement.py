@@ -267,7 +267,7 @@ _TMA = """DYN_SMEM(smem);
   const unsigned full = cvta_to_shared(smem) + 8192;
   if (threadIdx.x == 0) { mbarrier_init(full, 1); fence_mbarrier_init(); }
   __syncthreads();
-  const int boxes[3][4] = {{0, 0, 0, 0}, {0, 4, 1, 1}, {64, -2, 2, 0}};
+  const int boxes[3][4] = {{0, 0, 0, 0}, {0, 4, 1, 1}, {64, 3, 2, 0}};
   const unsigned tile = cvta_to_shared(smem);
   for (int i = 0; i < 3; ++i) {
     const int *c = boxes[i];
@@ -292,7 +292,7 @@ _TMA = """DYN_SMEM(smem);
 
 
 def test_tma_agrees_bit_for_bit_in_swizzle_zeros_and_clipping():
-    """Boxes inside the array, over its last row and over its first: what is loaded, and what stores leave."""
+    """Boxes inside the array, over its last row, over its last column: what loads bring and stores leave."""
     snippet = Snippet(
         _TMA, HEADERS + '#include "ptx/tma.cuh"\n', "const __grid_constant__ CUtensorMap map, unsigned* y"
     )

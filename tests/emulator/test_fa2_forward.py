@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from arrays import VIEWS, check_forward, make_inputs, to_numpy
+from arrays import VIEWS, check_extreme_logits, check_forward, make_inputs, to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import Inputs, assert_within_contract
+from numerics import assert_within_contract
 
 import cuflash
 from cuflash import reference
-from cuflash.problem import Problem
 from emulator import emulator
 
 CAUSAL = (False, True, "top_left")
@@ -111,10 +110,7 @@ def test_nan_in_keys_that_no_query_sees_stays_invisible_and_in_visible_ones_does
 
 @pytest.mark.parametrize("logit", [-120.0, 120.0, 3e4])
 def test_extreme_logits_neither_overflow_nor_vanish(cp, logit):
-    q = np.full((1, 20, 1, 64), 1.0, np.float16)
-    k = np.full((1, 100, 1, 64), logit / 64, np.float16)
-    v = np.random.default_rng(5).standard_normal((1, 100, 1, 64)).astype(np.float16)
-    _check_at_scale_one(cp, q, k, v)
+    check_extreme_logits(cp, logit, "fa2")
 
 
 @pytest.mark.parametrize("step", [0.5, 5.0, 20.0])
@@ -125,11 +121,6 @@ def test_a_maximum_that_climbs_tile_by_tile_is_rescaled_right(cp, step):
     inputs.q[..., 0] = 1
     inputs.k[..., 0] = (np.arange(320, 0, -1) // 64 * step)[:, None]
     check_forward(cp, problem, inputs, False)
-
-
-def _check_at_scale_one(cp, q, k, v):
-    problem = Problem(1, q.shape[1], k.shape[1], 1, 1, 64, 64, "float16", None, 1.0)
-    check_forward(cp, problem, Inputs(q, k, v, q, q), False)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-6])

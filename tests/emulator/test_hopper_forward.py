@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import check_forward, make_inputs, to_numpy
-from numerics import Inputs
+from arrays import check_extreme_logits, check_forward, make_inputs, to_numpy
 
 import cuflash
 from cuflash.config_hopper import TILES, make_config
-from cuflash.problem import Problem
 from emulator import emulator
 from emulator.hopper_call import attend, check_hopper
 
@@ -86,10 +84,7 @@ def test_any_finite_scale_is_right(hopper, scale):
 
 @pytest.mark.parametrize("logit", [-120.0, 3e4])
 def test_extreme_logits_neither_overflow_nor_vanish(hopper, logit):
-    q, k = np.full((1, 20, 1, 64), 1, np.float16), np.full((1, 150, 1, 64), logit / 64, np.float16)
-    v = np.random.default_rng(7).standard_normal((1, 150, 1, 64)).astype(np.float16)
-    problem = Problem(1, 20, 150, 1, 1, 64, 64, "float16", None, 1.0)
-    check(hopper, problem, Inputs(q, k, v, q, q), False)
+    check_extreme_logits(hopper, logit, "hopper")
 
 
 def test_one_sequence_after_another_finds_the_tile_counter_as_it_was(hopper):

@@ -100,3 +100,15 @@ def check_forward(
     standard = reference.standard_attention(*inputs[:3], **options)
     assert_within_contract(to_numpy(out), expected[0], standard[0], "out")
     assert_within_contract(to_numpy(lse), expected[1], standard[1], "lse")
+
+
+def check_extreme_logits(cp: Any, logit: float, algorithm: str) -> None:
+    """All scores are ``logit``: hold out to the contract, and lse to the rounding of a float32 of its size."""
+    q = np.ones((1, 80, 1, 64), np.float16)
+    k = np.full((1, 150, 1, 64), logit / 64, np.float16)
+    v = np.random.default_rng(5).standard_normal((1, 150, 1, 64)).astype(np.float16)
+    out, lse = cuflash.attention(*map(cp.asarray, (q, k, v)), scale=1.0, return_lse=True, algorithm=algorithm)
+    expected, expected_lse = reference.attention(q, k, v, scale=1.0)
+    standard, _ = reference.standard_attention(q, k, v, scale=1.0)
+    assert_within_contract(to_numpy(out), expected, standard, "out")
+    np.testing.assert_allclose(to_numpy(lse), expected_lse, rtol=1e-6)
