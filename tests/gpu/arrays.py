@@ -103,7 +103,7 @@ def check_forward(
 
 
 def check_extreme_logits(cp: Any, logit: float, algorithm: str) -> None:
-    """All scores are ``logit``: hold out to the contract, and lse to the rounding of a float32 of its size."""
+    """All scores are ``logit``: hold out to the contract, lse to the rounding of a float32 of its size."""
     q = np.ones((1, 80, 1, 64), np.float16)
     k = np.full((1, 150, 1, 64), logit / 64, np.float16)
     v = np.random.default_rng(5).standard_normal((1, 150, 1, 64)).astype(np.float16)
