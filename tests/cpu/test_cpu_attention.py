@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import (
+    TOLERANCE,
     VIEWS,
     Inputs,
     Results,
+    assert_close,
     assert_results_within_contract,
     dtype_of,
     random_inputs,
@@ -24,7 +26,6 @@ from cuflash import cpu
 from cuflash.problem import DTYPES, Problem, make_problem
 
 CAUSAL = [False, "bottom_right", "top_left"]
-TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1, "float32": 5e-5, "float64": 1e-11}
 
 
 def problem_of(
@@ -53,12 +54,6 @@ def attend(problem: Problem, inputs: Inputs) -> Results:
 def blocks(block_m: int, block_n: int) -> Any:
     """Tiles small enough that a few queries and keys make many of them."""
     return mock.patch.multiple(cpu, BLOCK_M=block_m, BLOCK_N=block_n)
-
-
-def assert_close(actual: Results, expected: Results, tolerance: float) -> None:
-    for name in Results._fields:
-        got, want = (getattr(results, name).astype(np.float64) for results in (actual, expected))
-        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 def assert_bit_equal(actual: Results, expected: Results) -> None:

