@@ -40,7 +40,7 @@ FORWARD_PARAMS = np.dtype(
 
 _MAX_GRID = 2**31 - 1
 _MAX_SEQLEN = 2**30  # the kernel adds two positions in 32 bits
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT32_SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)
 
@@ -105,11 +105,7 @@ def forward_call(
 
     ValueError where a size does not fit the kernel's 32-bit fields, or |scale| float32.
     """
-    for name, seqlen in (("q", problem.seqlen_q), ("k", problem.seqlen_k)):
-        if seqlen > _MAX_SEQLEN:
-            raise ValueError(
-                f"{name} has sequence length {seqlen}; the GPU kernel takes at most {_MAX_SEQLEN}"
-            )
+    check_ranges(problem)
     m_blocks = -(-problem.seqlen_q // config.block_m)
     batch_heads = problem.batch * problem.heads_q
     if m_blocks * batch_heads > _MAX_GRID:
@@ -118,11 +114,7 @@ def forward_call(
             f"heads, {m_blocks} blocks of {config.block_m} rows) and a grid has at most {_MAX_GRID}; split "
             "the batch"
         )
-    # At scale 0 every score is 0, but a masked one must stay −inf · scale = −inf: the smallest normal float
-    # does both, and no smaller one survives flushing denormals.
-    scale = max(abs(problem.scale), _FLOAT32_SMALLEST_NORMAL)
-    if scale * _LOG2_E > _FLOAT32_MAX:
-        raise ValueError(f"scale {problem.scale} is too large for float32, in which the GPU kernel computes")
+    scale = kernel_scale(problem)
     params: Any = np.array(
         (
             *(q, k, v, out),
@@ -136,12 +128,32 @@ def forward_call(
             problem.causal_offset or 0,
             m_blocks,
             heads_per_wave(problem, l2_bytes),
-            scale * _LOG2_E,
+            scale * LOG2_E,
             scale,
         ),
         FORWARD_PARAMS,
     )[()]
     return KernelCall((m_blocks * batch_heads,), (config.threads,), shared_bytes(config), params)
+
+
+def check_ranges(problem: Problem) -> None:
+    """ValueError where a length does not fit the kernels' 32-bit positions, or |scale| float32."""
+    for name, seqlen in (("q", problem.seqlen_q), ("k", problem.seqlen_k)):
+        if seqlen > _MAX_SEQLEN:
+            raise ValueError(
+                f"{name} has sequence length {seqlen}; the GPU kernel takes at most {_MAX_SEQLEN}"
+            )
+    if abs(problem.scale) * LOG2_E > _FLOAT32_MAX:
+        raise ValueError(f"scale {problem.scale} is too large for float32, in which the GPU kernel computes")
+
+
+def kernel_scale(problem: Problem) -> float:
+    """|scale| as the forward kernels take it; the sign is in their Config.
+
+    At scale 0 every score is 0, but a masked one must stay −inf · scale = −inf: the smallest normal float
+    does both, and no smaller one survives flushing denormals.
+    """
+    return max(abs(problem.scale), _FLOAT32_SMALLEST_NORMAL)
 
 
 def heads_per_wave(problem: Problem, l2_bytes: int) -> int:

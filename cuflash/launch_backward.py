@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cuflash.config_backward import BackwardConfigs
-from cuflash.launch import KernelCall, Strides
+from cuflash.launch import LOG2_E, KernelCall, Strides, check_ranges
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 
@@ -36,9 +35,6 @@ BACKWARD_PARAMS = _params(
 POSTPROCESS_PARAMS = _params("dq", "first_row seqlen_q heads_q head_dim m_blocks dq_blocks", "scale")
 
 _MAX_GRID = 2**31 - 1
-_MAX_SEQLEN = 2**30  # the kernels add two positions in 32 bits
-_LOG2_E = math.log2(math.e)
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class BackwardStrides(NamedTuple):
@@ -84,7 +80,7 @@ def backward_calls(
     Queries are counted from the first that sees a key: those before it are not read, and get zeros.
     ValueError where a size does not fit the kernels' 32-bit fields, or scale float32.
     """
-    _check_sizes(problem)
+    check_ranges(problem)
     preprocess, main, postprocess = configs
     first_row = first_visible_row(problem)
     rows = problem.seqlen_q - first_row
@@ -125,7 +121,7 @@ def backward_calls(
             *(problem.head_dim, problem.head_dim_v),
             (problem.causal_offset or 0) + first_row,
             *(m_blocks, n_blocks, heads_per_wave(problem, l2_bytes)),
-            *(problem.scale * _LOG2_E, problem.scale),
+            *(problem.scale * LOG2_E, problem.scale),
         ),
         _call(
             "q",
@@ -160,16 +156,6 @@ def heads_per_wave(problem: Problem, l2_bytes: int) -> int:
     head_bytes = problem.seqlen_q * problem.group_size * row_bytes if problem.heads_kv else 0
     fitting = l2_bytes * 16 // 25 // max(1, head_bytes)
     return max(1, min(problem.batch * problem.heads_kv, fitting))
-
-
-def _check_sizes(problem: Problem) -> None:
-    for name, seqlen in (("q", problem.seqlen_q), ("k", problem.seqlen_k)):
-        if seqlen > _MAX_SEQLEN:
-            raise ValueError(
-                f"{name} has sequence length {seqlen}; the GPU kernel takes at most {_MAX_SEQLEN}"
-            )
-    if abs(problem.scale) * _LOG2_E > _FLOAT32_MAX:
-        raise ValueError(f"scale {problem.scale} is too large for float32, in which the GPU kernel computes")
 
 
 def _call(

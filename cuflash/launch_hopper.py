@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cuflash.config_hopper import WARPGROUP_ROWS, HopperConfig
-from cuflash.launch import heads_per_wave
+from cuflash.launch import LOG2_E, check_ranges, heads_per_wave, kernel_scale
 from cuflash.problem import Problem
 from cuflash.tensor_map import TensorMap, tensor_map
 
@@ -33,10 +32,7 @@ FORWARD_PARAMS = np.dtype(
 # A persistent grid is balanced by its counter; waves of more heads only spread what L2 holds (measured up to
 # 132 heads: docs/hopper-forward.md).
 _MAX_HEADS_PER_WAVE = 16
-_MAX_SEQLEN = 2**30  # the kernel adds two positions in 32 bits
-_MAX_TILES = 2**30  # and two tile indices
-_LARGEST = float(np.finfo(np.float32).max)
-_SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)
+_MAX_TILES = 2**30  # the kernel adds two tile indices in 32 bits
 
 
 class Operand(NamedTuple):
@@ -77,11 +73,7 @@ def hopper_forward_call(
 
     ValueError where a size does not fit the kernel's 32-bit fields, or |scale| float32.
     """
-    for name, seqlen in (("q", problem.seqlen_q), ("k", problem.seqlen_k)):
-        if seqlen > _MAX_SEQLEN:
-            raise ValueError(
-                f"{name} has sequence length {seqlen}; the GPU kernel takes at most {_MAX_SEQLEN}"
-            )
+    check_ranges(problem)
     m_blocks = -(-problem.seqlen_q // config.block_m)
     batch_heads = problem.batch * problem.heads_q
     tiles = m_blocks * batch_heads
@@ -90,11 +82,7 @@ def hopper_forward_call(
             f"q has {tiles} tiles (batch {problem.batch}, {problem.heads_q} heads, {m_blocks} blocks of "
             f"{config.block_m} rows) and the GPU kernel takes at most {_MAX_TILES}; split the batch"
         )
-    # At scale 0 every score is 0, but a masked one must stay −inf · scale = −inf: the smallest normal float
-    # does both, and no smaller one survives flushing denormals.
-    scale = max(abs(problem.scale), _SMALLEST_NORMAL)
-    if scale * math.log2(math.e) > _LARGEST:
-        raise ValueError(f"scale {problem.scale} is too large for float32, in which the GPU kernel computes")
+    scale = kernel_scale(problem)
     params: Any = np.array(
         (
             problem.seqlen_q,
@@ -106,7 +94,7 @@ def hopper_forward_call(
             m_blocks,
             tiles,
             min(heads_per_wave(problem, l2_bytes), _MAX_HEADS_PER_WAVE),
-            scale * math.log2(math.e),
+            scale * LOG2_E,
             scale,
         ),
         FORWARD_PARAMS,
