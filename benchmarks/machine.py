@@ -18,6 +18,7 @@ LIBRARIES = (
     "cupy-cuda12x",
     "cupy-cuda13x",
     "torch",
+    "jax",
     "flash-attn",
     "flash-attn-3",
     "flash-attn-4",

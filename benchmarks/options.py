@@ -29,6 +29,7 @@ def add_options(add: Callable[..., Any]) -> None:
     )
     add("--burst", action="store_true", help="also time single calls with idle gaps")
     add("--topic", default=None, help="forward rows replace <gpu>-<topic>.json (default <algorithm>-forward)")
+    add("--steps", type=int, default=300, help="of each run of train (default 300)")
     add("--results-dir", type=Path, default=RESULTS_DIR, help="folder of the results file")
     add("--commit", default=None, help="commit measured; default $CUFLASH_COMMIT, then git's")
 

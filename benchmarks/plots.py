@@ -1,22 +1,50 @@
-"""SVG plots of a results file: speed against length, a column for each head dim, a row for each mask."""
+"""SVG plots of a results file.
+
+Of kernels: speed against length, a column for each head dim, a row for each mask. Of training runs: loss
+against step, a column for each framework, with the distance from standard attention's loss below.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Results, Row
-from benchmarks.tables import mask, peer_label, peer_names, variant
+from benchmarks.tables import (
+    attention_label,
+    loss_distances,
+    mask,
+    peer_label,
+    peer_names,
+    training_run,
+    variant,
+)
 
 # Ours in black; peers in colours that stay apart for the colour-blind (Okabe and Ito).
 OURS_STYLE = {"color": "black", "linewidth": 2.0, "marker": "o", "markersize": 4}
+LOSS_STYLE = {"color": "black", "linewidth": 1.0}  # thin and last, so that a curve beneath stays in sight
 PEER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f")
 
 
 def has_figure(results: Results) -> bool:
-    """Whether its rows are speeds of one kernel: not host times, and not candidates set apart by features."""
-    return not any(row["direction"] == "host" or row["features"] for row in results["rows"])
+    """Whether its rows are loss curves, or speeds of one kernel.
+
+    Host times are neither, nor are candidates set apart by features.
+    """
+    rows = results["rows"]
+    return _has_losses(results) or not any(row["direction"] == "host" or row["features"] for row in rows)
+
+
+def title(results: Results) -> str:
+    """What the figure shows, in words."""
+    what = "Loss against step" if _has_losses(results) else "Speed against sequence length"
+    return f"{what} on {results['gpu']}"
+
+
+def _has_losses(results: Results) -> bool:
+    return any("losses" in row for row in results["rows"])
 
 
 def fingerprint(results_file: Path) -> str:
@@ -39,7 +67,12 @@ def draw(results: Results, mark: str, path: Path) -> None:
 
 
 def make_figure(results: Results) -> Any:
-    """A matplotlib Figure; all panels share their axes, so that heights can be compared."""
+    """A matplotlib Figure."""
+    return _loss_figure(results) if _has_losses(results) else _speed_figure(results)
+
+
+def _speed_figure(results: Results) -> Any:
+    """All panels share their axes, so that heights can be compared."""
     from matplotlib.figure import Figure
 
     rows = results["rows"]
@@ -71,3 +104,29 @@ def _draw_panel(axes: Any, rows: list[Row], names: list[str]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
     axes.grid(alpha=0.3)
+
+
+def _loss_figure(results: Results) -> Any:
+    """The panels of a row share their axes; frameworks begin from different weights, attentions do not."""
+    from matplotlib.figure import Figure
+
+    trained = [row for row in results["rows"] if "losses" in row]
+    runs = [(run[0], list(group)) for run, group in groupby(trained, key=training_run)]
+    figure = Figure(figsize=(1 + 4 * len(runs), 5.2), layout="constrained")
+    grid = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
+    for (curves, distances), (framework, rows) in zip(grid.T, runs, strict=True):
+        curves.set_title(framework)
+        for row, color in zip(rows, PEER_COLORS, strict=False):
+            style = LOSS_STYLE if row["family"] == "cuflash" else {"color": color, "linewidth": 2.5}
+            steps = [row["loss_every"] * (i + 1) for i in range(len(row["losses"]))]
+            curves.plot(steps, row["losses"], label=attention_label(row), **style)
+            for standard in rows:
+                if standard["family"] == "standard":
+                    distances.plot(steps, loss_distances(row, standard), **style)
+        curves.legend()
+        for axes in (curves, distances):
+            axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel("loss, nats a byte")
+    grid[1][0].set_ylabel("minus standard's")
+    figure.supxlabel(f"step; {results['gpu']}")
+    return figure

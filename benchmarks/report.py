@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import results as results_files
-from benchmarks.plots import draw, fingerprint, has_figure
+from benchmarks.plots import draw, fingerprint, has_figure, title
 from benchmarks.results import ROOT, Results
 from benchmarks.tables import VIEWS
 
@@ -101,7 +101,7 @@ def _view(view: str, name: str, page: Path, report: Report, results: Results) ->
         if not has_figure(results):
             raise ReportError(f"{page.name}: {name} has no figure; show a table of it")
         path = os.path.relpath(report.figure(name), page.parent).replace(os.sep, "/")
-        return f"![Speed against sequence length on {results['gpu']}]({path})"
+        return f"![{title(results)}]({path})"
     if view not in VIEWS:
         raise ReportError(f"{page.name}: view {view!r} is none of {', '.join([*VIEWS, 'figure'])}")
     return VIEWS[view](results)

@@ -4,7 +4,8 @@
 "rows". A row names its problem (``PROBLEM``), then what was measured: ``SPEED`` for kernels, with "peers" in
 TFLOP/s, "peer_errors" for those that could not run, "row_error" (the largest relative error of an output row
 against SDPA) and, where asked for, "burst" (the same figures from single calls); ``HOST`` where direction is
-"host".
+"host". Where direction is "train", a row for each attention: ``TRAIN``, or "error" that tells why none;
+and, of a whole run, ``CURVE``: "losses", means of "loss_every" steps.
 """
 
 from __future__ import annotations
@@ -49,6 +50,15 @@ HOST: dict[str, tuple[type, ...]] = {
     "cold_first_call_s": (float,),  # first call of a process, kernel compiled, until the GPU is done
     "warm_first_call_ms": (float,),  # the same with the kernel in the disk cache
 }
+TRAIN: dict[str, tuple[type, ...]] = {
+    "ms": (float,),  # of one step: forward, backward and optimiser
+    "tokens_per_s": (float,),
+    "peak_gb": (
+        float,
+        type(None),
+    ),  # the most memory allocated at once; null where the framework does not say
+}
+CURVE: dict[str, tuple[type, ...]] = {"losses": (list,), "loss_every": (int,)}
 DIRECTIONS = ("forward", "backward", "decode", "train", "host")
 
 
@@ -76,8 +86,7 @@ def problems(results: Results) -> list[str]:
 
 
 def _row_problems(row: Row, where: str) -> list[str]:
-    is_host = row.get("direction") == "host"
-    found = _wrong_fields(row, PROBLEM | (HOST if is_host else SPEED), where)
+    found = _wrong_fields(row, PROBLEM | _measured(row), where)
     if row.get("direction") not in DIRECTIONS:
         found.append(f"{where}: direction {row.get('direction')!r} is none of {DIRECTIONS}")
     if "burst" in row:
@@ -89,6 +98,16 @@ def _row_problems(row: Row, where: str) -> list[str]:
         if name in errors:
             found.append(f"{where}: peer {name} has both a figure and an error")
     return found
+
+
+def _measured(row: Row) -> dict[str, tuple[type, ...]]:
+    if row.get("direction") == "host":
+        return HOST
+    if row.get("direction") != "train":
+        return SPEED
+    if "error" in row:
+        return {"error": (str,)}
+    return TRAIN | CURVE if "losses" in row else TRAIN
 
 
 def _wrong_fields(data: Any, fields: dict[str, tuple[type, ...]], where: str) -> list[str]:

@@ -3,8 +3,11 @@
 python -m benchmarks.run forward --topic fa2-forward      the grid, against SDPA's flash backend and cuDNN
 python -m benchmarks.run host                            host time of a call, cold and warm first call
 python -m benchmarks.run tiles                           candidate tiles of FA2 forward, against SDPA's flash
+python -m benchmarks.run train                           loss curves of a small GPT, with each attention
+python -m benchmarks.run gpt2                            steps of GPT-2, with each attention
 
-Of the options, host takes --results-dir and --commit, tiles also --budget-ms; the rest are forward's.
+Of the options, all take --results-dir and --commit, tiles also --budget-ms, train also --steps; the rest are
+forward's.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from benchmarks import machine
 from benchmarks.options import add_options, forward_topic, workloads
-from benchmarks.results import HOST, Recorder, Row
+from benchmarks.results import HOST, TRAIN, Recorder, Row
 from benchmarks.tables import candidate_label
 from benchmarks.workload import HOST_WORKLOADS, Workload
+
+Point = TypeVar("Point")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,10 +76,32 @@ def _tiles(options: argparse.Namespace, command: str) -> int:
     return _record(tiles.WORKLOADS, measure, Recorder(options.results_dir, tiles.TOPIC, header))
 
 
-BENCHMARKS = {"forward": _forward, "host": _host, "tiles": _tiles}
+def _train(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("train", reason)
+    from benchmarks import train
+
+    def measure(curve: train.Curve) -> list[Row]:
+        return [train.measure_curve(curve, options.steps)]
+
+    header = machine.header(command, options.commit, train.CURVES_METHOD)
+    return _record(train.CURVES, measure, Recorder(options.results_dir, train.CURVES_TOPIC, header))
 
 
-def _record(points: Iterable[Workload], measure: Callable[[Workload], list[Row]], into: Recorder) -> int:
+def _gpt2(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("gpt2", reason)
+    from benchmarks import train
+
+    header = machine.header(command, options.commit, train.GPT2_METHOD)
+    recorder = Recorder(options.results_dir, train.GPT2_TOPIC, header)
+    return _record(train.POINTS, train.measure_steps, recorder)
+
+
+BENCHMARKS = {"forward": _forward, "host": _host, "tiles": _tiles, "train": _train, "gpt2": _gpt2}
+
+
+def _record(points: Iterable[Point], measure: Callable[[Point], list[Row]], into: Recorder) -> int:
     """Measure and record each point; one that fails is named, leaves no row, and does not stop the others."""
     failed = 0
     for point in points:
@@ -85,6 +113,7 @@ def _record(points: Iterable[Workload], measure: Callable[[Workload], list[Row]]
         else:
             for row in rows:
                 into.add(row)
+                failed += "error" in row
                 print(f"{point}: {summary(row)}", flush=True)
     print(f"{into.path}: {failed} failed")
     return 1 if failed else 0
@@ -94,6 +123,9 @@ def summary(row: Row) -> str:
     """One line of a row's figures, with our speed over each peer's."""
     if row["direction"] == "host":
         return ", ".join(f"{name} {row[name]}" for name in HOST)
+    if row["direction"] == "train":
+        told = row.get("error") or ", ".join(f"{name} {row[name]}" for name in TRAIN)
+        return f"{row['family']}: {told}"
     peers = [f"{name} {peer:.0f} (x{row['tflops'] / peer:.2f})" for name, peer in row["peers"].items()]
     absent = [f"no {name} (see peer_errors)" for name in row["peer_errors"]]
     candidate = f"{candidate_label(row['features'])}: " if row["features"] else ""

@@ -11,13 +11,14 @@ from benchmarks.peers import PEERS
 from benchmarks.results import HOST, Results, Row
 
 UNTOLD_FEATURES = ("registers", "spill_bytes", "chosen")  # columns, and bold print, of the candidates' tables
+WORD_COLUMNS = ("mask", "candidate", "framework", "model", "attention")
 SHORT_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 
 
 def table(results: Results) -> str:
     """Every row: our speed, each peer's, and the ratio; a geometric mean for each head dim and over all."""
-    if results["rows"][0]["direction"] == "host":
-        return "\n".join([*_host_table(results["rows"]), "", footer(results)])
+    if make := {"host": _host_table, "train": _training_table}.get(results["rows"][0]["direction"]):
+        return "\n".join([*make(results["rows"]), "", footer(results)])
     return _sections(results, _speed_table)
 
 
@@ -225,6 +226,53 @@ def _host_table(rows: list[Row]) -> list[str]:
     return _markdown(head, body)
 
 
+def _training_table(rows: list[Row]) -> list[str]:
+    """A line for each attention, beside standard attention in the same model; below, why any is missing."""
+    head = ["framework", "model", "length", "batch", "attention"]
+    head += ["ms a step", "tokens/s", "speed-up", "peak memory, GB"]
+    has_losses = any("losses" in row for row in rows)
+    head += ["last loss", "mean distance from standard's"] if has_losses else []
+    body, missing = [], []
+    for run, group in groupby(rows, key=training_run):
+        of_run = list(group)
+        standard = next((row for row in of_run if row["family"] == "standard" and "ms" in row), None)
+        for row in of_run:
+            label = attention_label(row)
+            if "error" in row:
+                body.append([*run, label, *["-"] * (len(head) - 5)])
+                missing += ["", f"{label} could not run ({', '.join(run)}): {row['error']}"]
+            else:
+                body.append([*run, label, *_step_cells(row, standard)])
+    return _markdown(head, body) + missing
+
+
+def training_run(row: Row) -> tuple[str, ...]:
+    """What the attentions of one model have in common: framework, model, length, batch."""
+    features = row["features"]
+    framework = {"torch": "PyTorch", "jax": "JAX"}[features["framework"]]
+    compiled = ", compiled" if features.get("compiled") else ""
+    return framework + compiled, features["model"], str(row["seqlen_q"]), str(row["batch"])
+
+
+def attention_label(row: Row) -> str:
+    return {"sdpa": "SDPA flash", "cudnn": "cuDNN"}.get(row["family"]) or str(row["family"])
+
+
+def loss_distances(row: Row, standard: Row) -> list[float]:
+    return [loss - other for loss, other in zip(row["losses"], standard["losses"], strict=True)]
+
+
+def _step_cells(row: Row, standard: Row | None) -> list[str]:
+    cells = [f"{row['ms']:.1f}", f"{row['tokens_per_s']:.0f}"]
+    cells += [f"{standard['ms'] / row['ms']:.2f}" if standard else "-"]
+    cells += ["-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"]
+    if "losses" in row:
+        distances = list(map(abs, loss_distances(row, standard))) if standard else []
+        mean = f"{math.fsum(distances) / len(distances):.4f}" if distances else "-"
+        cells += [f"{row['losses'][-1]:.4f}", mean]
+    return cells
+
+
 def _absences(rows: list[Row]) -> list[str]:
     """A line for each peer and reason that left holes in the tables."""
     reasons = {(name, why): None for row in rows for name, why in row.get("peer_errors", {}).items()}
@@ -257,6 +305,6 @@ def _ratio(ratio: float) -> str:
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
-    """A table, numbers to the right: every column but the mask's and the candidate's holds them."""
-    rule = ["---" if title in ("mask", "candidate") else "--:" for title in head]
+    """A table, numbers to the right."""
+    rule = ["---" if title in WORD_COLUMNS else "--:" for title in head]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]

@@ -235,7 +235,7 @@ def test_a_tile_that_writes_nonsense_gives_no_rows(kernels: Any) -> None:
 # --- skipping -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["forward", "host", "tiles"])
+@pytest.mark.parametrize("name", ["forward", "host", "tiles", "train", "gpt2"])
 def test_the_command_says_why_it_skips(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
