@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.results import ROOT
 
-SOURCES = ("cuflash", "kernels_cu", "pyproject.toml", "benchmarks", ":!benchmarks/results")
+SOURCES = ("cuflash", "kernels_cu", "pyproject.toml", "benchmarks", "examples", ":!benchmarks/results")
 LIBRARIES = (
     "cuflash",
     "numpy",
