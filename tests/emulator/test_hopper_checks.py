@@ -100,6 +100,7 @@ FAULTS = {
     "ordinary access to an mbarrier": ("barrier", COPY, "mbarrier_wait(barrier, 0);", "mbarrier_wait(barrier, 0); y[0] = s[0];"),
     "box not aligned to 128 bytes": ("alignment", COPY, "barrier + 1024", "barrier + 1040"),
     "box past shared memory": ("bounds", COPY, "barrier + 1024", "barrier + 3072"),
+    "store from before the tensor": ("bounds", STORE, "box, 0, row, 0, 0", "box, 0, row - 2, 0, 0"),
     "no fence before a store": ("proxy", STORE, "fence_proxy_async_shared();", ""),
     "no barrier before a store": ("race", STORE, "__syncthreads();", ""),
     "shared memory rewritten while a store reads it": ("race", STORE, "cp_async_bulk_wait_group<0>();",
