@@ -127,10 +127,10 @@ def assert_close(actual: Results, expected: Results, tolerance: float) -> None:
 def assert_gradient_within_contract(actual: Array, reference: Array, standard: Array, name: str) -> None:
     """The contract, and half a unit in the last place of the largest gradient for its own rounding.
 
-    Under a causal mask a few early rows, with few keys, dominate the error. Standard attention rounds P and dS
-    as the kernels do, but its handful of roundings may happen to cancel: ideal arithmetic with the same roundings
-    exceeds twice its error in about 1 of 100 random problems of head dim 8. flash-attn's own tests allow for it
-    too, by twice what adding and subtracting 0.3 changes.
+    Under a causal mask a few early rows, with few keys, dominate the error. Standard attention rounds P
+    and dS as the kernels do, but its handful of roundings may happen to cancel: ideal arithmetic with the
+    same roundings exceeds twice its error in about 1 of 100 random problems of head dim 8. flash-attn's
+    own tests allow for it too, by twice what adding and subtracting 0.3 changes.
     """
     ulp = float(ml_dtypes.finfo(actual.dtype).eps) * np.abs(reference).max(initial=0.0)
     assert_within_contract(actual, reference, standard, name, allowance=ulp / 2)
