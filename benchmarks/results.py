@@ -4,7 +4,7 @@
 "rows". A row names its problem (``PROBLEM``), then what was measured: ``SPEED`` for kernels, with "peers" in
 TFLOP/s, "peer_errors" for those that could not run, "row_error" (the largest relative error against SDPA, of
 an output row or of 64 rows of a gradient) and, where asked for, "burst" (the same figures from single calls);
-``HOST`` where direction is "host".
+``HOST`` where direction is "host", ``CALL`` where it is "call".
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ HOST: dict[str, tuple[type, ...]] = {
     "cold_first_call_s": (float,),  # first call of a process, kernel compiled, until the GPU is done
     "warm_first_call_ms": (float,),  # the same with the kernel in the disk cache
 }
-TIMES = {"host": HOST}  # directions whose rows hold times, not the speed of kernels
+CALL: dict[str, tuple[type, ...]] = {  # one of many calls in a jitted JAX program, launch and kernel
+    "command_buffers_us": (float,),  # where XLA records the launches into CUDA graphs
+    "launches_us": (float,),  # where it does not
+}
+TIMES = {"host": HOST, "call": CALL}  # directions whose rows hold times, not the speed of kernels
 DIRECTIONS = ("forward", "backward", "decode", "train", *TIMES)
 
 

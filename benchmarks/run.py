@@ -3,6 +3,7 @@
 python -m benchmarks.run forward                         the grid, against SDPA's flash backend and cuDNN
 python -m benchmarks.run backward --deterministic        the same of gradients; also deterministic ones
 python -m benchmarks.run host                            host time of a call, cold and warm first call
+python -m benchmarks.run jax-call                        cost of a call in JAX: buffer_callback, FFI, jax.nn
 python -m benchmarks.run tiles                           candidate tiles of FA2 forward, against SDPA's flash
 
 Every benchmark takes --results-dir and --commit, tiles also --budget-ms; the other options are forward's and
@@ -64,6 +65,20 @@ def _host(options: argparse.Namespace, command: str) -> int:
     return _record(HOST_WORKLOADS, measure, Recorder(options.results_dir, "host", header))
 
 
+def _jax_call(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_jax():
+        return _skip("jax-call", reason)
+    from benchmarks import jax_call
+
+    expected = jax_call.reference()
+
+    def measure(contender: str) -> list[Row]:
+        return [jax_call.measure(contender, expected)]
+
+    header = machine.header(command, options.commit, jax_call.METHOD)
+    return _record(jax_call.CONTENDERS, measure, Recorder(options.results_dir, jax_call.TOPIC, header))
+
+
 def _tiles(options: argparse.Namespace, command: str) -> int:
     if reason := machine.why_no_torch():
         return _skip("tiles", reason)
@@ -77,7 +92,7 @@ def _tiles(options: argparse.Namespace, command: str) -> int:
     return _record(tiles.WORKLOADS, measure, Recorder(options.results_dir, tiles.TOPIC, header))
 
 
-BENCHMARKS = {"forward": _speed, "backward": _speed, "host": _host, "tiles": _tiles}
+BENCHMARKS = {"forward": _speed, "backward": _speed, "host": _host, "jax-call": _jax_call, "tiles": _tiles}
 
 Point = TypeVar("Point")
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from benchmarks.peers import PEERS
-from benchmarks.results import HOST, Results, Row
+from benchmarks.results import CALL, HOST, Results, Row
 
 UNTOLD_FEATURES = ("registers", "spill_bytes", "chosen")  # columns, and bold print, of the candidates' tables
 SHORT_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
@@ -231,7 +231,14 @@ def _host_table(rows: list[Row]) -> list[str]:
     return _markdown(head, body)
 
 
-TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {"host": _host_table}
+def _call_table(rows: list[Row]) -> list[str]:
+    problem = "batch {batch}, length {seqlen_q}, {heads_q} heads of {head_dim}".format(**rows[0])
+    head = ["attention by", "in command buffers", "launched singly"]
+    body = [[row["features"]["by"], *(f"{row[name]:.3g}" for name in CALL)] for row in rows]
+    return [f"µs a call under jax.jit, {_dtype(rows[0])}, {problem}:", "", *_markdown(head, body)]
+
+
+TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {"host": _host_table, "call": _call_table}
 
 
 def _absences(rows: list[Row]) -> list[str]:
@@ -267,5 +274,5 @@ def _ratio(ratio: float) -> str:
 
 def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
     """A table, numbers to the right: all columns but these hold them."""
-    rule = ["---" if title in ("mask", "candidate") else "--:" for title in head]
+    rule = ["---" if title in ("mask", "candidate", "attention by") else "--:" for title in head]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]

@@ -245,6 +245,7 @@ def test_the_command_says_why_it_skips(
 ) -> None:
     monkeypatch.setattr(machine, "why_no_cupy", lambda: "CuPy finds no CUDA GPU")
     monkeypatch.setattr(machine, "why_no_torch", lambda: "PyTorch finds no CUDA GPU")
+    monkeypatch.setattr(machine, "why_no_jax", lambda: "JAX finds no CUDA GPU")
     assert run.main([name]) == 1
     assert f"SKIPPED {name}: " in capsys.readouterr().out
 
