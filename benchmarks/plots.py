@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Results, Row
+from benchmarks.results import TIMES, Results, Row
 from benchmarks.tables import mask, peer_label, peer_names, variant
 
 # Ours in black; peers in colours that stay apart for the colour-blind (Okabe and Ito).
@@ -15,8 +15,12 @@ PEER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00",
 
 
 def has_figure(results: Results) -> bool:
-    """Whether its rows are speeds of one kernel: not host times, and not candidates set apart by features."""
-    return not any(row["direction"] == "host" or row["features"] for row in results["rows"])
+    return bool(_drawn(results))
+
+
+def _drawn(results: Results) -> list[Row]:
+    """The rows that a figure shows: speeds, but not of candidates, which features set apart."""
+    return [row for row in results["rows"] if row["direction"] not in TIMES and not row["features"]]
 
 
 def fingerprint(results_file: Path) -> str:
@@ -42,7 +46,7 @@ def make_figure(results: Results) -> Any:
     """A matplotlib Figure; all panels share their axes, so that heights can be compared."""
     from matplotlib.figure import Figure
 
-    rows = results["rows"]
+    rows = _drawn(results)
     columns = sorted({(variant(row), row["head_dim"]) for row in rows})
     masks = [name for name in ("full", "causal") if any(mask(row) == name for row in rows)]
     names = peer_names(rows)

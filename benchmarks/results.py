@@ -2,9 +2,9 @@
 
 ``benchmarks/results/<gpu>-<topic>.json`` holds "gpu", "date", "commit", "command", "versions", "method" and
 "rows". A row names its problem (``PROBLEM``), then what was measured: ``SPEED`` for kernels, with "peers" in
-TFLOP/s, "peer_errors" for those that could not run, "row_error" (the largest relative error of an output row
-against SDPA) and, where asked for, "burst" (the same figures from single calls); ``HOST`` where direction is
-"host".
+TFLOP/s, "peer_errors" for those that could not run, "row_error" (the largest relative error against SDPA, of
+an output row or of 64 rows of a gradient) and, where asked for, "burst" (the same figures from single calls);
+``HOST`` where direction is "host", ``CALL`` where it is "call".
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ HOST: dict[str, tuple[type, ...]] = {
     "cold_first_call_s": (float,),  # first call of a process, kernel compiled, until the GPU is done
     "warm_first_call_ms": (float,),  # the same with the kernel in the disk cache
 }
-DIRECTIONS = ("forward", "backward", "decode", "train", "host")
+CALL: dict[str, tuple[type, ...]] = {  # one of many calls in a jitted JAX program, launch and kernel
+    "command_buffers_us": (float,),  # where XLA records the launches into CUDA graphs
+    "launches_us": (float,),  # where it does not
+}
+TIMES = {"host": HOST, "call": CALL}  # directions whose rows hold times, not the speed of kernels
+DIRECTIONS = ("forward", "backward", "decode", "train", *TIMES)
 
 
 def significant(value: float, digits: int = 5) -> float:
@@ -76,10 +81,10 @@ def problems(results: Results) -> list[str]:
 
 
 def _row_problems(row: Row, where: str) -> list[str]:
-    is_host = row.get("direction") == "host"
-    found = _wrong_fields(row, PROBLEM | (HOST if is_host else SPEED), where)
-    if row.get("direction") not in DIRECTIONS:
-        found.append(f"{where}: direction {row.get('direction')!r} is none of {DIRECTIONS}")
+    direction = row.get("direction")
+    found = _wrong_fields(row, PROBLEM | TIMES.get(str(direction), SPEED), where)
+    if direction not in DIRECTIONS:
+        found.append(f"{where}: direction {direction!r} is none of {DIRECTIONS}")
     if "burst" in row:
         found += _wrong_fields(row["burst"], SPEED, f"{where}, burst")
     peers, errors = row.get("peers", {}), row.get("peer_errors", {})

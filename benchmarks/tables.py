@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from benchmarks.peers import PEERS
-from benchmarks.results import HOST, Results, Row
+from benchmarks.results import CALL, HOST, Results, Row
 
 UNTOLD_FEATURES = ("registers", "spill_bytes", "chosen")  # columns, and bold print, of the candidates' tables
 SHORT_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
@@ -16,9 +16,10 @@ SHORT_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 
 def table(results: Results) -> str:
     """Every row: our speed, each peer's, and the ratio; a geometric mean for each head dim and over all."""
-    if results["rows"][0]["direction"] == "host":
-        return "\n".join([*_host_table(results["rows"]), "", footer(results)])
-    return _sections(results, _speed_table)
+    make = TIME_TABLES.get(results["rows"][0]["direction"])
+    if make is None:
+        return _sections(results, _speed_table)
+    return "\n".join([*make(results["rows"]), "", footer(results)])
 
 
 def burst(results: Results) -> str:
@@ -57,10 +58,13 @@ def candidate_label(features: Row) -> str:
 
 
 def variant(row: Row) -> str:
-    """What sets apart rows of one file that are otherwise the same point: direction, dtype, head grouping."""
-    group = row["heads_q"] // row["heads_kv"]
+    """What sets apart rows of one file that are otherwise the same point: direction, dtype, grouping …"""
     words = [row["direction"], _dtype(row)]
-    return ", ".join(words + ([f"{group} query heads per key/value head"] if group > 1 else []))
+    if (group := row["heads_q"] // row["heads_kv"]) > 1:
+        words.append(f"{group} query heads per key/value head")
+    if row["features"].get("deterministic"):
+        words.append("deterministic")
+    return ", ".join(words)
 
 
 def mask(row: Row) -> str:
@@ -201,6 +205,8 @@ def _feature_span(rows: list[Row], name: str) -> str:
 def _feature(name: str, value: Any) -> str:
     if name == "tile" and isinstance(value, dict):
         return _tile(value)
+    if value is True:
+        return name
     return value if isinstance(value, str) else f"{name} {value}"
 
 
@@ -223,6 +229,16 @@ def _host_table(rows: list[Row]) -> list[str]:
         for row in rows
     ]
     return _markdown(head, body)
+
+
+def _call_table(rows: list[Row]) -> list[str]:
+    problem = "batch {batch}, length {seqlen_q}, {heads_q} heads of {head_dim}".format(**rows[0])
+    head = ["attention by", "in command buffers", "launched singly"]
+    body = [[row["features"]["by"], *(f"{row[name]:.3g}" for name in CALL)] for row in rows]
+    return [f"µs a call under jax.jit, {_dtype(rows[0])}, {problem}:", "", *_markdown(head, body)]
+
+
+TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {"host": _host_table, "call": _call_table}
 
 
 def _absences(rows: list[Row]) -> list[str]:
@@ -257,6 +273,6 @@ def _ratio(ratio: float) -> str:
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
-    """A table, numbers to the right: every column but the mask's and the candidate's holds them."""
-    rule = ["---" if title in ("mask", "candidate") else "--:" for title in head]
+    """A table, numbers to the right: all columns but these hold them."""
+    rule = ["---" if title in ("mask", "candidate", "attention by") else "--:" for title in head]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ def test_flops_and_bytes() -> None:
     assert causal.flops * 2 == full.flops
     assert full.tflops(ms=1.0) == pytest.approx(full.flops / 1e-3 / 1e12)
     assert full.nbytes == 2 * 8192 * 128 * (16 + 4 + 4 + 16) * 2
+    backward = dataclasses.replace(full, direction="backward")
+    assert backward.flops == 2.5 * full.flops
+    assert backward.nbytes == 2 * 8192 * 128 * (4 * 16 + 4 * 4) * 2  # Q, O, dO, dQ; K, V, dK, dV
 
 
 def test_the_default_grid_is_the_issues() -> None:
@@ -210,7 +214,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(tiles, "torch", SimpleNamespace(cuda=cuda, full_like=torch.full_like))
     monkeypatch.setattr(tiles, "jit", jit)
     monkeypatch.setattr(tiles.launch, "launch", launch)
-    monkeypatch.setattr(tiles, "Timer", lambda: timer)
+    monkeypatch.setattr(tiles.speed, "Timer", lambda: timer)
     return made
 
 
@@ -235,12 +239,13 @@ def test_a_tile_that_writes_nonsense_gives_no_rows(kernels: Any) -> None:
 # --- skipping -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["forward", "host", "tiles"])
+@pytest.mark.parametrize("name", run.BENCHMARKS)
 def test_the_command_says_why_it_skips(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(machine, "why_no_cupy", lambda: "CuPy finds no CUDA GPU")
     monkeypatch.setattr(machine, "why_no_torch", lambda: "PyTorch finds no CUDA GPU")
+    monkeypatch.setattr(machine, "why_no_jax", lambda: "JAX finds no CUDA GPU")
     assert run.main([name]) == 1
     assert f"SKIPPED {name}: " in capsys.readouterr().out
 
@@ -253,5 +258,5 @@ def test_pytest_skips_each_benchmark_without_a_gpu(tmp_path: Path) -> None:
     command += ["--head-dims=64", "--seqlens=512", f"--results-dir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 skipped" in done.stdout  # full, causal, and two of the host's
+    assert "6 skipped" in done.stdout  # full and causal, forward and backward, and two of the host's
     assert list(tmp_path.iterdir()) == []
