@@ -15,7 +15,7 @@ from benchmarks.results import Row
 from benchmarks.speed import Candidate, Prepared, random_inputs
 from benchmarks.tables import candidate_label
 from benchmarks.workload import Workload, grid
-from cuflash import jit, launch
+from cuflash import jit, launch, launcher
 from cuflash.config import Config, Tile, choose
 from cuflash.problem import Problem, make_problem
 from cuflash.resources import shared_bytes, shared_memory_per_block
@@ -119,11 +119,11 @@ def prepare(config: Config, workload: Workload, inputs: Inputs, expected: Any) -
         features["chosen"] = True
     out = torch.full_like(inputs.q, float("nan"))  # an element that is never written must not pass for right
     call = forward_call(problem(workload), config, inputs, out)
-    function = jit.load(program, call.shared_bytes)
+    start = launcher.Launcher(jit.load(program, call.shared_bytes), call, addresses=5)
+    addresses = (inputs.q.data_ptr(), inputs.k.data_ptr(), inputs.v.data_ptr(), out.data_ptr(), 0)
 
     def run() -> Any:
-        pointers = (inputs.q.data_ptr(), inputs.k.data_ptr(), inputs.v.data_ptr(), out.data_ptr(), None)
-        launch.launch(function, call, pointers)  # on CuPy's current stream: the null stream, which is torch's
+        start((), addresses, torch.cuda.current_stream().cuda_stream)
         return out
 
     run()

@@ -196,14 +196,19 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch = pytest.importorskip("torch")
     from benchmarks import tiles
 
-    def launch(function: Any, call: Any, pointers: tuple[Any, ...]) -> None:
-        ctypes.memmove(pointers[3], made.answer.data_ptr(), made.answer.nbytes)
+    def launcher(function: Any, call: Any, *, addresses: int) -> Any:
+        def start(maps: tuple[()], pointers: tuple[int, ...], stream: int) -> None:
+            assert len(pointers) == addresses
+            ctypes.memmove(pointers[3], made.answer.data_ptr(), made.answer.nbytes)
+
+        return start
 
     inputs = peers_module.Inputs(*(torch.randn(1, 80, 2, 64).bfloat16() for _ in range(3)), causal=True)
     made = SimpleNamespace(tiles=tiles, answer=peers_module.reference(inputs).contiguous())
     cuda = SimpleNamespace(
         get_device_capability=lambda: (9, 0),
         get_device_properties=lambda device: SimpleNamespace(L2_cache_size=50 << 20),
+        current_stream=lambda: SimpleNamespace(cuda_stream=0),
     )
     program = SimpleNamespace(registers=168, spill_stores=24)
     jit = SimpleNamespace(
@@ -213,7 +218,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(tiles, "random_inputs", lambda workload: inputs)
     monkeypatch.setattr(tiles, "torch", SimpleNamespace(cuda=cuda, full_like=torch.full_like))
     monkeypatch.setattr(tiles, "jit", jit)
-    monkeypatch.setattr(tiles.launch, "launch", launch)
+    monkeypatch.setattr(tiles.launcher, "Launcher", launcher)
     monkeypatch.setattr(tiles.speed, "Timer", lambda: timer)
     return made
 

@@ -301,7 +301,7 @@ def test_tma_agrees_bit_for_bit_in_swizzle_zeros_and_clipping():
 
     def run(cp: Any) -> tuple[np.ndarray, np.ndarray]:
         x, y = cp.asarray(values), cp.zeros(1024, np.uint32)
-        arguments = (tensor_map.Encoder(description)(x.data.ptr), y.data.ptr)
+        arguments = (tensor_map.Encoder(description)(x.data.ptr).value, y.data.ptr)
         jit.load(jit.compile(snippet, "sm_90a"), 8200)((1,), (32,), arguments, 8200)
         return x.get(), y.get()
 
