@@ -22,7 +22,9 @@ LIBRARIES = (
     "jax",
     "flash-attn",
     "flash-attn-3",
+    "tokenspeed-fa3",
     "flash-attn-4",
+    "nvidia-cutlass-dsl",  # compiles flash-attn-4's kernels
 )
 
 

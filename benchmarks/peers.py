@@ -172,6 +172,7 @@ def _fa3(inputs: Inputs) -> Run:
 
 
 def _fa4(inputs: Inputs) -> Run:
+    """Its first call compiles, once for each head dimension, mask, dtype and group, whatever the length."""
     from flash_attn.cute import flash_attn_func
 
     return lambda: _first(flash_attn_func(*_qkv(inputs), causal=inputs.causal))

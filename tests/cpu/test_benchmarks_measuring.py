@@ -7,7 +7,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +65,33 @@ def test_a_peer_that_cannot_be_imported_gives_its_reason(monkeypatch: pytest.Mon
     assert runs == {}
     assert errors["fa3"].startswith("ModuleNotFoundError:")
     assert errors["fa4"].startswith("ModuleNotFoundError:")
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")], ids=["fa3", "fa4"]
+)
+@pytest.mark.parametrize("with_lse", [False, True], ids=["out", "out_and_lse"])
+def test_flash_attention_is_called_with_its_layout_and_mask(
+    name: str, module: str, with_lse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    inputs = cpu_inputs(torch)
+    calls = []
+
+    def flash_attn_func(q: Any, k: Any, v: Any, *, causal: bool) -> Any:
+        calls.append(q.shape)
+        out = peers_module.reference(peers_module.Inputs(q, k, v, causal))
+        return (out, None) if with_lse else out
+
+    package = ModuleType("flash_attn")
+    library = ModuleType(module)
+    library.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, module, library)
+    runs, errors = peers_module.prepare_peers((name,), inputs, peers_module.reference(inputs))
+    assert errors == {}
+    assert list(runs) == [name]
+    assert calls == [inputs.q.shape], "what compiles at its first call must have run before it is timed"
 
 
 def test_a_wrong_peer_gives_no_figure_and_a_right_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
