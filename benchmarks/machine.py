@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 from typing import Any
 
@@ -21,7 +22,9 @@ LIBRARIES = (
     "jax",
     "flash-attn",
     "flash-attn-3",
+    "tokenspeed-fa3",
     "flash-attn-4",
+    "nvidia-cutlass-dsl",  # compiles flash-attn-4's kernels
 )
 
 
@@ -48,6 +51,22 @@ def why_no_torch() -> str | None:
         return f"cannot import {error.name or 'torch'}: {error}"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
+    return why_no_cupy()
+
+
+def why_no_jax() -> str | None:
+    """Why a benchmark of calls in JAX, one of them compiled by g++, cannot run, or None if it can."""
+    try:
+        import jax
+
+        if jax.default_backend() != "gpu":
+            return "JAX finds no CUDA GPU"
+    except ImportError as error:
+        return f"cannot import {error.name or 'jax'}: {error}"
+    except RuntimeError as error:
+        return f"JAX cannot start: {error}"
+    if shutil.which("g++") is None:
+        return "there is no g++"
     return why_no_cupy()
 
 

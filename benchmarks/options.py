@@ -28,19 +28,20 @@ def add_options(add: Callable[..., Any]) -> None:
         "--budget-ms", type=float, default=600.0, help="time for the sustained turns of a point (default 600)"
     )
     add("--burst", action="store_true", help="also time single calls with idle gaps")
-    add("--topic", default=None, help="forward rows replace <gpu>-<topic>.json (default <algorithm>-forward)")
+    add("--deterministic", action="store_true", help="backward: also deterministic=True, in rows of its own")
     add("--steps", type=int, default=300, help="of each run of train (default 300)")
+    add("--topic", default=None, help="rows replace <gpu>-<topic>.json (default <algorithm>-<direction>)")
     add("--results-dir", type=Path, default=RESULTS_DIR, help="folder of the results file")
     add("--commit", default=None, help="commit measured; default $CUFLASH_COMMIT, then git's")
 
 
-def workloads(options: argparse.Namespace) -> list[Workload]:
-    """The forward workloads that the options ask for."""
-    return grid(options.head_dims, options.seqlens, options.masks, options.dtypes, options.groups)
+def workloads(options: argparse.Namespace, direction: str) -> list[Workload]:
+    """The workloads that the options ask for."""
+    return grid(options.head_dims, options.seqlens, options.masks, options.dtypes, options.groups, direction)
 
 
-def forward_topic(options: argparse.Namespace) -> str:
-    return options.topic or f"{options.algorithm}-forward"
+def topic(options: argparse.Namespace, direction: str) -> str:
+    return options.topic or f"{options.algorithm}-{direction}"
 
 
 def _integers(text: str) -> tuple[int, ...]:

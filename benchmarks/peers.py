@@ -5,26 +5,33 @@ Nothing is imported before a peer is prepared: a missing library is then one mor
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 # Largest ‖out − expected‖ / ‖expected‖ allowed in any row of the output. Two right kernels differ by their
 # roundings to bfloat16, about 0.005; one that drops 64 keys out of 16384 is off by 0.06.
 ROW_TOLERANCE = 0.02
+# Of a gradient that many rows are taken together. One alone may be a small difference of large numbers: the
+# first of dq under a causal mask is 0 but for roundings.
+GRADIENT_ROWS = 64
 
-Run = Callable[[], Any]
+Run = Callable[[], Any]  # returns the output, or the gradients of q, k and v
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """torch tensors (batch, seqlen, heads, head_dim) on the GPU, and the mask."""
+    """torch tensors (batch, seqlen, heads, head_dim) on the GPU, and the mask; dout asks for the backward."""
 
     q: Any
     k: Any
     v: Any
     causal: bool
+    dout: Any = None
 
     def bhsd(self) -> tuple[Any, Any, Any]:
         """Views with the axes in the order SDPA takes them; nothing is copied."""
@@ -37,7 +44,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Peer:
-    """``prepare`` returns the function to time; whatever it raises is the reason the peer is absent."""
+    """``prepare`` returns the forward to time; whatever it raises is the reason the peer is absent."""
 
     label: str
     prepare: Callable[[Inputs], Run]
@@ -45,30 +52,53 @@ class Peer:
 
 def reference(inputs: Inputs) -> Any:
     """SDPA's answer by whichever backend PyTorch picks: what every timed function must agree with."""
-    from torch.nn.functional import scaled_dot_product_attention
-
-    q, k, v = inputs.bhsd()
-    out = scaled_dot_product_attention(q, k, v, is_causal=inputs.causal, enable_gqa=inputs.is_grouped)
-    return out.transpose(1, 2)
+    return in_direction(_sdpa(None), inputs)()
 
 
-def row_error(out: Any, expected: Any) -> float:
-    """The largest relative error of an output row, NaN if any element is NaN.
+def in_direction(prepare: Callable[[Inputs], Run], inputs: Inputs) -> Run:
+    """The forward that ``prepare`` makes, or its backward where ``inputs`` ask for that.
+
+    The backward is run by autograd, not by each library's own operator: it is the call that users make, and
+    it launches the same kernels and no more. What autograd adds is host time, which ``Timer`` leaves out.
+    """
+    if inputs.dout is None:
+        return prepare(inputs)
+    from torch.autograd import grad
+
+    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    out = prepare(replace(inputs, q=q, k=k, v=v))()
+    return lambda: grad(out, (q, k, v), inputs.dout, retain_graph=True)
+
+
+def row_error(out: Any, expected: Any, rows: int = 1) -> float:
+    """The largest relative error of an output row, or of up to ``rows`` together; NaN if any element is NaN.
 
     By row, because late rows are averages of many values and small: one bound for all elements would pass a
     kernel that gets every late row wrong.
     """
+    together = math.gcd(rows, expected.shape[1])
+
+    def norms(x: Any) -> Any:
+        return x.norm(dim=-1).unflatten(1, (-1, together)).norm(dim=2)
+
     expected = expected.float()
-    distance = (out.float() - expected).norm(dim=-1)
-    return float((distance / expected.norm(dim=-1)).max())
+    return float((norms(out.float() - expected) / norms(expected)).max())
 
 
-def require_agreement(name: str, out: Any, expected: Any) -> float:
-    """The row error; raises if it is too large or NaN, because a wrong answer must never yield a figure."""
-    error = row_error(out, expected)
-    if not error <= ROW_TOLERANCE:
-        raise ArithmeticError(f"{name} is wrong: a row is off by {error:.3g}, more than {ROW_TOLERANCE}")
-    return error
+def require_agreement(name: str, result: Any, expected: Any) -> float:
+    """The largest row error of the output or, where ``expected`` is a tuple, of the gradients.
+
+    Raises if one is too large or NaN, because a wrong answer must never yield a figure.
+    """
+    if isinstance(expected, tuple):
+        parts = zip(("dq", "dk", "dv"), result, expected, strict=True)
+        errors = {f"{name}'s {part}": row_error(x, y, GRADIENT_ROWS) for part, x, y in parts}
+    else:
+        errors = {name: row_error(result, expected)}
+    for what, error in errors.items():
+        if not error <= ROW_TOLERANCE:
+            raise ArithmeticError(f"{what} is wrong: a row is off by {error:.3g}, more than {ROW_TOLERANCE}")
+    return max(errors.values())
 
 
 def prepare_peers(
@@ -81,7 +111,7 @@ def prepare_peers(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                run = PEERS[name].prepare(inputs)
+                run = in_direction(PEERS[name].prepare, inputs)
                 require_agreement(name, run(), expected)
             except Exception as error:  # anything at all may be wrong with another library
                 errors[name] = _reason(error, [str(warning.message) for warning in caught])
@@ -97,18 +127,18 @@ def _reason(error: Exception, notes: list[str]) -> str:
     return "; ".join(dict.fromkeys(lines))[:400]
 
 
-def _sdpa(backend: str) -> Callable[[Inputs], Run]:
-    """A peer that is one backend of torch.nn.functional.scaled_dot_product_attention."""
+def _sdpa(backend: str | None) -> Callable[[Inputs], Run]:
+    """One backend of torch.nn.functional.scaled_dot_product_attention; None: the one that PyTorch picks."""
 
     def prepare(inputs: Inputs) -> Run:
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention
 
         q, k, v = inputs.bhsd()
-        chosen = getattr(SDPBackend, backend)
+        chosen = nullcontext if backend is None else partial(sdpa_kernel, getattr(SDPBackend, backend))
 
         def run() -> Any:
-            with sdpa_kernel(chosen):
+            with chosen():
                 out = scaled_dot_product_attention(
                     q, k, v, is_causal=inputs.causal, enable_gqa=inputs.is_grouped
                 )
@@ -120,11 +150,15 @@ def _sdpa(backend: str) -> Callable[[Inputs], Run]:
 
 
 def _standard(inputs: Inputs) -> Run:
-    """SDPA's math backend, which keeps the score matrix: refused where three float32 copies do not fit."""
+    """SDPA's math backend, which keeps the score matrix: refused where its float32 copies do not fit.
+
+    A forward holds three at its peak; a backward as many gradients besides.
+    """
     import torch
 
     batch, seqlen, heads, _ = inputs.q.shape
-    needed = 3 * 4 * batch * heads * seqlen * seqlen
+    copies = 3 if inputs.dout is None else 6
+    needed = copies * 4 * batch * heads * seqlen * seqlen
     free = torch.cuda.mem_get_info()[0]
     if needed > free:
         raise MemoryError(f"needs about {needed >> 30} GiB, {free >> 30} GiB are free")
@@ -138,6 +172,7 @@ def _fa3(inputs: Inputs) -> Run:
 
 
 def _fa4(inputs: Inputs) -> Run:
+    """Its first call compiles, once for each head dimension, mask, dtype and group, whatever the length."""
     from flash_attn.cute import flash_attn_func
 
     return lambda: _first(flash_attn_func(*_qkv(inputs), causal=inputs.causal))

@@ -11,16 +11,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Results, Row
-from benchmarks.tables import (
-    attention_label,
-    loss_distances,
-    mask,
-    peer_label,
-    peer_names,
-    training_run,
-    variant,
-)
+from benchmarks.results import TIMES, Results, Row
+from benchmarks.tables import mask, peer_label, peer_names, variant
+from benchmarks.time_tables import attention_label, loss_distances, training_run
 
 # Ours in black; peers in colours that stay apart for the colour-blind (Okabe and Ito).
 OURS_STYLE = {"color": "black", "linewidth": 2.0, "marker": "o", "markersize": 4}
@@ -29,22 +22,23 @@ PEER_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00",
 
 
 def has_figure(results: Results) -> bool:
-    """Whether its rows are loss curves, or speeds of one kernel.
-
-    Host times are neither, nor are candidates set apart by features.
-    """
-    rows = results["rows"]
-    return _has_losses(results) or not any(row["direction"] == "host" or row["features"] for row in rows)
+    return bool(_losses(results) or _speeds(results))
 
 
 def title(results: Results) -> str:
     """What the figure shows, in words."""
-    what = "Loss against step" if _has_losses(results) else "Speed against sequence length"
+    what = "Loss against step" if _losses(results) else "Speed against sequence length"
     return f"{what} on {results['gpu']}"
 
 
-def _has_losses(results: Results) -> bool:
-    return any("losses" in row for row in results["rows"])
+def _losses(results: Results) -> list[Row]:
+    """The rows that hold a loss curve; where there are any, they are the figure."""
+    return [row for row in results["rows"] if "losses" in row]
+
+
+def _speeds(results: Results) -> list[Row]:
+    """The rows that hold a speed, but not of candidates, which features set apart."""
+    return [row for row in results["rows"] if row["direction"] not in TIMES and not row["features"]]
 
 
 def fingerprint(results_file: Path) -> str:
@@ -68,14 +62,14 @@ def draw(results: Results, mark: str, path: Path) -> None:
 
 def make_figure(results: Results) -> Any:
     """A matplotlib Figure."""
-    return _loss_figure(results) if _has_losses(results) else _speed_figure(results)
+    losses, gpu = _losses(results), results["gpu"]
+    return _loss_figure(losses, gpu) if losses else _speed_figure(_speeds(results), gpu)
 
 
-def _speed_figure(results: Results) -> Any:
+def _speed_figure(rows: list[Row], gpu: str) -> Any:
     """All panels share their axes, so that heights can be compared."""
     from matplotlib.figure import Figure
 
-    rows = results["rows"]
     columns = sorted({(variant(row), row["head_dim"]) for row in rows})
     masks = [name for name in ("full", "causal") if any(mask(row) == name for row in rows)]
     names = peer_names(rows)
@@ -88,7 +82,7 @@ def _speed_figure(results: Results) -> Any:
             axes.set_title(f"d = {column[1]}, {name_of_mask} ({column[0]})")
     grid[0][0].set_ylim(bottom=0)  # after the last line: fixing one end stops the axis growing at the other
     figure.supylabel("TFLOP/s")
-    figure.supxlabel(f"sequence length; {results['gpu']}")
+    figure.supxlabel(f"sequence length; {gpu}")
     handles = grid[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=len(names) + 1)
     return figure
@@ -106,11 +100,10 @@ def _draw_panel(axes: Any, rows: list[Row], names: list[str]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _loss_figure(results: Results) -> Any:
+def _loss_figure(trained: list[Row], gpu: str) -> Any:
     """The panels of a row share their axes; frameworks begin from different weights, attentions do not."""
     from matplotlib.figure import Figure
 
-    trained = [row for row in results["rows"] if "losses" in row]
     runs = [(run[0], list(group)) for run, group in groupby(trained, key=training_run)]
     figure = Figure(figsize=(1 + 4 * len(runs), 5.2), layout="constrained")
     grid = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
@@ -128,5 +121,5 @@ def _loss_figure(results: Results) -> Any:
             axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("loss, nats a byte")
     grid[1][0].set_ylabel("minus standard's")
-    figure.supxlabel(f"step; {results['gpu']}")
+    figure.supxlabel(f"step; {gpu}")
     return figure

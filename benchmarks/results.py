@@ -2,10 +2,11 @@
 
 ``benchmarks/results/<gpu>-<topic>.json`` holds "gpu", "date", "commit", "command", "versions", "method" and
 "rows". A row names its problem (``PROBLEM``), then what was measured: ``SPEED`` for kernels, with "peers" in
-TFLOP/s, "peer_errors" for those that could not run, "row_error" (the largest relative error of an output row
-against SDPA) and, where asked for, "burst" (the same figures from single calls); ``HOST`` where direction is
-"host". Where direction is "train", a row for each attention: ``TRAIN``, or "error" that tells why none;
-and, of a whole run, ``CURVE``: "losses", means of "loss_every" steps.
+TFLOP/s, "peer_errors" for those that could not run, "row_error" (the largest relative error against SDPA, of
+an output row or of 64 rows of a gradient) and, where asked for, "burst" (the same figures from single calls).
+Rows of the directions in ``TIMES`` hold the fields named there instead. A "train" row is of one attention; it
+holds "error" alone if that could not run, and of a whole run also ``CURVE``: "losses", means of "loss_every"
+steps.
 """
 
 from __future__ import annotations
@@ -50,16 +51,18 @@ HOST: dict[str, tuple[type, ...]] = {
     "cold_first_call_s": (float,),  # first call of a process, kernel compiled, until the GPU is done
     "warm_first_call_ms": (float,),  # the same with the kernel in the disk cache
 }
+CALL: dict[str, tuple[type, ...]] = {  # one of many calls in a jitted JAX program, launch and kernel
+    "command_buffers_us": (float,),  # where XLA records the launches into CUDA graphs
+    "launches_us": (float,),  # where it does not
+}
 TRAIN: dict[str, tuple[type, ...]] = {
     "ms": (float,),  # of one step: forward, backward and optimiser
     "tokens_per_s": (float,),
-    "peak_gb": (
-        float,
-        type(None),
-    ),  # the most memory allocated at once; null where the framework does not say
+    "peak_gb": (float, type(None)),  # most memory allocated at once; null where the framework does not say
 }
 CURVE: dict[str, tuple[type, ...]] = {"losses": (list,), "loss_every": (int,)}
-DIRECTIONS = ("forward", "backward", "decode", "train", "host")
+TIMES = {"host": HOST, "call": CALL, "train": TRAIN}  # directions whose rows hold no speeds of kernels
+DIRECTIONS = ("forward", "backward", "decode", *TIMES)
 
 
 def significant(value: float, digits: int = 5) -> float:
@@ -101,13 +104,12 @@ def _row_problems(row: Row, where: str) -> list[str]:
 
 
 def _measured(row: Row) -> dict[str, tuple[type, ...]]:
-    if row.get("direction") == "host":
-        return HOST
-    if row.get("direction") != "train":
-        return SPEED
-    if "error" in row:
+    direction = row.get("direction")
+    if direction == "train" and "error" in row:
         return {"error": (str,)}
-    return TRAIN | CURVE if "losses" in row else TRAIN
+    if direction == "train" and "losses" in row:
+        return TRAIN | CURVE
+    return TIMES.get(str(direction), SPEED)
 
 
 def _wrong_fields(data: Any, fields: dict[str, tuple[type, ...]], where: str) -> list[str]:

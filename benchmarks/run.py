@@ -1,13 +1,15 @@
 """Run a benchmark and write its results file.
 
-python -m benchmarks.run forward --topic fa2-forward      the grid, against SDPA's flash backend and cuDNN
+python -m benchmarks.run forward                         the grid, against SDPA's flash backend and cuDNN
+python -m benchmarks.run backward --deterministic        the same of gradients; also deterministic ones
 python -m benchmarks.run host                            host time of a call, cold and warm first call
+python -m benchmarks.run jax-call                        cost of a call in JAX: buffer_callback, FFI, jax.nn
 python -m benchmarks.run tiles                           candidate tiles of FA2 forward, against SDPA's flash
 python -m benchmarks.run train                           loss curves of a small GPT, with each attention
 python -m benchmarks.run gpt2                            steps of GPT-2, with each attention
 
-Of the options, all take --results-dir and --commit, tiles also --budget-ms, train also --steps; the rest are
-forward's.
+Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps; the other
+options are forward's and backward's.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from benchmarks import machine
-from benchmarks.options import add_options, forward_topic, workloads
-from benchmarks.results import HOST, TRAIN, Recorder, Row
+from benchmarks.options import add_options, topic, workloads
+from benchmarks.results import TIMES, Recorder, Row
 from benchmarks.tables import candidate_label
 from benchmarks.workload import HOST_WORKLOADS, Workload
 
@@ -38,17 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return BENCHMARKS[options.benchmark](options, command)
 
 
-def _forward(options: argparse.Namespace, command: str) -> int:
+def _speed(options: argparse.Namespace, command: str) -> int:
+    direction = options.benchmark
     if reason := machine.why_no_torch():
-        return _skip("forward", reason)
-    from benchmarks import forward, timing
+        return _skip(direction, reason)
+    from benchmarks import speed
 
     def measure(workload: Workload) -> list[Row]:
-        prepared = forward.prepare(workload, options.algorithm, options.peers)
-        return [forward.measure(prepared, budget_ms=options.budget_ms, burst=options.burst)]
+        prepared = speed.prepare(
+            workload, options.algorithm, options.peers, deterministic=options.deterministic
+        )
+        return speed.measure(prepared, budget_ms=options.budget_ms, burst=options.burst)
 
-    header = machine.header(command, options.commit, timing.METHOD)
-    return _record(workloads(options), measure, Recorder(options.results_dir, forward_topic(options), header))
+    header = machine.header(command, options.commit, speed.METHODS[direction])
+    recorder = Recorder(options.results_dir, topic(options, direction), header)
+    return _record(workloads(options, direction), measure, recorder)
 
 
 def _host(options: argparse.Namespace, command: str) -> int:
@@ -61,6 +67,20 @@ def _host(options: argparse.Namespace, command: str) -> int:
 
     header = machine.header(command, options.commit, host.METHOD)
     return _record(HOST_WORKLOADS, measure, Recorder(options.results_dir, "host", header))
+
+
+def _jax_call(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_jax():
+        return _skip("jax-call", reason)
+    from benchmarks import jax_call
+
+    expected = jax_call.reference()
+
+    def measure(contender: str) -> list[Row]:
+        return [jax_call.measure(contender, expected)]
+
+    header = machine.header(command, options.commit, jax_call.METHOD)
+    return _record(jax_call.CONTENDERS, measure, Recorder(options.results_dir, jax_call.TOPIC, header))
 
 
 def _tiles(options: argparse.Namespace, command: str) -> int:
@@ -98,7 +118,15 @@ def _gpt2(options: argparse.Namespace, command: str) -> int:
     return _record(train.POINTS, train.measure_steps, recorder)
 
 
-BENCHMARKS = {"forward": _forward, "host": _host, "tiles": _tiles, "train": _train, "gpt2": _gpt2}
+BENCHMARKS = {
+    "forward": _speed,
+    "backward": _speed,
+    "host": _host,
+    "jax-call": _jax_call,
+    "tiles": _tiles,
+    "train": _train,
+    "gpt2": _gpt2,
+}
 
 
 def _record(points: Iterable[Point], measure: Callable[[Point], list[Row]], into: Recorder) -> int:
@@ -121,11 +149,9 @@ def _record(points: Iterable[Point], measure: Callable[[Point], list[Row]], into
 
 def summary(row: Row) -> str:
     """One line of a row's figures, with our speed over each peer's."""
-    if row["direction"] == "host":
-        return ", ".join(f"{name} {row[name]}" for name in HOST)
-    if row["direction"] == "train":
-        told = row.get("error") or ", ".join(f"{name} {row[name]}" for name in TRAIN)
-        return f"{row['family']}: {told}"
+    if row["direction"] in TIMES:
+        told = row.get("error") or ", ".join(f"{name} {row[name]}" for name in TIMES[row["direction"]])
+        return f"{row['family']}: {told}" if row["direction"] == "train" else told
     peers = [f"{name} {peer:.0f} (x{row['tflops'] / peer:.2f})" for name, peer in row["peers"].items()]
     absent = [f"no {name} (see peer_errors)" for name in row["peer_errors"]]
     candidate = f"{candidate_label(row['features'])}: " if row["features"] else ""

@@ -7,19 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+from benchmarks.markdown import markdown, short_dtype
 from benchmarks.peers import PEERS
-from benchmarks.results import HOST, Results, Row
+from benchmarks.results import Results, Row
+from benchmarks.time_tables import TIME_TABLES
 
 UNTOLD_FEATURES = ("registers", "spill_bytes", "chosen")  # columns, and bold print, of the candidates' tables
-WORD_COLUMNS = ("mask", "candidate", "framework", "model", "attention")
-SHORT_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 
 
 def table(results: Results) -> str:
     """Every row: our speed, each peer's, and the ratio; a geometric mean for each head dim and over all."""
-    if make := {"host": _host_table, "train": _training_table}.get(results["rows"][0]["direction"]):
-        return "\n".join([*make(results["rows"]), "", footer(results)])
-    return _sections(results, _speed_table)
+    make = TIME_TABLES.get(results["rows"][0]["direction"])
+    if make is None:
+        return _sections(results, _speed_table)
+    return "\n".join([*make(results["rows"]), "", footer(results)])
 
 
 def burst(results: Results) -> str:
@@ -58,10 +59,13 @@ def candidate_label(features: Row) -> str:
 
 
 def variant(row: Row) -> str:
-    """What sets apart rows of one file that are otherwise the same point: direction, dtype, head grouping."""
-    group = row["heads_q"] // row["heads_kv"]
-    words = [row["direction"], _dtype(row)]
-    return ", ".join(words + ([f"{group} query heads per key/value head"] if group > 1 else []))
+    """What sets apart rows of one file that are otherwise the same point: direction, dtype, grouping …"""
+    words = [row["direction"], short_dtype(row)]
+    if (group := row["heads_q"] // row["heads_kv"]) > 1:
+        words.append(f"{group} query heads per key/value head")
+    if row["features"].get("deterministic"):
+        words.append("deterministic")
+    return ", ".join(words)
 
 
 def mask(row: Row) -> str:
@@ -121,7 +125,7 @@ def _speed_table(rows: list[Row]) -> list[str]:
     for head_dim, group in _by_head_dim(rows):
         body += [_speed_line(row, names) for row in group]
         body.append(_mean_line(f"**{head_dim}**", group, names))
-    return _markdown(head, [*body, _mean_line("**all**", rows, names)])
+    return markdown(head, [*body, _mean_line("**all**", rows, names)])
 
 
 def _speed_line(row: Row, names: list[str]) -> list[str]:
@@ -147,7 +151,7 @@ def _summary_table(rows: list[Row]) -> list[str]:
     for head_dim, group in _by_head_dim(rows):
         for name_of_mask, points in groupby(group, key=mask):
             body.append(_summary_line([str(head_dim), name_of_mask], list(points), names))
-    return _markdown(head, [*body, _summary_line(["**all**", ""], rows, names)])
+    return markdown(head, [*body, _summary_line(["**all**", ""], rows, names)])
 
 
 def _summary_line(labels: list[str], rows: list[Row], names: list[str]) -> list[str]:
@@ -175,7 +179,7 @@ def _candidate_table(rows: list[Row], names: list[str]) -> list[str]:
     for row in rows:
         by_label.setdefault(candidate_label(row["features"]), []).append(row)
     body = [_candidate_line(label, group, points, names) for label, group in by_label.items()]
-    return _markdown(head, body)
+    return markdown(head, body)
 
 
 def _candidate_line(label: str, rows: list[Row], points: list[str], names: list[str]) -> list[str]:
@@ -202,6 +206,8 @@ def _feature_span(rows: list[Row], name: str) -> str:
 def _feature(name: str, value: Any) -> str:
     if name == "tile" and isinstance(value, dict):
         return _tile(value)
+    if value is True:
+        return name
     return value if isinstance(value, str) else f"{name} {value}"
 
 
@@ -211,66 +217,6 @@ def _tile(tile: dict[str, int]) -> str:
         f"{tile['block_m']}\N{MULTIPLICATION SIGN}{tile['block_n']}, {tile['warps']} warps, "
         f"ring of {tile['stages']}, {blocks} {'block' if blocks == 1 else 'blocks'}/SM"
     )
-
-
-def _host_table(rows: list[Row]) -> list[str]:
-    head = ["d", "length", "heads", "dtype", "steady call, µs", "first call cold, s", "first call warm, ms"]
-    body = [
-        [
-            *(str(row[name]) for name in ("head_dim", "seqlen_q", "heads_q")),
-            _dtype(row),
-            *(f"{row[name]:.3g}" for name in HOST),
-        ]
-        for row in rows
-    ]
-    return _markdown(head, body)
-
-
-def _training_table(rows: list[Row]) -> list[str]:
-    """A line for each attention, beside standard attention in the same model; below, why any is missing."""
-    head = ["framework", "model", "length", "batch", "attention"]
-    head += ["ms a step", "tokens/s", "speed-up", "peak memory, GB"]
-    has_losses = any("losses" in row for row in rows)
-    head += ["last loss", "mean distance from standard's"] if has_losses else []
-    body, missing = [], []
-    for run, group in groupby(rows, key=training_run):
-        of_run = list(group)
-        standard = next((row for row in of_run if row["family"] == "standard" and "ms" in row), None)
-        for row in of_run:
-            label = attention_label(row)
-            if "error" in row:
-                body.append([*run, label, *["-"] * (len(head) - 5)])
-                missing += ["", f"{label} could not run ({', '.join(run)}): {row['error']}"]
-            else:
-                body.append([*run, label, *_step_cells(row, standard)])
-    return _markdown(head, body) + missing
-
-
-def training_run(row: Row) -> tuple[str, ...]:
-    """What the attentions of one model have in common: framework, model, length, batch."""
-    features = row["features"]
-    framework = {"torch": "PyTorch", "jax": "JAX"}[features["framework"]]
-    compiled = ", compiled" if features.get("compiled") else ""
-    return framework + compiled, features["model"], str(row["seqlen_q"]), str(row["batch"])
-
-
-def attention_label(row: Row) -> str:
-    return {"sdpa": "SDPA flash", "cudnn": "cuDNN"}.get(row["family"]) or str(row["family"])
-
-
-def loss_distances(row: Row, standard: Row) -> list[float]:
-    return [loss - other for loss, other in zip(row["losses"], standard["losses"], strict=True)]
-
-
-def _step_cells(row: Row, standard: Row | None) -> list[str]:
-    cells = [f"{row['ms']:.1f}", f"{row['tokens_per_s']:.0f}"]
-    cells += [f"{standard['ms'] / row['ms']:.2f}" if standard else "-"]
-    cells += ["-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"]
-    if "losses" in row:
-        distances = list(map(abs, loss_distances(row, standard))) if standard else []
-        mean = f"{math.fsum(distances) / len(distances):.4f}" if distances else "-"
-        cells += [f"{row['losses'][-1]:.4f}", mean]
-    return cells
 
 
 def _absences(rows: list[Row]) -> list[str]:
@@ -292,19 +238,9 @@ def _ratios(rows: list[Row], name: str) -> list[float]:
     return [row["tflops"] / row["peers"][name] for row in rows if name in row["peers"]]
 
 
-def _dtype(row: Row) -> str:
-    return SHORT_DTYPES.get(row["dtype"]) or str(row["dtype"])
-
-
 def _speed(tflops: float) -> str:
     return f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.1f}"
 
 
 def _ratio(ratio: float) -> str:
     return f"{ratio:.3f}"
-
-
-def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
-    """A table, numbers to the right."""
-    rule = ["---" if title in WORD_COLUMNS else "--:" for title in head]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.forward import OURS, random_inputs, speeds
-from benchmarks.peers import Inputs, Run, prepare_peers, reference, require_agreement
-from benchmarks.results import Row, significant
+from benchmarks import speed
+from benchmarks.peers import Inputs, prepare_peers, reference, require_agreement
+from benchmarks.results import Row
+from benchmarks.speed import Candidate, Prepared, random_inputs
 from benchmarks.tables import candidate_label
-from benchmarks.timing import Timer
 from benchmarks.workload import Workload, grid
-from cuflash import jit, launch
+from cuflash import jit, launch, launcher
 from cuflash.config import Config, Tile, choose
 from cuflash.problem import Problem, make_problem
 from cuflash.resources import shared_bytes, shared_memory_per_block
@@ -69,15 +68,6 @@ WORKLOADS = tuple(grid(TILES, SEQLENS))
 SHAPE = tuple(name for name in Tile._fields if name != "spill_bytes")  # spills are measured, not asked for
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A tile's kernel, warmed up and found right."""
-
-    features: dict[str, Any]
-    run: Run
-    row_error: float
-
-
 def compile_all() -> None:
     """Compile every candidate on all cores; an error comes up again, and is told, when it is measured."""
     capability = torch.cuda.get_device_capability()
@@ -114,24 +104,10 @@ def measure(workload: Workload, *, budget_ms: float) -> list[Row]:
     inputs = random_inputs(workload)
     expected = reference(inputs)
     capability = torch.cuda.get_device_capability()
-    listed = [prepare(config, workload, inputs, expected) for config in configs(workload, capability)]
-    candidates = {candidate_label(candidate.features): candidate for candidate in listed}
+    candidates = [prepare(config, workload, inputs, expected) for config in configs(workload, capability)]
     peers, peer_errors = prepare_peers(PEERS, inputs, expected)
-    functions = {label: candidate.run for label, candidate in candidates.items()}
-    medians = Timer().sustained({**functions, **peers}, budget_ms)
-    peer_medians = {name: medians[name] for name in peers}
-    return [
-        {
-            "family": "fa2",
-            "direction": "forward",
-            **workload.fields(),
-            "features": candidate.features,
-            **speeds(workload, {OURS: medians[label], **peer_medians}),
-            "peer_errors": peer_errors,
-            "row_error": significant(candidate.row_error),
-        }
-        for label, candidate in candidates.items()
-    ]
+    prepared = Prepared(workload, "fa2", candidates, peers, peer_errors)
+    return speed.measure(prepared, budget_ms=budget_ms, burst=False)
 
 
 def prepare(config: Config, workload: Workload, inputs: Inputs, expected: Any) -> Candidate:
@@ -143,15 +119,15 @@ def prepare(config: Config, workload: Workload, inputs: Inputs, expected: Any) -
         features["chosen"] = True
     out = torch.full_like(inputs.q, float("nan"))  # an element that is never written must not pass for right
     call = forward_call(problem(workload), config, inputs, out)
-    function = jit.load(program, call.shared_bytes)
+    start = launcher.Launcher(jit.load(program, call.shared_bytes), call, addresses=5)
+    addresses = (inputs.q.data_ptr(), inputs.k.data_ptr(), inputs.v.data_ptr(), out.data_ptr(), 0)
 
     def run() -> Any:
-        pointers = (inputs.q.data_ptr(), inputs.k.data_ptr(), inputs.v.data_ptr(), out.data_ptr(), None)
-        launch.launch(function, call, pointers)  # on CuPy's current stream: the null stream, which is torch's
+        start((), addresses, torch.cuda.current_stream().cuda_stream)
         return out
 
     run()
-    return Candidate(features, run, require_agreement(candidate_label(features), out, expected))
+    return Candidate(run, require_agreement(candidate_label(features), out, expected), features)
 
 
 def forward_call(problem: Problem, config: Config, inputs: Inputs, out: Any) -> launch.KernelCall:

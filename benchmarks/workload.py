@@ -24,21 +24,32 @@ class Workload:
     heads_kv: int
     causal: bool
     dtype: str
+    direction: str = "forward"
 
     def __str__(self) -> str:
         group = f"-gqa{self.heads_q // self.heads_kv}" if self.heads_kv != self.heads_q else ""
-        return f"d{self.head_dim}-s{self.seqlen}-{'causal' if self.causal else 'full'}-{self.dtype}{group}"
+        mask = "causal" if self.causal else "full"
+        return f"{self.direction}-d{self.head_dim}-s{self.seqlen}-{mask}-{self.dtype}{group}"
 
     @property
     def flops(self) -> int:
-        """Two products of 2·S²·D per head; a causal mask counts half, the field's convention."""
-        full = 4 * self.batch * self.heads_q * self.seqlen * self.seqlen * self.head_dim
+        """Products of 2·S²·D per head, two forward and five backward; a causal mask counts half.
+
+        That is the field's convention.
+        """
+        products = 5 if self.direction == "backward" else 2
+        full = products * 2 * self.batch * self.heads_q * self.seqlen * self.seqlen * self.head_dim
         return full // 2 if self.causal else full
 
     @property
     def nbytes(self) -> int:
-        """The least traffic: Q, K and V read once, the output written once."""
+        """The least traffic: Q, K and V read once, the output written once.
+
+        A backward reads these four and dO, and writes dQ, dK and dV: twice as much.
+        """
         heads = 2 * self.heads_q + 2 * self.heads_kv
+        if self.direction == "backward":
+            heads *= 2
         return self.batch * self.seqlen * heads * self.head_dim * ITEM_BYTES[self.dtype]
 
     def tflops(self, ms: float) -> float:
@@ -62,7 +73,14 @@ class Workload:
         }
 
 
-def grid_point(head_dim: int, seqlen: int, causal: bool, dtype: str = "bfloat16", group: int = 1) -> Workload:
+def grid_point(
+    head_dim: int,
+    seqlen: int,
+    causal: bool,
+    dtype: str = "bfloat16",
+    group: int = 1,
+    direction: str = "forward",
+) -> Workload:
     """The workload of ``TOKENS`` tokens and (as nearly as heads allow) ``WIDTH`` columns at these sizes."""
     if TOKENS % seqlen:
         raise ValueError(f"seqlen {seqlen} does not divide the grid's {TOKENS} tokens")
@@ -71,7 +89,7 @@ def grid_point(head_dim: int, seqlen: int, causal: bool, dtype: str = "bfloat16"
         raise ValueError(
             f"head_dim {head_dim} makes {heads} heads, which is no multiple of the group {group}"
         )
-    return Workload(head_dim, seqlen, TOKENS // seqlen, heads, heads // group, causal, dtype)
+    return Workload(head_dim, seqlen, TOKENS // seqlen, heads, heads // group, causal, dtype, direction)
 
 
 def grid(
@@ -80,10 +98,14 @@ def grid(
     masks: Iterable[str] = ("full", "causal"),
     dtypes: Iterable[str] = ("bfloat16",),
     groups: Iterable[int] = (1,),
+    direction: str = "forward",
 ) -> list[Workload]:
     """Every combination, in the order in which tables show them."""
     combinations = product(dtypes, groups, head_dims, masks, seqlens)
-    return [grid_point(d, s, mask == "causal", dtype, group) for dtype, group, d, mask, s in combinations]
+    return [
+        grid_point(d, s, mask == "causal", dtype, group, direction)
+        for dtype, group, d, mask, s in combinations
+    ]
 
 
 # So small that the GPU is done before the next call; float16, which CuPy has without ml_dtypes.

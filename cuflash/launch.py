@@ -1,4 +1,4 @@
-"""From a Problem and a Config to one kernel launch. Everything but ``launch`` is pure: no GPU, no CuPy."""
+"""From a Problem and a Config to one kernel launch. Pure: no GPU, no CuPy."""
 
 from __future__ import annotations
 
@@ -169,11 +169,3 @@ def heads_per_wave(problem: Problem, l2_bytes: int) -> int:
     head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * ELEMENT_BYTES
     fitting = l2_bytes * 16 // 25 // max(1, head_bytes)
     return max(1, min(problem.batch * problem.heads_q, fitting))
-
-
-def launch(function: Any, call: Launchable, arguments: tuple[Any, ...], stream: Any = None) -> None:
-    """Start a ``cupy.cuda.Function`` of the current device on ``stream`` (None: CuPy's current one).
-
-    ``arguments`` come before ``call.params``; addresses are Python integers, null pointers None.
-    """
-    function(call.grid, call.block, (*arguments, call.params), call.shared_bytes, stream)

@@ -6,13 +6,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from cuflash import jit, launch, tile_counters
+from cuflash import jit, launch, launcher, tile_counters
 from cuflash.arrays import GpuArrays
 from cuflash.arrays.overlap import Footprint
 from cuflash.checks import Options, Request, check_call, check_no_alias, named, out_shape
 from cuflash.config_hopper import HopperConfig
 from cuflash.families import choose_kernel
-from cuflash.launch import KernelCall
 from cuflash.launch_hopper import HopperCall
 from cuflash.layouts import Layouts
 from cuflash.resources import ELEMENT_BYTES
@@ -33,10 +32,9 @@ class Plan:
     lse_shape: tuple[int, ...]
     layouts: Layouts
     footprints: dict[str, Footprint]
-    call: KernelCall | HopperCall | None  # None: the output is empty
+    launch: launcher.Launcher | None  # None: the output is empty
     encoders: tuple[Encoder, ...]  # of the tensor maps of q, k, v and out, for a kernel that takes them
     takes_tiles: bool  # the kernel needs a tile counter
-    function: Any
     get_current_device: Callable[[], int]
 
 
@@ -80,7 +78,7 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
         addresses = {"q": gpu.pointer(q), "k": gpu.pointer(k), "v": gpu.pointer(v), "out": gpu.pointer(out)}
         check_no_alias(plan.footprints, addresses)
     lse = gpu.empty(plan.lse_shape, "float32", plan.device) if return_lse else None
-    if plan.call is None:
+    if plan.launch is None:
         return result, lse
 
     layouts = plan.layouts
@@ -100,25 +98,21 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
     target = gpu.empty(plan.out_shape, q.dtype, plan.device) if layouts.copy_out else result
     pointer = gpu.pointer
     arrays = (pointer(q), pointer(k), pointer(v), pointer(target))
-    lse_pointer = None if lse is None else pointer(lse)
-    arguments = _hopper_arguments(plan, gpu, arrays, lse_pointer) if plan.encoders else (*arrays, lse_pointer)
-    launch.launch(plan.function, plan.call, arguments, gpu.stream(plan.device))
+    lse_pointer = 0 if lse is None else pointer(lse)
+    stream = gpu.stream(plan.device)
+    if plan.encoders:
+        maps = [encode(address) for encode, address in zip(plan.encoders, arrays, strict=True)]
+        counter = 0
+        if plan.takes_tiles:
+            counter = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
+        plan.launch(maps, (lse_pointer, counter), stream)
+    else:
+        plan.launch((), (*arrays, lse_pointer), stream)
     if layouts.copy_out:
         gpu.assign(out, target)
     if out is not None:
         gpu.written(out)
     return result, lse
-
-
-def _hopper_arguments(
-    plan: Plan, gpu: GpuArrays, arrays: tuple[int, ...], lse: int | None
-) -> tuple[Any, ...]:
-    """Tensor maps of q, k, v and out in place of their addresses, lse, and the address of a tile counter."""
-    maps = [encode(pointer) for encode, pointer in zip(plan.encoders, arrays, strict=True)]
-    counter = (
-        tile_counters.address(plan.device, *gpu.launch_stream(plan.device)) if plan.takes_tiles else None
-    )
-    return (*maps, lse, counter)
 
 
 def make_plan(request: Request, options: Options) -> Plan:
@@ -129,11 +123,13 @@ def make_plan(request: Request, options: Options) -> Plan:
     device = infos["q"].device
     assert device is not None
     kernel = choose_kernel(request, options)
-    function = None
+    start = None
     takes_tiles = isinstance(kernel.config, HopperConfig) and kernel.config.dynamic_tiles
     if kernel.program is not None and kernel.call is not None:
         with cuda.Device(device):
             function = jit.load(kernel.program, kernel.call.shared_bytes)
+            maps, addresses = (4, 2) if isinstance(kernel.call, HopperCall) else (0, 5)
+            start = launcher.Launcher(function, kernel.call, maps=maps, addresses=addresses)
             if takes_tiles:
                 tile_counters.prepare(device)
     return Plan(
@@ -142,9 +138,8 @@ def make_plan(request: Request, options: Options) -> Plan:
         lse_shape=(problem.batch, problem.heads_q, problem.seqlen_q),
         layouts=kernel.layouts,
         footprints={name: Footprint.of(info) for name, info in infos.items()},
-        call=kernel.call,
+        launch=start,
         encoders=tuple(map(Encoder, kernel.call.maps)) if isinstance(kernel.call, HopperCall) else (),
         takes_tiles=takes_tiles,
-        function=function,
         get_current_device=cuda.runtime.getDevice,
     )

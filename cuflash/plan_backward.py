@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cuflash import jit, launch
+from cuflash import jit, launch, launcher
 from cuflash.arrays import ArrayInfo, GpuArrays
 from cuflash.checks import Request
 from cuflash.checks_backward import BackwardOptions, check_backward_call
@@ -33,6 +33,14 @@ class BackwardLayouts(NamedTuple):
     vector_out: bool  # rows of dq, dk and dv are 16-byte aligned
 
 
+class Launches(NamedTuple):
+    """In this order."""
+
+    preprocess: launcher.Launcher | None
+    main: launcher.Launcher | None
+    postprocess: launcher.Launcher | None
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The kernels loaded on their device, and what else each call needs."""
@@ -41,7 +49,7 @@ class Plan:
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of dq, dk, dv
     copied: dict[str, int]
     calls: BackwardCalls
-    functions: tuple[Any, Any, Any]  # in launch order; None where there is nothing to do
+    launches: Launches  # None where there is nothing to do
     get_current_device: Callable[[], int]
 
 
@@ -85,19 +93,18 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, Any, 
         _captured.append((buffer, inputs))
 
     q, k, v, dout, out, lse = (gpu.pointer(inputs[name]) for name in ("q", "k", "v", "dout", "out", "lse"))
-    dlse = gpu.pointer(inputs["dlse"]) if "dlse" in inputs else None
-    start = gpu.pointer(buffer)
-    lse_log2, delta, workspace, turns = (start + 4 * offset for offset in where[:4])
+    dlse = gpu.pointer(inputs["dlse"]) if "dlse" in inputs else 0
+    base = gpu.pointer(buffer)
+    lse_log2, delta, workspace, turns = (base + 4 * offset for offset in where[:4])
     pointers = (
         (dout, out, lse, dlse, lse_log2, delta, workspace, turns),
         (q, k, v, dout, lse_log2, delta, workspace, turns, gpu.pointer(dk), gpu.pointer(dv)),
         (workspace, gpu.pointer(dq)),
     )
     stream = gpu.stream(plan.device)
-    calls = (plan.calls.preprocess, plan.calls.main, plan.calls.postprocess)
-    for function, call, addresses in zip(plan.functions, calls, pointers, strict=True):
-        if call is not None:
-            launch.launch(function, call, addresses, stream)
+    for start, addresses in zip(plan.launches, pointers, strict=True):
+        if start is not None:
+            start((), addresses, stream)
     return dq, dk, dv
 
 
@@ -120,25 +127,28 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
     l2_bytes = cuda.runtime.deviceGetAttribute(cuda.runtime.cudaDevAttrL2CacheSize, device)
     calls = backward_calls(problem, configs, layouts.strides, l2_bytes)
     with cuda.Device(device):
-        functions = _load(configs, calls, jit.architecture(capability))
+        launches = _load(configs, calls, jit.architecture(capability))
     return Plan(
         device=device,
         shapes=(infos["q"].shape, infos["k"].shape, infos["v"].shape),
         copied=layouts.copied,
         calls=calls,
-        functions=functions,
+        launches=launches,
         get_current_device=cuda.runtime.getDevice,
     )
 
 
-def _load(configs: BackwardConfigs, calls: BackwardCalls, arch: str) -> tuple[Any, Any, Any]:
-    def load(config: jit.KernelConfig, call: launch.KernelCall | None) -> Any:
-        return None if call is None else jit.load(jit.compile(config, arch), call.shared_bytes)
+def _load(configs: BackwardConfigs, calls: BackwardCalls, arch: str) -> Launches:
+    def load(config: jit.KernelConfig, call: launch.KernelCall | None, addresses: int) -> Any:
+        if call is None:
+            return None
+        function = jit.load(jit.compile(config, arch), call.shared_bytes)
+        return launcher.Launcher(function, call, addresses=addresses)
 
-    return (
-        load(configs.preprocess, calls.preprocess),
-        load(configs.main, calls.main),
-        load(configs.postprocess, calls.postprocess),
+    return Launches(
+        load(configs.preprocess, calls.preprocess, 8),
+        load(configs.main, calls.main, 10),
+        load(configs.postprocess, calls.postprocess, 2),
     )
 
 

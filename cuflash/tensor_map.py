@@ -71,6 +71,21 @@ def why_not_mapped(shape: tuple[int, ...], strides: tuple[int, ...], pointer: in
     return None
 
 
+class EncodedMap:
+    """What a kernel takes as ``const __grid_constant__ CUtensorMap``: 128 bytes at ``address``."""
+
+    __slots__ = ("_bytes", "address")
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self._bytes = memory
+        self.address = memory.ctypes.data
+
+    @property
+    def value(self) -> Any:
+        """The bytes as ``cupy.cuda.Function`` takes them."""
+        return self._bytes.view(_ENCODED)[0]
+
+
 class Encoder:
     """Encodes one ``TensorMap`` for the addresses it is called with, and keeps the last few results.
 
@@ -88,10 +103,10 @@ class Encoder:
         self._box = (ctypes.c_uint32 * rank)(*description.box)
         self._element_strides = (ctypes.c_uint32 * rank)(*[1] * rank)
         self._description = description
-        self._kept: dict[int, Any] = {}
+        self._kept: dict[int, EncodedMap] = {}
 
-    def __call__(self, pointer: int) -> Any:
-        """The 128 bytes a kernel takes as ``const __grid_constant__ CUtensorMap``."""
+    def __call__(self, pointer: int) -> EncodedMap:
+        """The map of the array at ``pointer``."""
         encoded = self._kept.get(pointer)
         if encoded is None:
             encoded = self._encode(pointer)
@@ -100,7 +115,7 @@ class Encoder:
             self._kept[pointer] = encoded
         return encoded
 
-    def _encode(self, pointer: int) -> Any:
+    def _encode(self, pointer: int) -> EncodedMap:
         buffer = np.empty(2 * _BYTES, np.uint8)
         start = -buffer.ctypes.data % 64  # the driver wants it aligned; launches copy it
         status = _driver().cuTensorMapEncodeTiled(
@@ -122,7 +137,7 @@ class Encoder:
                 f"cuTensorMapEncodeTiled failed with CUDA error {status} "
                 f"for address {pointer:#x} and {self._description}"
             )
-        return buffer[start : start + _BYTES].view(_ENCODED)[0]
+        return EncodedMap(buffer[start : start + _BYTES])
 
 
 _library: Any = None

@@ -124,8 +124,24 @@ def assert_close(actual: Results, expected: Results, tolerance: float) -> None:
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-def assert_within_contract(actual: Array, reference: Array, standard: Array, name: str) -> None:
-    """Assert max |actual − reference| ≤ 2 · max |standard − reference| + 1e-5; equal infinities are no error.
+def assert_gradient_within_contract(actual: Array, reference: Array, standard: Array, name: str) -> None:
+    """The contract, and half a unit in the last place of the largest gradient for its own rounding.
+
+    Under a causal mask a few early rows, with few keys, dominate the error. Standard attention rounds P
+    and dS as the kernels do, but its handful of roundings may happen to cancel: ideal arithmetic with the
+    same roundings exceeds twice its error in about 1 of 100 random problems of head dim 8. flash-attn's
+    own tests allow for it too, by twice what adding and subtracting 0.3 changes.
+    """
+    ulp = float(ml_dtypes.finfo(actual.dtype).eps) * np.abs(reference).max(initial=0.0)
+    assert_within_contract(actual, reference, standard, name, allowance=ulp / 2)
+
+
+def assert_within_contract(
+    actual: Array, reference: Array, standard: Array, name: str, allowance: float = 0.0
+) -> None:
+    """Assert max |actual − reference| ≤ 2 · max |standard − reference| + 1e-5 (+ allowance).
+
+    Equal infinities are no error.
 
     NaN never passes, and neither does a yardstick without a finite error: it would let anything pass.
     """
@@ -133,13 +149,13 @@ def assert_within_contract(actual: Array, reference: Array, standard: Array, nam
     assert standard.shape == reference.shape, f"standard {name} has shape {standard.shape}"
     if reference.size == 0:
         return
-    allowed = 2 * _error(standard, reference).max() + 1e-5
+    allowed = 2 * _error(standard, reference).max() + 1e-5 + allowance
     assert np.isfinite(allowed), f"{name}: standard attention itself is not finite here; choose other inputs"
     error = _error(actual, reference)
     worst = np.unravel_index(np.argmax(error), error.shape)  # argmax stops at the first NaN, if there is one
     assert error[worst] <= allowed, (
-        f"{name}: max error {error[worst]:.3g} exceeds {allowed:.3g} (2 * standard attention's + 1e-5) "
-        f"at index {tuple(int(i) for i in worst)}: "
+        f"{name}: max error {error[worst]:.3g} exceeds {allowed:.3g} (2 * standard attention's + "
+        f"{1e-5 + allowance:.3g}) at index {tuple(int(i) for i in worst)}: "
         f"got {float(actual[worst])!r}, expected {float(reference[worst])!r}; "
         f"{int(np.isnan(error).sum())} of {error.size} errors are NaN"
     )

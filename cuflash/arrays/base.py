@@ -108,16 +108,16 @@ class GpuArrays(Native):
     def assign(self, target: Any, source: Any) -> None:
         raise NotImplementedError
 
-    def launch_stream(self, device: int) -> tuple[int, bool]:
-        """The handle of that stream, and whether a CUDA graph is capturing it."""
+    def stream(self, device: int) -> int:
+        """The handle of that stream."""
+        raise NotImplementedError
+
+    def is_capturing(self, device: int) -> bool:
+        """Whether a CUDA graph is capturing it."""
         raise NotImplementedError
 
     def keeps_temporaries(self) -> bool:
         """Whether what a call allocates and frees stays reserved, should a CUDA graph be capturing it."""
-        raise NotImplementedError
-
-    def stream(self, device: int) -> Any:
-        """What ``cupy.cuda.Function`` takes as ``stream``: None is CuPy's current stream."""
         raise NotImplementedError
 
 

@@ -46,11 +46,10 @@ class CupyArrays(GpuArrays):
 
     def keeps_temporaries(self) -> bool:
         # What is freed during a capture goes back to CuPy's pool, though every replay writes to it again.
-        return not sys.modules["cupy"].cuda.get_current_stream().is_capturing()
+        return not self.is_capturing(0)
 
-    def stream(self, device: int) -> Any:
-        return None
+    def stream(self, device: int) -> int:
+        return sys.modules["cupy"].cuda.get_current_stream().ptr
 
-    def launch_stream(self, device: int) -> tuple[int, bool]:
-        stream = sys.modules["cupy"].cuda.get_current_stream()
-        return stream.ptr, stream.is_capturing()
+    def is_capturing(self, device: int) -> bool:
+        return sys.modules["cupy"].cuda.get_current_stream().is_capturing()

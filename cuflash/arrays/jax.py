@@ -109,11 +109,11 @@ class XlaBuffers(GpuArrays):
     def keeps_temporaries(self) -> bool:
         return True  # there are none
 
-    def stream(self, device: int) -> Any:
-        return cupy_stream(self._stream)
+    def stream(self, device: int) -> int:
+        return self._stream
 
-    def launch_stream(self, device: int) -> tuple[int, bool]:
-        return self._stream, cupy_stream(self._stream).is_capturing()
+    def is_capturing(self, device: int) -> bool:
+        return cupy_stream(self._stream).is_capturing()
 
 
 def _info(x: Any, device: int | None, pointer: int) -> ArrayInfo:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from cuflash.arrays.base import ArrayInfo, GpuArrays, HostArrays, require_plain
-from cuflash.arrays.streams import cupy_stream
 
 
 class TorchTensors(HostArrays, GpuArrays):
@@ -121,12 +120,11 @@ class TorchTensors(HostArrays, GpuArrays):
     def keeps_temporaries(self) -> bool:
         return True  # torch captures with a memory pool that belongs to the graph
 
-    def stream(self, device: int) -> Any:
-        return cupy_stream(sys.modules["torch"].cuda.current_stream(device).cuda_stream)
+    def stream(self, device: int) -> int:
+        return sys.modules["torch"].cuda.current_stream(device).cuda_stream
 
-    def launch_stream(self, device: int) -> tuple[int, bool]:
-        cuda = sys.modules["torch"].cuda
-        return cuda.current_stream(device).cuda_stream, cuda.is_current_stream_capturing()
+    def is_capturing(self, device: int) -> bool:
+        return sys.modules["torch"].cuda.is_current_stream_capturing()
 
 
 class FakeTensors(TorchTensors):

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not part of the installed package
 
-from benchmarks import machine, report, tables  # noqa: E402
+from benchmarks import machine, report, tables, time_tables  # noqa: E402
 from benchmarks import results as results_files  # noqa: E402
 from benchmarks.workload import Workload, grid_point  # noqa: E402
 
@@ -146,6 +146,10 @@ def test_summary_burst_and_host_tables(speed_results: dict[str, Any], host_resul
     assert "| 64 | causal | 400 to 400 | 1.265 (0.800) | 0.800 (0.800) |" in summary
     assert "| 64 | full | 1024 | 450 | 225 | 2.000 |" in tables.burst(speed_results).splitlines()
     assert "| 64 | 128 | 4 | fp16 | 12.3 | 1.5 | 45 |" in tables.table(host_results).splitlines()
+
+
+def test_every_direction_of_times_has_a_table() -> None:
+    assert time_tables.TIME_TABLES.keys() == results_files.TIMES.keys()
 
 
 def test_dtypes_get_tables_of_their_own(speed_results: dict[str, Any]) -> None:

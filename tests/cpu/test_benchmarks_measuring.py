@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,9 @@ def test_flops_and_bytes() -> None:
     assert causal.flops * 2 == full.flops
     assert full.tflops(ms=1.0) == pytest.approx(full.flops / 1e-3 / 1e12)
     assert full.nbytes == 2 * 8192 * 128 * (16 + 4 + 4 + 16) * 2
+    backward = dataclasses.replace(full, direction="backward")
+    assert backward.flops == 2.5 * full.flops
+    assert backward.nbytes == 2 * 8192 * 128 * (4 * 16 + 4 * 4) * 2  # Q, O, dO, dQ; K, V, dK, dV
 
 
 def test_the_default_grid_is_the_issues() -> None:
@@ -61,6 +65,33 @@ def test_a_peer_that_cannot_be_imported_gives_its_reason(monkeypatch: pytest.Mon
     assert runs == {}
     assert errors["fa3"].startswith("ModuleNotFoundError:")
     assert errors["fa4"].startswith("ModuleNotFoundError:")
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")], ids=["fa3", "fa4"]
+)
+@pytest.mark.parametrize("with_lse", [False, True], ids=["out", "out_and_lse"])
+def test_flash_attention_is_called_with_its_layout_and_mask(
+    name: str, module: str, with_lse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    inputs = cpu_inputs(torch)
+    calls = []
+
+    def flash_attn_func(q: Any, k: Any, v: Any, *, causal: bool) -> Any:
+        calls.append(q.shape)
+        out = peers_module.reference(peers_module.Inputs(q, k, v, causal))
+        return (out, None) if with_lse else out
+
+    package = ModuleType("flash_attn")
+    library = ModuleType(module)
+    library.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, module, library)
+    runs, errors = peers_module.prepare_peers((name,), inputs, peers_module.reference(inputs))
+    assert errors == {}
+    assert list(runs) == [name]
+    assert calls == [inputs.q.shape], "what compiles at its first call must have run before it is timed"
 
 
 def test_a_wrong_peer_gives_no_figure_and_a_right_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,14 +223,19 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch = pytest.importorskip("torch")
     from benchmarks import tiles
 
-    def launch(function: Any, call: Any, pointers: tuple[Any, ...]) -> None:
-        ctypes.memmove(pointers[3], made.answer.data_ptr(), made.answer.nbytes)
+    def launcher(function: Any, call: Any, *, addresses: int) -> Any:
+        def start(maps: tuple[()], pointers: tuple[int, ...], stream: int) -> None:
+            assert len(pointers) == addresses
+            ctypes.memmove(pointers[3], made.answer.data_ptr(), made.answer.nbytes)
+
+        return start
 
     inputs = peers_module.Inputs(*(torch.randn(1, 80, 2, 64).bfloat16() for _ in range(3)), causal=True)
     made = SimpleNamespace(tiles=tiles, answer=peers_module.reference(inputs).contiguous())
     cuda = SimpleNamespace(
         get_device_capability=lambda: (9, 0),
         get_device_properties=lambda device: SimpleNamespace(L2_cache_size=50 << 20),
+        current_stream=lambda: SimpleNamespace(cuda_stream=0),
     )
     program = SimpleNamespace(registers=168, spill_stores=24)
     jit = SimpleNamespace(
@@ -209,8 +245,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(tiles, "random_inputs", lambda workload: inputs)
     monkeypatch.setattr(tiles, "torch", SimpleNamespace(cuda=cuda, full_like=torch.full_like))
     monkeypatch.setattr(tiles, "jit", jit)
-    monkeypatch.setattr(tiles.launch, "launch", launch)
-    monkeypatch.setattr(tiles, "Timer", lambda: timer)
+    monkeypatch.setattr(tiles.launcher, "Launcher", launcher)
+    monkeypatch.setattr(tiles.speed, "Timer", lambda: timer)
     return made
 
 
@@ -235,12 +271,13 @@ def test_a_tile_that_writes_nonsense_gives_no_rows(kernels: Any) -> None:
 # --- skipping -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["forward", "host", "tiles", "train", "gpt2"])
+@pytest.mark.parametrize("name", run.BENCHMARKS)
 def test_the_command_says_why_it_skips(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(machine, "why_no_cupy", lambda: "CuPy finds no CUDA GPU")
     monkeypatch.setattr(machine, "why_no_torch", lambda: "PyTorch finds no CUDA GPU")
+    monkeypatch.setattr(machine, "why_no_jax", lambda: "JAX finds no CUDA GPU")
     assert run.main([name]) == 1
     assert f"SKIPPED {name}: " in capsys.readouterr().out
 
@@ -253,5 +290,5 @@ def test_pytest_skips_each_benchmark_without_a_gpu(tmp_path: Path) -> None:
     command += ["--head-dims=64", "--seqlens=512", f"--results-dir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 skipped" in done.stdout  # full, causal, and two of the host's
+    assert "6 skipped" in done.stdout  # full and causal, forward and backward, and two of the host's
     assert list(tmp_path.iterdir()) == []

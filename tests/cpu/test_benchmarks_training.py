@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import report, run, tables
+from benchmarks import plots, report, run, tables
 from benchmarks import results as results_files
 from examples.training import Size, follow
 
@@ -202,6 +202,14 @@ def test_the_figure_has_each_curve_and_its_distance() -> None:
     ours = figure.axes[2].lines[-1]
     np.testing.assert_array_equal(ours.get_xdata(), [5, 10, 15, 20])
     np.testing.assert_allclose(ours.get_ydata(), 0.01)
+
+
+def test_steps_without_losses_have_no_figure() -> None:
+    rows = curve_rows()
+    assert plots.has_figure({**HEADER, "rows": rows})
+    for row in rows:
+        del row["losses"], row["loss_every"]
+    assert not plots.has_figure({**HEADER, "rows": rows})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ import ctypes
 import dataclasses
 import math
 import re
+import sys
+import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ from cuflash import launch
 from cuflash.arrays import ArrayInfo
 from cuflash.arrays.overlap import Footprint
 from cuflash.config import choose
+from cuflash.launcher import Launcher
 from cuflash.layouts import Layouts, plan_layouts, why_copied
 from cuflash.problem import Problem, make_problem
+from cuflash.tensor_map import EncodedMap
 
 FORWARD_CU = Path(__file__).parents[2] / "kernels_cu" / "fa2" / "forward.cu"
 STRIDES_CUH = Path(__file__).parents[2] / "kernels_cu" / "core" / "strides.cuh"
@@ -147,11 +152,63 @@ def test_strides_beyond_32_bits_arrive_whole() -> None:
     assert strides == (1 << 39, 1 << 35, 1 << 32)
 
 
-def test_launch_passes_pointers_then_params() -> None:
-    seen = []
+class Driver:
+    """In place of the driver: what each launch passes, the arguments as bytes of the given sizes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, sizes: list[int]) -> None:
+        self.sizes, self.seen = sizes, []
+        runtime = types.SimpleNamespace(getDevice=lambda: 0, setDevice=lambda device: None)
+        cuda = types.SimpleNamespace(driver=types.SimpleNamespace(launchKernel=self.launch), runtime=runtime)
+        monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+
+    def launch(self, function: int, *rest: int) -> None:
+        *shape_and_stream, arguments, extra = rest
+        assert extra == 0
+        pointers = (ctypes.c_uint64 * len(self.sizes)).from_address(arguments)
+        given = [ctypes.string_at(p, size) for p, size in zip(pointers, self.sizes, strict=True)]
+        self.seen.append((function, shape_and_stream, given))
+
+
+def as_bytes(*addresses: int) -> list[bytes]:
+    return [address.to_bytes(8, "little") for address in addresses]
+
+
+def test_a_launcher_passes_maps_then_addresses_then_params(monkeypatch: pytest.MonkeyPatch) -> None:
     call = call_of(problem_of())
-    launch.launch(lambda *args: seen.append(args), call, (1, 2, 3, 4, None), "stream")
-    assert seen == [(call.grid, call.block, (1, 2, 3, 4, None, call.params), call.shared_bytes, "stream")]
+    driver = Driver(monkeypatch, [128, 128, 8, 8, call.params.nbytes])
+    start = Launcher(types.SimpleNamespace(ptr=77), call, maps=2, addresses=2)
+    blobs = [bytes(range(i, i + 128)) for i in range(3)]
+    maps = [EncodedMap(np.frombuffer(blob, np.uint8)) for blob in blobs]
+    start(maps[:2], (5, 0), 9)
+    start(maps[1:], (6, 1 << 63), 0)
+    shape = [*call.grid, 1, 1, *call.block, 1, 1, call.shared_bytes]
+    params = call.params.tobytes()
+    assert driver.seen == [
+        (77, [*shape, 9], [*blobs[:2], *as_bytes(5, 0), params]),
+        (77, [*shape, 0], [*blobs[1:], *as_bytes(6, 1 << 63), params]),
+    ]
+
+
+def test_threads_launch_with_their_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = call_of(problem_of())
+    driver = Driver(monkeypatch, [8, call.params.nbytes])
+    start = Launcher(types.SimpleNamespace(ptr=77), call, addresses=1)
+    both_inside = threading.Barrier(2, timeout=10)
+    launch_kernel = driver.launch
+
+    def overlapping(*arguments: int) -> None:
+        both_inside.wait()  # the driver lets other threads run before it has read the arguments
+        launch_kernel(*arguments)
+
+    start._launch_kernel = overlapping
+    threads = [threading.Thread(target=start, args=((), (i,), i)) for i in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted((shape[-1], given[0]) for _, shape, given in driver.seen) == list(
+        enumerate(as_bytes(1, 2), 1)
+    )
 
 
 # --- strides, copies, vector stores -------------------------------------------------------------------------

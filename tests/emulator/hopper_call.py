@@ -41,7 +41,7 @@ def attend(
         multiprocessors=multiprocessors,
         l2_bytes=_L2_BYTES,
     )
-    encoded = [Encoder(m)(x.data.ptr) for m, x in zip(call.maps, (q, k, v, out), strict=True)]
+    encoded = [Encoder(m)(x.data.ptr).value for m, x in zip(call.maps, (q, k, v, out), strict=True)]
     function = jit.load(jit.compile(config, "sm_90a"), call.shared_bytes)
     function(
         call.grid, call.block, (*encoded, lse.data.ptr, counter.data.ptr, call.params), call.shared_bytes

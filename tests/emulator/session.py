@@ -1,7 +1,8 @@
 """``with emulator():`` makes GPU calls of the package run on the CPU.
 
-Only allocation, compiling and launching are swapped: a module stands in for CuPy, ``jit.compile`` and
-``jit.load`` hand out emulated programs, and the emulator's own driver function encodes tensor maps.
+Only allocation, compiling and launching are swapped: a module stands in for CuPy, ``jit.compile``,
+``jit.load`` and ``launcher.Launcher`` hand out emulated programs, and the emulator's own driver function
+encodes tensor maps.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import ctypes
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from unittest import mock
 
 import numpy as np
 
-from cuflash import jit, tensor_map
+from cuflash import jit, launcher, tensor_map
+from cuflash.launch import Launchable
+from cuflash.tensor_map import EncodedMap
 from emulator import banks, device_memory, toolchain
 from emulator.findings import KernelFault, parse_findings
 
@@ -133,8 +136,17 @@ def emulator(
 
         return function
 
+    def launcher_(function: Any, call: Launchable, *, maps: int = 0, addresses: int) -> Any:
+        def start(encoded: Sequence[EncodedMap], pointers: Sequence[int], stream: int) -> None:
+            assert (len(encoded), len(pointers)) == (maps, addresses)
+            arguments = (*(x.value for x in encoded), *pointers, call.params)
+            function(call.grid, call.block, arguments, call.shared_bytes)
+
+        return start
+
     with (
         mock.patch.multiple(jit, compile=compile_, load=load, architecture=_architecture),
+        mock.patch.object(launcher, "Launcher", launcher_),
         mock.patch.object(tensor_map, "_driver", _driver),
         _fresh_caches(),
         _modules({"cupy": cupy, "cupy.cuda": cupy.cuda}),

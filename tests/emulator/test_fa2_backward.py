@@ -7,7 +7,7 @@ import pytest
 from arrays import VIEWS, make_inputs, to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_within_contract
+from numerics import assert_gradient_within_contract
 
 import cuflash
 from cuflash import reference
@@ -32,7 +32,7 @@ def check_backward(cp, problem, inputs, causal, views, *, with_dlse, determinist
     expected = reference.attention_backward(inputs.dout, *inputs[:3], **oracle)
     standard = reference.standard_attention_backward(inputs.dout, *inputs[:3], **oracle)
     for name, actual, want, allowed in zip(("dq", "dk", "dv"), gradients, expected, standard, strict=True):
-        assert_within_contract(to_numpy(actual), want, allowed, name)
+        assert_gradient_within_contract(to_numpy(actual), want, allowed, name)
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -53,7 +53,7 @@ def encoded(tensor: Any, rows: int = ROWS) -> Any:
     seqlen, columns = tensor.shape
     step = tensor.strides[0]
     description = TensorMap("float16", (columns, seqlen, 1, 1), (step, 16, 16), (COLUMNS, rows, 1, 1))
-    return Encoder(description)(tensor.data.ptr)
+    return Encoder(description)(tensor.data.ptr).value
 
 
 def unswizzled(chunks: np.ndarray) -> np.ndarray:
@@ -100,6 +100,7 @@ FAULTS = {
     "ordinary access to an mbarrier": ("barrier", COPY, "mbarrier_wait(barrier, 0);", "mbarrier_wait(barrier, 0); y[0] = s[0];"),
     "box not aligned to 128 bytes": ("alignment", COPY, "barrier + 1024", "barrier + 1040"),
     "box past shared memory": ("bounds", COPY, "barrier + 1024", "barrier + 3072"),
+    "store from before the tensor": ("bounds", STORE, "box, 0, row, 0, 0", "box, 0, row - 2, 0, 0"),
     "no fence before a store": ("proxy", STORE, "fence_proxy_async_shared();", ""),
     "no barrier before a store": ("race", STORE, "__syncthreads();", ""),
     "shared memory rewritten while a store reads it": ("race", STORE, "cp_async_bulk_wait_group<0>();",
@@ -121,7 +122,9 @@ def test_a_fault_is_reported_by_its_check(emulated, name):
 
 def test_a_tensor_map_that_reaches_past_its_buffer_is_noticed(emulated):
     x, y = emulated.cp.zeros((40, 64), np.uint16), emulated.cp.empty(1024, np.uint16)
-    too_long = Encoder(TensorMap("float16", (64, 41, 1, 1), (128, 16, 16), (64, ROWS, 1, 1)))(x.data.ptr)
+    too_long = Encoder(TensorMap("float16", (64, 41, 1, 1), (128, 16, 16), (64, ROWS, 1, 1)))(
+        x.data.ptr
+    ).value
     with pytest.raises(KernelFault, match=r"\[bounds\]"):
         run(emulated, COPY, too_long, y, np.int32(30), shared_bytes=4096)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from arrays import VIEWS, make_inputs, to_numpy
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from numerics import assert_within_contract
+from numerics import assert_gradient_within_contract
 
 import cuflash
 from cuflash import reference
@@ -32,7 +32,7 @@ def assert_gradients(problem, inputs, gradients, dlse=None):
     expected = reference.attention_backward(dout, q, k, v, **options)
     standard = reference.standard_attention_backward(dout, q, k, v, **options)
     for name, actual, want, allowed in zip(NAMES, gradients, expected, standard, strict=True):
-        assert_within_contract(to_numpy(actual), want, allowed, name)
+        assert_gradient_within_contract(to_numpy(actual), want, allowed, name)
 
 
 def check_backward(
@@ -71,6 +71,9 @@ def assert_bit_equal(a, b):
     views=st.tuples(*[st.sampled_from(sorted(VIEWS))] * 4),
     with_dlse=st.booleans(),
     deterministic=st.booleans(),
+)
+@example(  # standard attention's roundings cancel in the second query's row
+    2207, 3, (119, 385), (2, 2), (8, 8), "float16", "top_left", 0.25, ("contiguous",) * 4, True, False
 )
 def test_random_problems_in_any_memory_layout_stay_within_the_numerics_contract(
     seed, batch, seqlens, heads, head_dims, dtype, causal, scale, views, with_dlse, deterministic

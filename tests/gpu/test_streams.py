@@ -101,6 +101,18 @@ def test_capturing_a_call_that_needs_a_copy_is_refused_not_replayed_on_reused_me
         stream.end_capture()
 
 
+def test_a_thread_whose_first_work_on_the_gpu_is_a_call_gets_the_result():
+    q, k, v = _inputs()
+    expected = cuflash.attention(q, k, v)
+    spare = cp.empty_like(q)
+    del spare  # to CuPy's pool: the thread's output needs no allocation that would set up its context
+    results = []
+    thread = threading.Thread(target=lambda: results.append(cuflash.attention(q, k, v)))
+    thread.start()
+    thread.join()
+    assert (results[0] == expected).all()
+
+
 def test_threads_calling_at_once_each_get_their_own_result():
     q, k, v = _inputs()
     expected = {n: cuflash.attention(q[:, :n], k, v, causal=True) for n in range(20, 300, 20)}

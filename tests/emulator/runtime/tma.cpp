@@ -137,6 +137,10 @@ void tma_load(uint32_t target, const void* map, uint32_t mbarrier_address, const
 void tma_store(const void* map, uint32_t source, const int* coordinates, int rank) {
   const Site site = __builtin_return_address(0);
   Thread& thread = *current();
+  // An H100 answers such a store with an illegal instruction, though loads may start before the tensor.
+  for (int axis = 0; axis < rank; ++axis) {
+    if (coordinates[axis] < 0) fault(kBounds, format("TMA store from coordinate %d of axis %d ", coordinates[axis], axis) + at(site));
+  }
   StoreQueue& queue = thread.stores;
   if (queue.reader < 0) {
     queue.reader = new_actor(*thread.block, format("TMA store of thread %d", thread.id));

@@ -1,0 +1,85 @@
+"""Markdown tables of rows that hold times: of the host, of a call in JAX, of a step of training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import groupby
+
+from benchmarks.markdown import markdown, short_dtype
+from benchmarks.results import CALL, HOST, Row
+
+
+def _host_table(rows: list[Row]) -> list[str]:
+    head = ["d", "length", "heads", "dtype", "steady call, µs", "first call cold, s", "first call warm, ms"]
+    body = [
+        [
+            *(str(row[name]) for name in ("head_dim", "seqlen_q", "heads_q")),
+            short_dtype(row),
+            *(f"{row[name]:.3g}" for name in HOST),
+        ]
+        for row in rows
+    ]
+    return markdown(head, body)
+
+
+def _call_table(rows: list[Row]) -> list[str]:
+    problem = "batch {batch}, length {seqlen_q}, {heads_q} heads of {head_dim}".format(**rows[0])
+    head = ["attention by", "in command buffers", "launched singly"]
+    body = [[row["features"]["by"], *(f"{row[name]:.3g}" for name in CALL)] for row in rows]
+    return [f"µs a call under jax.jit, {short_dtype(rows[0])}, {problem}:", "", *markdown(head, body)]
+
+
+def _training_table(rows: list[Row]) -> list[str]:
+    """A line for each attention, beside standard attention in the same model; below, why any is missing."""
+    head = ["framework", "model", "length", "batch", "attention"]
+    head += ["ms a step", "tokens/s", "speed-up", "peak memory, GB"]
+    has_losses = any("losses" in row for row in rows)
+    head += ["last loss", "mean distance from standard's"] if has_losses else []
+    body, missing = [], []
+    for run, group in groupby(rows, key=training_run):
+        of_run = list(group)
+        standard = next((row for row in of_run if row["family"] == "standard" and "ms" in row), None)
+        for row in of_run:
+            label = attention_label(row)
+            if "error" in row:
+                body.append([*run, label, *["-"] * (len(head) - 5)])
+                missing += ["", f"{label} could not run ({', '.join(run)}): {row['error']}"]
+            else:
+                body.append([*run, label, *_step_cells(row, standard)])
+    return markdown(head, body) + missing
+
+
+def training_run(row: Row) -> tuple[str, ...]:
+    """What the attentions of one model have in common: framework, model, length, batch."""
+    features = row["features"]
+    framework = {"torch": "PyTorch", "jax": "JAX"}[features["framework"]]
+    compiled = ", compiled" if features.get("compiled") else ""
+    return framework + compiled, features["model"], str(row["seqlen_q"]), str(row["batch"])
+
+
+def attention_label(row: Row) -> str:
+    return {"sdpa": "SDPA flash", "cudnn": "cuDNN"}.get(row["family"]) or str(row["family"])
+
+
+def loss_distances(row: Row, standard: Row) -> list[float]:
+    return [loss - other for loss, other in zip(row["losses"], standard["losses"], strict=True)]
+
+
+def _step_cells(row: Row, standard: Row | None) -> list[str]:
+    cells = [f"{row['ms']:.1f}", f"{row['tokens_per_s']:.0f}"]
+    cells += [f"{standard['ms'] / row['ms']:.2f}" if standard else "-"]
+    cells += ["-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"]
+    if "losses" in row:
+        distances = list(map(abs, loss_distances(row, standard))) if standard else []
+        mean = f"{math.fsum(distances) / len(distances):.4f}" if distances else "-"
+        cells += [f"{row['losses'][-1]:.4f}", mean]
+    return cells
+
+
+# By direction, as results.TIMES.
+TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
+    "host": _host_table,
+    "call": _call_table,
+    "train": _training_table,
+}
