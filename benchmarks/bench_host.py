@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -12,15 +13,18 @@ from benchmarks.workload import HOST_WORKLOADS, Workload
 
 
 @pytest.mark.usefixtures("cupy_gpu")
+@pytest.mark.parametrize("algorithm", ["fa2", "auto"])
 @pytest.mark.parametrize("workload", HOST_WORKLOADS, ids=str)
 def bench_host(
-    workload: Workload, benchmark: BenchmarkFixture, record: Callable[[str, str, Row], None]
+    workload: Workload, algorithm: str, benchmark: BenchmarkFixture, record: Callable[[str, str, Row], None]
 ) -> None:
     import cuflash
     from benchmarks import host
 
-    row = host.measure(workload)
+    point = (workload, algorithm)
+    row = host.measure(point, host.steady_us([point]))
     record("host", host.METHOD, row)
     arrays = host.random_inputs(workload)
-    benchmark.pedantic(cuflash.attention, args=arrays, rounds=50, iterations=10, warmup_rounds=1)
+    call = functools.partial(cuflash.attention, *arrays, algorithm=algorithm)
+    benchmark.pedantic(call, rounds=50, iterations=10, warmup_rounds=1)
     benchmark.extra_info.update({name: row[name] for name in HOST})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupy
@@ -17,18 +19,23 @@ import numpy
 
 import cuflash
 from benchmarks.results import ROOT, Row, significant
-from benchmarks.workload import Workload
+from benchmarks.workload import HOST_WORKLOADS, Workload
 from cuflash import cache
 
 METHOD = (
     "steady_us: host time of a call without out=, median over batches of 100, device synchronised between "
-    "batches only. First calls: a fresh process each, from the call to the end of its kernel; imports, the "
-    "CUDA context and the arrays come before. cold_first_call_s: empty disk cache, once. warm_first_call_ms: "
-    "filled disk cache, median of 3."
+    "batches only; cupy_launch_us, in turns with it: CuPy's launch of an empty kernel of five arrays, for "
+    "the speed of this processor. First calls: a fresh process each, from the call to the end of its kernel; "
+    "imports, the CUDA context and the arrays come before. cold_first_call_s: empty disk cache, once. "
+    "warm_first_call_ms: filled disk cache, median of 3."
 )
-BATCHES = 500  # more than half a second: a disturbance of the machine is shorter
+FAMILIES = ("fa2", "auto")
+BATCHES = 300
 CALLS = 100  # a batch's launches fit the driver's queue of 1024
 WARM_PROCESSES = 3
+
+Point = tuple[Workload, str]  # and the algorithm asked for
+POINTS: tuple[Point, ...] = tuple((workload, family) for workload in HOST_WORKLOADS for family in FAMILIES)
 
 
 def random_inputs(workload: Workload) -> tuple[Any, Any, Any]:
@@ -42,41 +49,53 @@ def random_inputs(workload: Workload) -> tuple[Any, Any, Any]:
     return draw(workload.heads_q), draw(workload.heads_kv), draw(workload.heads_kv)
 
 
-def measure(workload: Workload) -> Row:
-    """The results row of one workload, with the kernel family that a call takes by default."""
+def measure(point: Point, steady: dict[Point | None, float]) -> Row:
+    """The results row of a point of ``steady_us``'s."""
+    workload, algorithm = point
     with tempfile.TemporaryDirectory() as cache_folder:
-        cold_ms = first_call_ms(workload, cache_folder)
-        warm_ms = [first_call_ms(workload, cache_folder) for _ in range(WARM_PROCESSES)]
+        cold_ms = first_call_ms(point, cache_folder)
+        warm_ms = [first_call_ms(point, cache_folder) for _ in range(WARM_PROCESSES)]
     return {
-        "family": cuflash.explain(*random_inputs(workload)).family,
+        "family": cuflash.explain(*random_inputs(workload), algorithm=algorithm).family,
         "direction": "host",
         **workload.fields(),
-        "steady_us": significant(steady_us(workload), 3),
+        "steady_us": significant(steady[point], 3),
+        "cupy_launch_us": significant(steady[None], 3),
         "cold_first_call_s": significant(cold_ms / 1e3, 3),
         "warm_first_call_ms": significant(statistics.median(warm_ms), 3),
     }
 
 
-def steady_us(workload: Workload) -> float:
-    """Median host time of a call."""
-    q, k, v = random_inputs(workload)
-    cuflash.attention(q, k, v)
-    batches = []
-    for _ in range(CALLS):  # the processor at its full clock
-        cuflash.attention(q, k, v)
-    for _ in range(BATCHES):
-        cupy.cuda.Device().synchronize()
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            cuflash.attention(q, k, v)
-        batches.append((time.perf_counter() - start) / CALLS)
+def steady_us(points: Sequence[Point]) -> dict[Point | None, float]:
+    """Median host time of each point's call and, under None, of CuPy's launch; in turns, batch by batch."""
+
+    def call_of(workload: Workload, algorithm: str) -> Callable[[], Any]:
+        return functools.partial(cuflash.attention, *random_inputs(workload), algorithm=algorithm)
+
+    empty = cupy.RawKernel(
+        'extern "C" __global__ void empty(int* a, int* b, int* c, int* d, int* e) {}', "empty"
+    )
+    launch = functools.partial(empty, (1,), (32,), (cupy.zeros(1, numpy.int32),) * 5)
+    calls: dict[Point | None, Callable[[], Any]] = {point: call_of(*point) for point in points}
+    calls[None] = launch
+    batches: dict[Point | None, list[float]] = {point: [] for point in calls}
+    for turn in range(BATCHES + 1):
+        for point, call in calls.items():
+            cupy.cuda.Device().synchronize()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            if turn > 0:  # compiled, and the processor at its full clock
+                batches[point].append((time.perf_counter() - start) / CALLS)
     cupy.cuda.Device().synchronize()
-    return statistics.median(batches) * 1e6
+    return {point: statistics.median(times) * 1e6 for point, times in batches.items()}
 
 
-def first_call_ms(workload: Workload, cache_folder: str) -> float:
+def first_call_ms(point: Point, cache_folder: str) -> float:
     """The first call of a fresh process that keeps its kernels in ``cache_folder``."""
-    command = [sys.executable, "-m", "benchmarks.first_call", json.dumps(dataclasses.asdict(workload))]
+    workload, algorithm = point
+    fields = json.dumps(dataclasses.asdict(workload))
+    command = [sys.executable, "-m", "benchmarks.first_call", fields, algorithm]
     environment = {**os.environ, cache.ENVIRONMENT_VARIABLE: cache_folder}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

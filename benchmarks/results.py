@@ -48,6 +48,7 @@ PROBLEM: dict[str, tuple[type, ...]] = {
 SPEED: dict[str, tuple[type, ...]] = {"ms": (float,), "tflops": (float,), "gbps": (float,), "peers": (dict,)}
 HOST: dict[str, tuple[type, ...]] = {
     "steady_us": (float,),  # host time of one call on CuPy arrays, compiled and warm: the median
+    "cupy_launch_us": (float,),  # CuPy's launch of an empty kernel, for the speed of the processor
     "cold_first_call_s": (float,),  # first call of a process, kernel compiled, until the GPU is done
     "warm_first_call_ms": (float,),  # the same with the kernel in the disk cache
 }

@@ -24,7 +24,7 @@ from benchmarks import machine
 from benchmarks.options import add_options, topic, workloads
 from benchmarks.results import TIMES, Recorder, Row
 from benchmarks.tables import candidate_label
-from benchmarks.workload import HOST_WORKLOADS, Workload
+from benchmarks.workload import Workload
 
 Point = TypeVar("Point")
 
@@ -62,11 +62,13 @@ def _host(options: argparse.Namespace, command: str) -> int:
         return _skip("host", reason)
     from benchmarks import host
 
-    def measure(workload: Workload) -> list[Row]:
-        return [host.measure(workload)]
+    steady = host.steady_us(host.POINTS)
+
+    def measure(point: host.Point) -> list[Row]:
+        return [host.measure(point, steady)]
 
     header = machine.header(command, options.commit, host.METHOD)
-    return _record(HOST_WORKLOADS, measure, Recorder(options.results_dir, "host", header))
+    return _record(host.POINTS, measure, Recorder(options.results_dir, "host", header))
 
 
 def _jax_call(options: argparse.Namespace, command: str) -> int:

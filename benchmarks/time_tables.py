@@ -11,10 +11,11 @@ from benchmarks.results import CALL, HOST, Row
 
 
 def _host_table(rows: list[Row]) -> list[str]:
-    head = ["d", "length", "heads", "dtype", "steady call, µs", "first call cold, s", "first call warm, ms"]
+    head = ["kernel", "d", "length", "heads", "dtype"]
+    head += ["steady call, µs", "CuPy's launch alone, µs", "first call cold, s", "first call warm, ms"]
     body = [
         [
-            *(str(row[name]) for name in ("head_dim", "seqlen_q", "heads_q")),
+            *(str(row[name]) for name in ("family", "head_dim", "seqlen_q", "heads_q")),
             short_dtype(row),
             *(f"{row[name]:.3g}" for name in HOST),
         ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cuflash.launch import Launchable
-from cuflash.tensor_map import EncodedMap
+from cuflash.tensor_map import EncodedMap, make_context_current
 
 
 class Launcher:
@@ -29,7 +29,6 @@ class Launcher:
         self._maps, self._addresses = maps, addresses
         self._of_thread = threading.local()
         self._launch_kernel = cuda.driver.launchKernel
-        self._runtime = cuda.runtime
 
     def __call__(self, maps: Sequence[EncodedMap], addresses: Sequence[int], stream: int) -> None:
         """Start the kernel on ``stream``, a handle; null pointers are 0. Raises CuPy's driver errors."""
@@ -44,8 +43,7 @@ class Launcher:
 
     def _layout(self) -> tuple[Any, Any, int]:
         """The addresses, the pointers to all arguments, and where those start."""
-        # The driver, unlike the runtime, does not make a context current in a thread that has none.
-        self._runtime.setDevice(self._runtime.getDevice())
+        make_context_current()
         values = (ctypes.c_uint64 * self._addresses)()
         arguments = (ctypes.c_uint64 * (self._maps + self._addresses + 1))()
         for i in range(self._addresses):

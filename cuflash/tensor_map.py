@@ -23,6 +23,7 @@ _STRIDE_LIMIT = 2**40
 _BYTES = 128
 _ENCODED = np.dtype((np.void, _BYTES))
 _DATA_TYPE = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+_INVALID_CONTEXT = 201  # CUresult
 _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _OOB_FILL_ZEROS = 0, 3, 2, 0
 
 
@@ -118,8 +119,21 @@ class Encoder:
     def _encode(self, pointer: int) -> EncodedMap:
         buffer = np.empty(2 * _BYTES, np.uint8)
         start = -buffer.ctypes.data % 64  # the driver wants it aligned; launches copy it
-        status = _driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(buffer.ctypes.data + start),
+        target = buffer.ctypes.data + start
+        status = self._write(target, pointer)
+        if status == _INVALID_CONTEXT:
+            make_context_current()
+            status = self._write(target, pointer)
+        if status:
+            raise RuntimeError(
+                f"cuTensorMapEncodeTiled failed with CUDA error {status} "
+                f"for address {pointer:#x} and {self._description}"
+            )
+        return EncodedMap(buffer[start : start + _BYTES])
+
+    def _write(self, target: int, pointer: int) -> int:
+        return _driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(target),
             self._data_type,
             self._rank,
             ctypes.c_void_p(pointer),
@@ -132,12 +146,16 @@ class Encoder:
             _L2_PROMOTION_128B,
             _OOB_FILL_ZEROS,
         )
-        if status:
-            raise RuntimeError(
-                f"cuTensorMapEncodeTiled failed with CUDA error {status} "
-                f"for address {pointer:#x} and {self._description}"
-            )
-        return EncodedMap(buffer[start : start + _BYTES])
+
+
+def make_context_current() -> None:
+    """Make the context of the current device current in a thread that has not used the GPU yet.
+
+    CUDA's runtime does it by itself, its driver does not.
+    """
+    from cupy import cuda
+
+    cuda.runtime.memGetInfo()
 
 
 _library: Any = None

@@ -49,7 +49,7 @@ def speed_results() -> dict[str, Any]:
 @pytest.fixture
 def host_results(speed_results: dict[str, Any]) -> dict[str, Any]:
     problem = Workload(64, 128, 1, 4, 4, False, "float16").fields()
-    times = {"steady_us": 12.3, "cold_first_call_s": 1.5, "warm_first_call_ms": 45.0}
+    times = {"steady_us": 12.3, "cupy_launch_us": 6.5, "cold_first_call_s": 1.5, "warm_first_call_ms": 45.0}
     return {**speed_results, "rows": [{"family": "auto", "direction": "host", **problem, **times}]}
 
 
@@ -145,7 +145,7 @@ def test_summary_burst_and_host_tables(speed_results: dict[str, Any], host_resul
     summary = tables.summary(speed_results).splitlines()
     assert "| 64 | causal | 400 to 400 | 1.265 (0.800) | 0.800 (0.800) |" in summary
     assert "| 64 | full | 1024 | 450 | 225 | 2.000 |" in tables.burst(speed_results).splitlines()
-    assert "| 64 | 128 | 4 | fp16 | 12.3 | 1.5 | 45 |" in tables.table(host_results).splitlines()
+    assert "| auto | 64 | 128 | 4 | fp16 | 12.3 | 6.5 | 1.5 | 45 |" in tables.table(host_results).splitlines()
 
 
 def test_every_direction_of_times_has_a_table() -> None:
