@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +25,11 @@ class Launcher:
         from cupy import cuda
 
         self._function = function  # keeps the module loaded
-        self._shape = (*_three(call.grid), *_three(call.block), call.shared_bytes)
         self._params = ctypes.create_string_buffer(call.params.tobytes(), call.params.nbytes)
         self._maps, self._addresses = maps, addresses
         self._of_thread = threading.local()
-        self._launch_kernel = cuda.driver.launchKernel
+        size = (*_three(call.grid), *_three(call.block), call.shared_bytes)
+        self._launch_kernel = functools.partial(cuda.driver.launchKernel, function.ptr, *size)
 
     def __call__(self, maps: Sequence[EncodedMap], addresses: Sequence[int], stream: int) -> None:
         """Start the kernel on ``stream``, a handle; null pointers are 0. Raises CuPy's driver errors."""
@@ -39,7 +40,7 @@ class Launcher:
         values[:] = addresses
         if maps:
             arguments[: self._maps] = [encoded.address for encoded in maps]
-        self._launch_kernel(self._function.ptr, *self._shape, stream, where, 0)
+        self._launch_kernel(stream, where, 0)
 
     def _layout(self) -> tuple[Any, Any, int]:
         """The addresses, the pointers to all arguments, and where those start."""

@@ -31,9 +31,12 @@ class Plan:
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     layouts: Layouts
+    copies: bool  # not everything is read and written in place
     footprints: dict[str, Footprint]
     launch: launcher.Launcher | None  # None: the output is empty
-    encoders: tuple[Encoder, ...]  # of the tensor maps of q, k, v and out, for a kernel that takes them
+    encoders: (
+        tuple[Encoder, ...] | None
+    )  # of the tensor maps of q, k, v and out, for a kernel that takes them
     takes_tiles: bool  # the kernel needs a tile counter
     get_current_device: Callable[[], int]
 
@@ -81,38 +84,44 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
     if plan.launch is None:
         return result, lse
 
-    layouts = plan.layouts
-    if (layouts.copied or layouts.copy_out) and not gpu.keeps_temporaries():
-        names = " and ".join([*layouts.copied, *(["out"] if layouts.copy_out else [])])
+    target = result
+    if plan.copies:
+        q, k, v, target = _copies(plan.layouts, gpu, q, k, v, result, plan.device)
+    pointer = gpu.pointer
+    where = (pointer(q), pointer(k), pointer(v), pointer(target))
+    lse_address = 0 if lse is None else pointer(lse)
+    stream = gpu.stream(plan.device)
+    if plan.encoders is None:
+        plan.launch((), (*where, lse_address), stream)
+    else:
+        counter = 0
+        if plan.takes_tiles:
+            counter = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
+        plan.launch(list(map(Encoder.__call__, plan.encoders, where)), (lse_address, counter), stream)
+    if out is not None:
+        if target is not out:
+            gpu.assign(out, target)
+        gpu.written(out)
+    return result, lse
+
+
+def _copies(
+    layouts: Layouts, gpu: GpuArrays, q: Any, k: Any, v: Any, result: Any, device: int
+) -> tuple[Any, Any, Any, Any]:
+    """q, k, v and where the kernel writes, with a copy in place of what it cannot read or write in place."""
+    copied = layouts.copied
+    if not gpu.keeps_temporaries():
+        names = " and ".join([*copied, *(["out"] if layouts.copy_out else [])])
         raise ValueError(
             f"{names} cannot be read or written in place, and a graph captured through CuPy does not keep "
             "the memory of a copy: capture with arrays whose last axis is contiguous, whose rows start at "
             f"multiples of {launch.ALIGNMENT} bytes and whose head_dim is a multiple of "
             f"{launch.ALIGNMENT // ELEMENT_BYTES}"
         )
-    if layouts.copied:
-        copied = layouts.copied
-        q = gpu.padded(q, copied["q"]) if "q" in copied else q
-        k = gpu.padded(k, copied["k"]) if "k" in copied else k
-        v = gpu.padded(v, copied["v"]) if "v" in copied else v
-    target = gpu.empty(plan.out_shape, q.dtype, plan.device) if layouts.copy_out else result
-    pointer = gpu.pointer
-    arrays = (pointer(q), pointer(k), pointer(v), pointer(target))
-    lse_pointer = 0 if lse is None else pointer(lse)
-    stream = gpu.stream(plan.device)
-    if plan.encoders:
-        maps = [encode(address) for encode, address in zip(plan.encoders, arrays, strict=True)]
-        counter = 0
-        if plan.takes_tiles:
-            counter = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
-        plan.launch(maps, (lse_pointer, counter), stream)
-    else:
-        plan.launch((), (*arrays, lse_pointer), stream)
-    if layouts.copy_out:
-        gpu.assign(out, target)
-    if out is not None:
-        gpu.written(out)
-    return result, lse
+    q = gpu.padded(q, copied["q"]) if "q" in copied else q
+    k = gpu.padded(k, copied["k"]) if "k" in copied else k
+    v = gpu.padded(v, copied["v"]) if "v" in copied else v
+    return q, k, v, gpu.empty(result.shape, result.dtype, device) if layouts.copy_out else result
 
 
 def make_plan(request: Request, options: Options) -> Plan:
@@ -137,9 +146,10 @@ def make_plan(request: Request, options: Options) -> Plan:
         out_shape=out_shape(problem, options.layout),
         lse_shape=(problem.batch, problem.heads_q, problem.seqlen_q),
         layouts=kernel.layouts,
+        copies=bool(kernel.layouts.copied) or kernel.layouts.copy_out,
         footprints={name: Footprint.of(info) for name, info in infos.items()},
         launch=start,
-        encoders=tuple(map(Encoder, kernel.call.maps)) if isinstance(kernel.call, HopperCall) else (),
+        encoders=tuple(map(Encoder, kernel.call.maps)) if isinstance(kernel.call, HopperCall) else None,
         takes_tiles=takes_tiles,
         get_current_device=cuda.runtime.getDevice,
     )

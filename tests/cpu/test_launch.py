@@ -191,16 +191,15 @@ def test_a_launcher_passes_maps_then_addresses_then_params(monkeypatch: pytest.M
 
 def test_threads_launch_with_their_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     call = call_of(problem_of())
-    driver = Driver(monkeypatch, [8, call.params.nbytes])
-    start = Launcher(types.SimpleNamespace(ptr=77), call, addresses=1)
     both_inside = threading.Barrier(2, timeout=10)
-    launch_kernel = driver.launch
 
-    def overlapping(*arguments: int) -> None:
-        both_inside.wait()  # the driver lets other threads run before it has read the arguments
-        launch_kernel(*arguments)
+    class Overlapping(Driver):
+        def launch(self, function: int, *rest: int) -> None:
+            both_inside.wait()  # the driver lets other threads run before it has read the arguments
+            super().launch(function, *rest)
 
-    start._launch_kernel = overlapping
+    driver = Overlapping(monkeypatch, [8, call.params.nbytes])
+    start = Launcher(types.SimpleNamespace(ptr=77), call, addresses=1)
     threads = [threading.Thread(target=start, args=((), (i,), i)) for i in (1, 2)]
     for thread in threads:
         thread.start()
