@@ -1,0 +1,72 @@
+"""What compute-sanitizer's racecheck takes for races that are none: two kernels and two controls.
+
+    compute-sanitizer --tool racecheck python tools/racecheck_limits.py NAME
+
+On an H100 (CUDA 13.0, 2026-11-22) racecheck reported nothing for "pair", hazards for "two pairs" and for
+"slot", whose results were right, and for "race", whose were not.
+
+PTX orders all four but the last: bar.sync after the bar.arrive of others ("producer-consumer model", PTX ISA,
+barrier{.cta}), and an mbarrier's release of what __syncwarp ordered before it.
+"""
+
+import sys
+
+import cupy as cp
+
+PRELUDE = r"""
+#define BAR_SYNC(id) asm volatile("bar.sync %0, 256;" :: "r"(id) : "memory")
+#define BAR_ARRIVE(id) asm volatile("bar.arrive %0, 256;" :: "r"(id) : "memory")
+__device__ unsigned at(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+__device__ void init(unsigned long long* b, int n) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(at(b)), "r"(n) : "memory");
+}
+__device__ void arrive(unsigned long long* b) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" :: "r"(at(b)) : "memory");
+}
+__device__ void wait(unsigned long long* b, int parity) {
+  unsigned done;
+  do {
+    asm volatile("{.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(at(b)), "r"(parity) : "memory");
+  } while (!done);
+}
+extern "C" __global__ void kernel(int* y) {
+  __shared__ int s[128];
+  __shared__ unsigned long long full, empty;
+  const int i = threadIdx.x % 128, other = (i + 37) % 128;
+  const bool producer = threadIdx.x < 128;
+"""
+
+BODIES = {
+    "pair": """
+  if (producer) { s[i] = i; BAR_ARRIVE(1); } else { BAR_SYNC(1); y[i] = s[other]; }""",
+    "two pairs": """
+  if (producer) { s[i] = i; BAR_ARRIVE(1); BAR_SYNC(2); s[i] = 2 * i; BAR_ARRIVE(1); }
+  else { BAR_SYNC(1); y[i] = s[other]; BAR_ARRIVE(2); BAR_SYNC(1); y[i] += s[other]; }""",
+    "slot": """
+  if (threadIdx.x == 0) { init(&full, 1); init(&empty, 4); }
+  __syncthreads();
+  if (threadIdx.x == 0) { s[0] = 7; arrive(&full); wait(&empty, 0); s[0] = 8; arrive(&full); }
+  else if (!producer) {
+    wait(&full, 0);
+    y[i] = s[0];
+    __syncwarp();
+    if (i % 32 == 0) arrive(&empty);
+    wait(&full, 1);
+    y[i] += s[0];
+  }""",
+    "race": """
+  if (producer) s[i] = i; else y[i] = s[other];""",
+}
+SUMS = {"pair": 8128, "two pairs": 3 * 8128, "slot": 15 * 128}
+
+
+def main(name: str) -> None:
+    y = cp.zeros(128, cp.int32)
+    cp.RawKernel(PRELUDE + BODIES[name] + "\n}", "kernel")((1,), (256,), (y,))
+    total = int(y.sum())
+    print(f"{name}: {total}, {'right' if total == SUMS.get(name) else 'wrong'}")
+
+
+if __name__ == "__main__":
+    main(" ".join(sys.argv[1:]))
