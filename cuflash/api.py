@@ -97,8 +97,9 @@ def attention(
     """
     options = Options(causal, scale, layout, return_lse, algorithm)
     framework = arrays.common_framework(q, k, v, out)
-    adapter = framework.adapter(q, k, v) if out is None else None
-    if adapter is not None:
+    if framework is arrays.CUPY:  # never traced, and always on a GPU: the shortest way, since it counts in µs
+        result, lse = plan.attend(framework, q, k, v, out, options)
+    elif out is None and (adapter := framework.adapter(q, k, v)) is not None:
         result, lse = adapter.attend(q, k, v, options)
     elif isinstance(framework, Native):
         result, lse = framework.untraced(attend)(framework, q, k, v, out, options)

@@ -43,12 +43,13 @@ class Plan:
 
 def attend(gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
     """Compute attention of GPU arrays of the library ``gpu``; return out and lse, or None for lse."""
+    signature = gpu.signature
     try:
         key = (
-            gpu.signature(q),
-            gpu.signature(k),
-            gpu.signature(v),
-            None if out is None else gpu.signature(out),
+            signature(q),
+            signature(k),
+            signature(v),
+            None if out is None else signature(out),
             options,
             # 1 == True == 1.0, but not all of them are allowed everywhere.
             type(options.causal),
