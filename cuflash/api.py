@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import arrays, cpu, families, layouts, plan
+from cuflash import arrays, cpu, families, plan
 from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
 from cuflash.checks import Options, check_call, named, out_shape
 from cuflash.explanation import Explanation
@@ -85,8 +85,8 @@ def attention(
     Memory. Inputs with a contiguous last axis are read in place through their strides, whatever the layout.
     On a GPU an input is copied first, once, on its device, if its last axis is not contiguous, if head_dim is
     not a multiple of 8 (the copy is padded with zeros to one), or if a row does not start at a multiple of 16
-    bytes. An ``out`` whose last axis is not contiguous is written by way of a temporary. ``explain`` lists
-    such copies. New arrays come from the pool of q's library: PyTorch's allocator for tensors, CuPy's memory
+    bytes. An ``out`` whose last axis is not contiguous is written by way of a temporary, and so is any whose
+    head_dim_v is not a multiple of 8 by the hopper kernel. ``explain`` lists such copies. New arrays come from the pool of q's library: PyTorch's allocator for tensors, CuPy's memory
     pool otherwise.
 
     Streams. CuPy's or PyTorch's current stream of the arrays' device; JAX and DLPack arrays on CuPy's current
@@ -142,15 +142,12 @@ def explain(
         )
 
     kernel = families.choose_kernel(request, options)
-    copies = {name: str(layouts.why_copied(infos[name])) for name in kernel.layouts.copied}
-    if kernel.layouts.copy_out:
-        copies["out"] = "its last axis is not contiguous"
     return Explanation(
         kernel.family,
         f"cuda:{device} ({kernel.arch})",
         problem,
         kernel.not_used,
-        copies,
+        kernel.layouts.copies,
         kernel.config,
         kernel.call,
         kernel.program,

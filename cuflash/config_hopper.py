@@ -11,7 +11,7 @@ from typing import NamedTuple
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.stub import translation_unit
-from cuflash.tensor_map import ALIGNMENT, PANEL_COLUMNS
+from cuflash.tensor_map import PANEL_COLUMNS
 
 CAPABILITY = (9, 0)  # wgmma and setmaxnreg exist in sm_90a only
 
@@ -112,10 +112,6 @@ def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
         return "it runs on compute capability 9.0 only, and this GPU has {}.{}".format(*capability)
     if problem.dtype not in _DTYPES:
         return f"it takes {' and '.join(_DTYPES)}, not {problem.dtype}"
-    for name, head_dim in (("q", problem.head_dim), ("v", problem.head_dim_v)):
-        if head_dim * ELEMENT_BYTES % ALIGNMENT:
-            multiple = ALIGNMENT // ELEMENT_BYTES
-            return f"TMA takes head dims that are multiples of {multiple}, and {name} has {head_dim}"
     if problem.seqlen_k_visible == 0:
         return "no query sees a key, and a tensor map cannot be empty"
     return None

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cuflash import config_hopper, jit, launch
-from cuflash.arrays import ArrayInfo
-from cuflash.checks import Options, Request, out_shape
+from cuflash.checks import Options, Request
 from cuflash.config import Config, choose
 from cuflash.config_hopper import HopperConfig
 from cuflash.launch import KernelCall
-from cuflash.launch_hopper import HopperCall, Operand, hopper_forward_call
-from cuflash.layouts import Layouts, plan_layouts
+from cuflash.launch_hopper import HopperCall, hopper_forward_call
+from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts
 from cuflash.resources import ELEMENT_BYTES, MINIMUM_CAPABILITY
-from cuflash.tensor_map import why_not_mapped
 
 
 class Kernel(NamedTuple):
@@ -61,7 +59,7 @@ def choose_kernel(request: Request, options: Options) -> Kernel:
     ValueError if their GPU is too old, or if ``options.algorithm`` names a family that cannot compute this.
     """
     gpu = Gpu.of(request.infos["q"].device)
-    objection = _why_not_hopper(request, gpu)
+    objection = _why_not_hopper(request, options, gpu)
     if options.algorithm == "fa2":
         objection = 'algorithm="fa2" was asked for'
     elif options.algorithm == "hopper" and objection:
@@ -77,30 +75,26 @@ def choose_kernel(request: Request, options: Options) -> Kernel:
 def _fa2(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:
     problem, infos = request
     arch = jit.architecture(gpu.capability)
-    layouts = plan_layouts(problem, infos, options.layout)
+    layouts = fa2_layouts(problem, infos, options.layout)
     if problem.is_empty:
         return Kernel("fa2", not_used, arch, layouts, None, None, None)
     config = choose(problem, gpu.capability, vector_out=layouts.vector_out)
-    call = launch.forward_call(problem, config, *layouts.strides, l2_bytes=gpu.l2_bytes)
+    q, k, v, out = (launch.kernel_strides(*operand, ELEMENT_BYTES, options.layout) for operand in layouts[:4])
+    call = launch.forward_call(problem, config, q, k, v, out, gpu.l2_bytes)
     return Kernel("fa2", not_used, arch, layouts, config, call, jit.compile(config, arch))
 
 
 def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:
     problem, infos = request
     arch = jit.architecture(gpu.capability)
-    layouts = plan_layouts(problem, infos, options.layout)
+    layouts = hopper_layouts(problem, infos, options.layout)
     if problem.is_empty:
         return Kernel("hopper", not_used, arch, layouts, None, None, None)
     config = config_hopper.choose_hopper(problem)
-    shape = out_shape(problem, options.layout)
-    new_out = Operand(shape, launch.contiguous_strides(shape, ELEMENT_BYTES))
     call = hopper_forward_call(
         problem,
         config,
-        _operand(infos["q"]),
-        _operand(infos["k"]),
-        _operand(infos["v"]),
-        _operand(infos["out"]) if "out" in infos else new_out,
+        *layouts[:4],
         layout=options.layout,
         multiprocessors=gpu.multiprocessors,
         l2_bytes=gpu.l2_bytes,
@@ -108,16 +102,15 @@ def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, st
     return Kernel("hopper", not_used, arch, layouts, config, call, jit.compile(config, arch))
 
 
-def _why_not_hopper(request: Request, gpu: Gpu) -> str | None:
-    """Why the Hopper kernel cannot compute ``request``, or is not the faster one; None if it should."""
-    if reason := config_hopper.why_not(request.problem, gpu.capability):
+def _why_not_hopper(request: Request, options: Options, gpu: Gpu) -> str | None:
+    """Why the Hopper kernel cannot compute ``request``, or "auto" should not take it; None if it should."""
+    problem, infos = request
+    if reason := config_hopper.why_not(problem, gpu.capability):
         return reason
-    for name, info in request.infos.items():
-        if reason := why_not_mapped(info.shape, info.strides, info.pointer):
-            verb = "write" if name == "out" else "read"
-            return f"TMA cannot {verb} {name} where it lies: {reason}"
+    if options.algorithm == "auto":
+        copied_by_both = fa2_layouts(problem, infos, options.layout).copies
+        for name, reason in hopper_layouts(problem, infos, options.layout).copies.items():
+            if name in infos and name not in copied_by_both:
+                verb = "write" if name == "out" else "read"
+                return f"TMA cannot {verb} {name} where it lies, as fa2 can: {reason}"
     return None
-
-
-def _operand(info: ArrayInfo) -> Operand:
-    return Operand(info.shape, info.strides)

@@ -53,6 +53,13 @@ class Strides(NamedTuple):
     head: int
 
 
+class Operand(NamedTuple):
+    """Shape and strides, in bytes, of an array of four axes in the call's layout."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
 class Launchable(Protocol):
     """What one launch takes, but for the kernel's leading arguments. ``params`` goes to it by value."""
 

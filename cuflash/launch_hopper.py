@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from cuflash.config_hopper import WARPGROUP_ROWS, HopperConfig
-from cuflash.launch import LOG2_E, check_ranges, heads_per_wave, kernel_scale
+from cuflash.launch import LOG2_E, Operand, check_ranges, heads_per_wave, kernel_scale
 from cuflash.problem import Problem
 from cuflash.tensor_map import TensorMap, tensor_map
 
@@ -33,13 +33,6 @@ FORWARD_PARAMS = np.dtype(
 # 132 heads: docs/hopper-forward.md).
 _MAX_HEADS_PER_WAVE = 16
 _MAX_TILES = 2**30  # the kernel adds two tile indices in 32 bits
-
-
-class Operand(NamedTuple):
-    """Shape and strides, in bytes, of an array of four axes in the call's layout."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,74 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from cuflash import launch
 from cuflash.arrays import ArrayInfo
 from cuflash.checks import out_shape
+from cuflash.launch import ALIGNMENT, Operand
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
+from cuflash.tensor_map import why_not_mapped
+
+# Why a kernel cannot read or write an array where it lies; None if it can.
+Objection = Callable[[Operand, int], str | None]
 
 
 class Layouts(NamedTuple):
     """Of one call; nothing is copied where everything can be read and written in place."""
 
-    strides: tuple[launch.Strides, launch.Strides, launch.Strides, launch.Strides]  # q, k, v, out
-    copied: dict[str, int]  # inputs that cannot be read in place → the padded width of their copy
-    copy_out: bool  # the kernel writes a temporary, which is copied to the caller's out
-    vector_out: bool  # rows of out are 16-byte aligned
+    q: Operand  # as the kernel meets them, after copies
+    k: Operand
+    v: Operand
+    out: Operand
+    copies: dict[str, str]  # inputs that are copied first, "out" if it is written by way of a copy → why
+    vector_out: bool  # rows of out, as the kernel meets it, are 16-byte aligned
 
 
-def plan_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> Layouts:
-    """Decide what is read and written in place. ``infos`` as in ``Request``."""
-    copied = {}
-    strides = []
-    for name in ("q", "k", "v"):
-        width, in_kernel = input_layout(infos[name], layout)
-        if width is not None:
-            copied[name] = width
-        strides.append(in_kernel)
+def fa2_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> Layouts:
+    """What the fa2 kernel reads and writes in place: it stores any row, if need be element by element."""
+    return _plan(problem, infos, layout, why_not_read, _why_not_stored)
+
+
+def hopper_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> Layouts:
+    """What TMA reads and writes in place."""
+
+    def objection(operand: Operand, pointer: int) -> str | None:
+        return why_not_mapped(*operand, pointer)
+
+    return _plan(problem, infos, layout, objection, objection)
+
+
+def _plan(
+    problem: Problem,
+    infos: dict[str, ArrayInfo],
+    layout: str,
+    why_not_read: Objection,
+    why_not_written: Objection,
+) -> Layouts:
     shape = out_shape(problem, layout)
-    byte_strides, pointer, copy_out = launch.contiguous_strides(shape, ELEMENT_BYTES), 0, False
-    if "out" in infos:
-        if _last_axis_contiguous(infos["out"]):
-            byte_strides, pointer = infos["out"].strides, infos["out"].pointer
-        else:
-            copy_out = True
-    strides.append(launch.kernel_strides(shape, byte_strides, ELEMENT_BYTES, layout))
-    q, k, v, out = strides
-    return Layouts((q, k, v, out), copied, copy_out, _aligned(shape, byte_strides, pointer))
+    new_out = Operand(shape, launch.contiguous_strides(shape, ELEMENT_BYTES))
+    given = {name: (Operand(info.shape, info.strides), info.pointer) for name, info in infos.items()}
+    copies, operands = {}, []
+    pointer = 0
+    for name in ("q", "k", "v", "out"):
+        operand, pointer = given.get(name, (new_out, 0))
+        reason = (why_not_written if name == "out" else why_not_read)(operand, pointer)
+        if reason:
+            copies[name] = reason
+            operand, pointer = padded(operand.shape), 0
+        operands.append(operand)
+    q, k, v, out = operands
+    return Layouts(q, k, v, out, copies, vector_out=_aligned(out, pointer))
 
 
-def input_layout(info: ArrayInfo, layout: str) -> tuple[int | None, launch.Strides]:
-    """The padded width of the copy that stands for an input, or None if it is read in place; its strides."""
-    if not why_copied(info):
-        return None, launch.kernel_strides(info.shape, info.strides, ELEMENT_BYTES, layout)
-    width = -(-info.shape[3] * ELEMENT_BYTES // launch.ALIGNMENT) * launch.ALIGNMENT // ELEMENT_BYTES
-    shape = (*info.shape[:3], width)
-    byte_strides = launch.contiguous_strides(shape, ELEMENT_BYTES)
-    return width, launch.kernel_strides(shape, byte_strides, ELEMENT_BYTES, layout)
+def padded(shape: tuple[int, ...]) -> Operand:
+    """A contiguous copy whose last axis is wide enough for rows to start at multiples of 16 bytes."""
+    width = -(-shape[3] * ELEMENT_BYTES // ALIGNMENT) * ALIGNMENT // ELEMENT_BYTES
+    wide = (*shape[:3], width)
+    return Operand(wide, launch.contiguous_strides(wide, ELEMENT_BYTES))
 
 
-def why_copied(info: ArrayInfo) -> str | None:
-    """Why the kernel cannot read the rows of ``info`` 16 bytes at a time where they lie; None if it can."""
-    if 0 in info.shape:
+def why_not_read(operand: Operand, pointer: int) -> str | None:
+    """Why a kernel cannot read the rows of ``operand`` 16 bytes at a time where they lie; None if it can."""
+    if 0 in operand.shape:
         return None
-    if not _last_axis_contiguous(info):
-        return "its last axis is not contiguous"
-    if info.shape[3] * ELEMENT_BYTES % launch.ALIGNMENT:
-        return f"its head_dim {info.shape[3]} is not a multiple of {launch.ALIGNMENT // ELEMENT_BYTES}"
-    if not _aligned(info.shape, info.strides, info.pointer):
-        return f"its rows do not start at multiples of {launch.ALIGNMENT} bytes"
+    if reason := _why_not_stored(operand, pointer):
+        return reason
+    if operand.shape[3] * ELEMENT_BYTES % ALIGNMENT:
+        return f"its head_dim {operand.shape[3]} is not a multiple of {ALIGNMENT // ELEMENT_BYTES}"
+    if not _aligned(operand, pointer):
+        return f"its rows do not start at multiples of {ALIGNMENT} bytes"
     return None
 
 
-def _last_axis_contiguous(info: ArrayInfo) -> bool:
-    whole_steps = all(s % ELEMENT_BYTES == 0 for s, n in zip(info.strides, info.shape, strict=True) if n > 1)
-    return whole_steps and (info.shape[3] <= 1 or info.strides[3] == ELEMENT_BYTES)
+def _why_not_stored(operand: Operand, pointer: int) -> str | None:
+    shape, strides = operand
+    whole_steps = all(s % ELEMENT_BYTES == 0 for s, n in zip(strides, shape, strict=True) if n > 1)
+    if whole_steps and (shape[3] <= 1 or strides[3] == ELEMENT_BYTES):
+        return None
+    return "its last axis is not contiguous"
 
 
-def _aligned(shape: tuple[int, ...], strides: tuple[int, ...], pointer: int) -> bool:
+def _aligned(operand: Operand, pointer: int) -> bool:
     """Every row starts at, and is, a multiple of 16 bytes."""
+    shape, strides = operand
     steps = [stride for stride, size in zip(strides[:3], shape[:3], strict=True) if size > 1]
-    return all(n % launch.ALIGNMENT == 0 for n in (pointer, shape[3] * ELEMENT_BYTES, *steps))
+    return all(n % ALIGNMENT == 0 for n in (pointer, shape[3] * ELEMENT_BYTES, *steps))

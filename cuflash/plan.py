@@ -99,9 +99,9 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
         if plan.takes_tiles:
             counter = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
         plan.launch(list(map(Encoder.__call__, plan.encoders, where)), (lse_address, counter), stream)
+    if target is not result:
+        gpu.assign(result, target[..., : plan.out_shape[3]])
     if out is not None:
-        if target is not out:
-            gpu.assign(out, target)
         gpu.written(out)
     return result, lse
 
@@ -110,19 +110,18 @@ def _copies(
     layouts: Layouts, gpu: GpuArrays, q: Any, k: Any, v: Any, result: Any, device: int
 ) -> tuple[Any, Any, Any, Any]:
     """q, k, v and where the kernel writes, with a copy in place of what it cannot read or write in place."""
-    copied = layouts.copied
+    copies = layouts.copies
     if not gpu.keeps_temporaries():
-        names = " and ".join([*copied, *(["out"] if layouts.copy_out else [])])
         raise ValueError(
-            f"{names} cannot be read or written in place, and a graph captured through CuPy does not keep "
-            "the memory of a copy: capture with arrays whose last axis is contiguous, whose rows start at "
-            f"multiples of {launch.ALIGNMENT} bytes and whose head_dim is a multiple of "
+            f"{' and '.join(copies)} cannot be read or written in place, and a graph captured through CuPy "
+            "does not keep the memory of a copy: capture with arrays whose last axis is contiguous, whose "
+            f"rows start at multiples of {launch.ALIGNMENT} bytes and whose head_dim is a multiple of "
             f"{launch.ALIGNMENT // ELEMENT_BYTES}"
         )
-    q = gpu.padded(q, copied["q"]) if "q" in copied else q
-    k = gpu.padded(k, copied["k"]) if "k" in copied else k
-    v = gpu.padded(v, copied["v"]) if "v" in copied else v
-    return q, k, v, gpu.empty(result.shape, result.dtype, device) if layouts.copy_out else result
+    q = gpu.padded(q, layouts.q.shape[3]) if "q" in copies else q
+    k = gpu.padded(k, layouts.k.shape[3]) if "k" in copies else k
+    v = gpu.padded(v, layouts.v.shape[3]) if "v" in copies else v
+    return q, k, v, gpu.empty(layouts.out.shape, q.dtype, device) if "out" in copies else result
 
 
 def make_plan(request: Request, options: Options) -> Plan:
@@ -147,7 +146,7 @@ def make_plan(request: Request, options: Options) -> Plan:
         out_shape=out_shape(problem, options.layout),
         lse_shape=(problem.batch, problem.heads_q, problem.seqlen_q),
         layouts=kernel.layouts,
-        copies=bool(kernel.layouts.copied) or kernel.layouts.copy_out,
+        copies=bool(kernel.layouts.copies),
         footprints={name: Footprint.of(info) for name, info in infos.items()},
         launch=start,
         encoders=tuple(map(Encoder, kernel.call.maps)) if isinstance(kernel.call, HopperCall) else None,

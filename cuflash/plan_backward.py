@@ -12,7 +12,7 @@ from cuflash.checks import Request
 from cuflash.checks_backward import BackwardOptions, check_backward_call
 from cuflash.config_backward import BackwardConfigs, choose
 from cuflash.launch_backward import BackwardCalls, BackwardStrides, backward_calls
-from cuflash.layouts import input_layout
+from cuflash.layouts import padded, why_not_read
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, MINIMUM_CAPABILITY
 
@@ -157,9 +157,12 @@ def plan_backward_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout:
     copied: dict[str, int] = {}
     strides: dict[str, launch.Strides] = {}
     for name in ("dout", "q", "k", "v", "out"):
-        width, strides[name] = input_layout(infos[name], layout)
-        if width is not None:
-            copied[name] = width
+        info = infos[name]
+        operand = launch.Operand(info.shape, info.strides)
+        if why_not_read(operand, info.pointer):
+            operand = padded(info.shape)
+            copied[name] = operand.shape[3]
+        strides[name] = launch.kernel_strides(*operand, ELEMENT_BYTES, layout)
     strides["lse"] = _lse_strides("lse", infos["lse"])
     strides["dlse"] = _lse_strides("dlse", infos["dlse"]) if "dlse" in infos else launch.Strides(0, 0, 0)
     for name in ("q", "k", "v"):

@@ -22,7 +22,7 @@ from cuflash.arrays import ArrayInfo
 from cuflash.arrays.overlap import Footprint
 from cuflash.config import choose
 from cuflash.launcher import Launcher
-from cuflash.layouts import Layouts, plan_layouts, why_copied
+from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts
 from cuflash.problem import Problem, make_problem
 from cuflash.tensor_map import EncodedMap
 
@@ -226,18 +226,24 @@ def aligned(*shape: int) -> np.ndarray:
     return buffer[skip : skip + size].reshape(shape)
 
 
-def layouts_of(q: np.ndarray, out: np.ndarray | None = None, layout: str = "bshd") -> Layouts:
+def layouts_of(
+    q: np.ndarray, out: np.ndarray | None = None, layout: str = "bshd", plan: Any = fa2_layouts
+) -> Layouts:
     infos = {name: info_of(q) for name in "qkv"} | ({} if out is None else {"out": info_of(out)})
     problem = make_problem(q.shape, q.shape, q.shape, "float16", layout=layout)
-    return plan_layouts(problem, infos, layout)
+    return plan(problem, infos, layout)
+
+
+def strides_of(operand: launch.Operand, layout: str = "bshd") -> launch.Strides:
+    return launch.kernel_strides(*operand, 2, layout)
 
 
 def test_strides_are_those_of_the_layout() -> None:
     x = aligned(2, 5, 3, 64)
-    bshd = layouts_of(x, layout="bshd").strides[0]
+    bshd = strides_of(layouts_of(x).q)
     assert bshd == launch.Strides(batch=5 * 3 * 64, row=3 * 64, head=64)
-    assert layouts_of(x.transpose(0, 2, 1, 3), layout="bhsd").strides[0] == bshd
-    assert layouts_of(x, layout="bhsd").strides[0] == (bshd.batch, bshd.head, bshd.row)
+    assert strides_of(layouts_of(x.transpose(0, 2, 1, 3), layout="bhsd").q, "bhsd") == bshd
+    assert strides_of(layouts_of(x, layout="bhsd").q, "bhsd") == (bshd.batch, bshd.head, bshd.row)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +260,7 @@ def test_strides_are_those_of_the_layout() -> None:
     ],
 )
 def test_rows_that_start_at_16_bytes_are_read_in_place(view: Any) -> None:
-    assert layouts_of(view()).copied == {}
+    assert layouts_of(view()).copies == {}
 
 
 @pytest.mark.parametrize(
@@ -272,14 +278,16 @@ def test_rows_that_start_at_16_bytes_are_read_in_place(view: Any) -> None:
 def test_other_inputs_are_copied_padded_to_a_multiple_of_8(view: Any, reason: str, width: int) -> None:
     x = view()
     layouts = layouts_of(x)
-    assert layouts.copied == {"q": width, "k": width, "v": width}
-    assert reason in str(why_copied(info_of(x)))
-    assert layouts.strides[0] == (5 * 3 * width, 3 * width, width)
+    assert list(layouts.copies) == ["q", "k", "v"]
+    assert reason in layouts.copies["q"]
+    for operand in layouts[:3]:
+        assert operand.shape == (2, 5, 3, width)
+        assert strides_of(operand) == (5 * 3 * width, 3 * width, width)
 
 
 def test_a_copy_has_the_axis_order_of_its_input() -> None:
     layouts = layouts_of(aligned(2, 3, 5, 59), layout="bhsd")
-    assert layouts.strides[0] == launch.Strides(batch=3 * 5 * 64, row=64, head=5 * 64)
+    assert strides_of(layouts.q, "bhsd") == launch.Strides(batch=3 * 5 * 64, row=64, head=5 * 64)
 
 
 @pytest.mark.parametrize(
@@ -297,13 +305,29 @@ def test_out_is_written_in_place_unless_its_last_axis_is_strided(
 ) -> None:
     target = out()
     layouts = layouts_of(aligned(2, 5, 3, 64), target)
-    assert (layouts.vector_out, layouts.copy_out) == (vector_out, copy_out)
+    assert (layouts.vector_out, "out" in layouts.copies) == (vector_out, copy_out)
     if target is not None and not copy_out:
-        assert layouts.strides[3] == tuple(s // 2 for s in target.strides[:3])
+        assert layouts.out == (target.shape, target.strides)
 
 
 def test_an_odd_head_dim_of_v_is_stored_element_by_element() -> None:
-    assert not layouts_of(aligned(2, 5, 3, 60)).vector_out
+    layouts = layouts_of(aligned(2, 5, 3, 60))
+    assert not layouts.vector_out
+    assert layouts.out.shape == (2, 5, 3, 60)
+
+
+def test_tma_stores_an_odd_head_dim_by_way_of_a_copy() -> None:
+    layouts = layouts_of(aligned(2, 5, 3, 60), plan=hopper_layouts)
+    assert list(layouts.copies) == ["q", "k", "v", "out"]
+    assert {operand.shape for operand in layouts[:4]} == {(2, 5, 3, 64)}
+
+
+def test_tma_copies_what_runs_backwards_and_leaves_the_rest() -> None:
+    x = aligned(2, 5, 3, 64)
+    assert layouts_of(x, plan=hopper_layouts).copies == {}
+    layouts = layouts_of(x[:, ::-1], x, plan=hopper_layouts)
+    assert list(layouts.copies) == ["q", "k", "v"]
+    assert "from 0 to 2**40" in layouts.copies["q"]
 
 
 # --- overlap ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numerics import Inputs, assert_within_contract
 
-from cuflash import jit, launch_hopper, reference
+from cuflash import jit, launch, launch_hopper, reference
 from cuflash.config_hopper import HopperConfig, choose_hopper, why_not
 from cuflash.problem import Problem
 from cuflash.tensor_map import Encoder
@@ -36,7 +36,7 @@ def attend(
     call = launch_hopper.hopper_forward_call(
         problem,
         config,
-        *(launch_hopper.Operand(x.shape, x.strides) for x in (q, k, v, out)),
+        *(launch.Operand(x.shape, x.strides) for x in (q, k, v, out)),
         layout="bshd",
         multiprocessors=multiprocessors,
         l2_bytes=_L2_BYTES,

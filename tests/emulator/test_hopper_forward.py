@@ -57,6 +57,30 @@ def test_strided_inputs_are_read_in_place(hopper, view):
     check(hopper, problem, inputs, True, view)
 
 
+@pytest.mark.parametrize("head_dims", [(59, 59), (3, 111), (64, 20)])
+def test_odd_head_dims_are_computed_on_padded_copies(hopper, head_dims):
+    problem, inputs = make_inputs(7, 2, (70, 140), (4, 2), head_dims, "float16", True)
+    check(hopper, problem, inputs, True)
+
+
+@pytest.mark.parametrize(
+    "view", ["negative sequence stride", "rows not 16-byte aligned", "last axis not contiguous"]
+)
+def test_what_tma_cannot_read_is_copied(hopper, view):
+    problem, inputs = make_inputs(8, 2, (70, 140), (4, 2), (64, 64), "float16", True)
+    check(hopper, problem, inputs, True, view)
+
+
+def test_an_out_that_tma_cannot_write_is_written_by_way_of_a_copy(hopper):
+    _, inputs = make_inputs(8, 1, (70, 140), (2, 2), (64, 64), "float16", True)
+    q, k, v = (hopper.asarray(x) for x in inputs[:3])
+    expected, _ = attention(q, k, v, causal=True)
+    wide = hopper.zeros((1, 70, 2, 128), np.float16)
+    out, _ = attention(q, k, v, causal=True, out=wide[..., ::2])
+    assert (out == expected).all()
+    assert (wide[..., 1::2] == 0).all()
+
+
 @pytest.mark.parametrize("seqlens", [(200, 70), (130, 1)])
 def test_rows_that_see_no_key_give_zero_and_minus_infinity(hopper, seqlens):
     _, inputs = make_inputs(4, 1, seqlens, (1, 1), (64, 64), "float16", True)

@@ -51,8 +51,6 @@ VIEWS: dict[str, Callable[[Any, Any], Any]] = {
     "last axis not contiguous": _last_axis_strided,
 }
 
-TMA_VIEWS = ("contiguous", "heads first in memory", "slice of a wider array")
-
 
 def make_inputs(
     seed: int,
