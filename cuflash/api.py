@@ -86,8 +86,8 @@ def attention(
     On a GPU an input is copied first, once, on its device, if its last axis is not contiguous, if head_dim is
     not a multiple of 8 (the copy is padded with zeros to one), or if a row does not start at a multiple of 16
     bytes. An ``out`` whose last axis is not contiguous is written by way of a temporary, and so is any whose
-    head_dim_v is not a multiple of 8 by the hopper kernel. ``explain`` lists such copies. New arrays come from the pool of q's library: PyTorch's allocator for tensors, CuPy's memory
-    pool otherwise.
+    head_dim_v is not a multiple of 8 by the hopper kernel. ``explain`` lists such copies. New arrays come
+    from the pool of q's library: PyTorch's allocator for tensors, CuPy's memory pool otherwise.
 
     Streams. CuPy's or PyTorch's current stream of the arrays' device; JAX and DLPack arrays on CuPy's current
     stream, ordered after their producer, and for JAX before whatever uses the result. The device is never
