@@ -11,11 +11,13 @@ from benchmarks.results import CALL, HOST, Row
 
 
 def _host_table(rows: list[Row]) -> list[str]:
-    head = ["kernel", "d", "length", "heads", "dtype"]
+    head = ["kernel", "d", "mask", "length", "heads", "dtype"]
     head += ["steady call, µs", "CuPy's launch alone, µs", "first call cold, s", "first call warm, ms"]
     body = [
         [
-            *(str(row[name]) for name in ("family", "head_dim", "seqlen_q", "heads_q")),
+            *(str(row[name]) for name in ("family", "head_dim")),
+            "causal" if row["causal"] else "full",
+            *(str(row[name]) for name in ("seqlen_q", "heads_q")),
             short_dtype(row),
             *(f"{row[name]:.3g}" for name in HOST),
         ]

@@ -103,7 +103,6 @@ TILES = (
     Tile(256, 256, warpgroups=2, block_n=80, q_stages=1),
 )
 
-_MAX_PACKED_SEQLEN = 4096  # longer ones fill their tiles
 _PRODUCER_REGISTERS = 32  # as few as it needs without spilling
 _MAX_CONSUMER_REGISTERS = 240
 
@@ -134,24 +133,23 @@ def choose_hopper(problem: Problem, multiprocessors: int = 132) -> HopperConfig:
 
 
 def choose_packed_heads(problem: Problem, tile: Tile, multiprocessors: int) -> int:
-    """How many query heads of a group share a tile: as many as make for the fewest waves of tiles.
+    """How many query heads of a group share a tile: what fills one, where that halves the waves of tiles.
 
     Queries that do not fill a tile leave its other rows to further heads, which want the same keys and
-    values. Where packing saves no wave, more tiles are better: more SMs load. A power of two, for whole
+    values. Where packing saves little, more tiles are better: more SMs load. A power of two, for whole
     queries in a warpgroup's rows.
     """
-    packs = [1]
-    while packs[-1] < WARPGROUP_ROWS and problem.group_size % (2 * packs[-1]) == 0:
-        packs.append(2 * packs[-1])
-    if problem.seqlen_q > _MAX_PACKED_SEQLEN:
-        return 1
+    block_m = WARPGROUP_ROWS * tile.warpgroups
+    pack = 1
+    while problem.group_size % (2 * pack) == 0 and problem.seqlen_q * 2 * pack <= block_m:
+        pack *= 2
+    pack = min(pack, WARPGROUP_ROWS)
 
     def waves(pack: int) -> int:
-        blocks = -(-problem.seqlen_q * pack // (WARPGROUP_ROWS * tile.warpgroups))
-        tiles = blocks * problem.batch * problem.heads_q // pack
+        tiles = -(-problem.seqlen_q * pack // block_m) * problem.batch * problem.heads_q // pack
         return -(-tiles // (multiprocessors * tile.blocks_per_sm))
 
-    return min(packs, key=waves)
+    return pack if 2 * waves(pack) <= waves(1) else 1
 
 
 def make_config(

@@ -56,8 +56,8 @@ def _plan(
     pointer = 0
     for name in ("q", "k", "v", "out"):
         operand, pointer = given.get(name, (new_out, 0))
-        reason = (why_not_written if name == "out" else why_not_read)(operand, pointer)
-        if reason:
+        objection = why_not_written if name == "out" else why_not_read
+        if not problem.is_empty and 0 not in operand.shape and (reason := objection(operand, pointer)):
             copies[name] = reason
             operand, pointer = padded(operand.shape), 0
         operands.append(operand)
@@ -74,8 +74,6 @@ def padded(shape: tuple[int, ...]) -> Operand:
 
 def why_not_read(operand: Operand, pointer: int) -> str | None:
     """Why a kernel cannot read the rows of ``operand`` 16 bytes at a time where they lie; None if it can."""
-    if 0 in operand.shape:
-        return None
     if reason := _why_not_stored(operand, pointer):
         return reason
     if operand.shape[3] * ELEMENT_BYTES % ALIGNMENT:

@@ -31,12 +31,9 @@ class Plan:
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     layouts: Layouts
-    copies: bool  # not everything is read and written in place
     footprints: dict[str, Footprint]
     launch: launcher.Launcher | None  # None: the output is empty
-    encoders: (
-        tuple[Encoder, ...] | None
-    )  # of the tensor maps of q, k, v and out, for a kernel that takes them
+    encoders: tuple[Encoder, ...] | None  # of q, k, v and out, for a kernel that takes tensor maps
     takes_tiles: bool  # the kernel needs a tile counter
     get_current_device: Callable[[], int]
 
@@ -86,7 +83,7 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
         return result, lse
 
     target = result
-    if plan.copies:
+    if plan.layouts.copies:
         q, k, v, target = _copies(plan.layouts, gpu, q, k, v, result, plan.device)
     pointer = gpu.pointer
     where = (pointer(q), pointer(k), pointer(v), pointer(target))
@@ -146,7 +143,6 @@ def make_plan(request: Request, options: Options) -> Plan:
         out_shape=out_shape(problem, options.layout),
         lse_shape=(problem.batch, problem.heads_q, problem.seqlen_q),
         layouts=kernel.layouts,
-        copies=bool(kernel.layouts.copies),
         footprints={name: Footprint.of(info) for name, info in infos.items()},
         launch=start,
         encoders=tuple(map(Encoder, kernel.call.maps)) if isinstance(kernel.call, HopperCall) else None,

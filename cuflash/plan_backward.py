@@ -159,7 +159,7 @@ def plan_backward_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout:
     for name in ("dout", "q", "k", "v", "out"):
         info = infos[name]
         operand = launch.Operand(info.shape, info.strides)
-        if why_not_read(operand, info.pointer):
+        if 0 not in info.shape and why_not_read(operand, info.pointer):
             operand = padded(info.shape)
             copied[name] = operand.shape[3]
         strides[name] = launch.kernel_strides(*operand, ELEMENT_BYTES, layout)

@@ -8,6 +8,7 @@ outside the axes with zeros and clips stores there, so tiles need no other bound
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,7 +171,14 @@ def make_context_current() -> None:
     """
     from cupy import cuda
 
-    cuda.runtime.memGetInfo()
+    device = cuda.runtime.getDevice()
+    done = _of_thread.__dict__.setdefault("devices", set())
+    if device not in done:
+        cuda.runtime.memGetInfo()
+        done.add(device)
+
+
+_of_thread = threading.local()
 
 
 _library: Any = None

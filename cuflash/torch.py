@@ -27,8 +27,10 @@ _FAKE = FakeTensors()
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """``cuflash.attention`` with gradients: out and lse, both differentiable."""
-    q, k, v = autocast(q, k, v)
     compiling = torch.compiler.is_compiling()
+    if not compiling:
+        q, k, v = (x.resolve_neg() if x.is_neg() else x for x in (q, k, v))
+    q, k, v = autocast(q, k, v)
     if not compiling and _is_eager(q, k, v):
         return _EagerAttention.apply(q, k, v, options)
     arguments = (q, k, v, _schema_causal(options.causal), options.scale, options.layout, options.algorithm)
@@ -41,10 +43,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, T
 
 
 def _is_eager(*tensors: Tensor) -> bool:
-    """Whether nothing but autograd looks on: no transform and no mode that wants to see an operator."""
+    """Whether nothing but autograd looks on: no transform, trace or mode that wants to see an operator.
+
+    Tensors must have memory, which those that ``is_grads_batched`` makes have not, and hold what it says.
+    """
     return (
-        all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        all(
+            type(x) in (Tensor, torch.nn.Parameter) and torch._C._has_storage(x) and not x.is_neg()
+            for x in tensors
+        )
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -138,13 +148,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse = ctx.saved_tensors
     causal, scale, layout, algorithm = ctx.options
+    given = [x for x in (dout, dlse) if x is not None]
     dout = torch.zeros_like(out) if dout is None else dout
     algorithm = algorithm if algorithm in BACKWARD_ALGORITHMS else "auto"
     deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, q, k, v, out, lse, dlse, causal, scale, layout, deterministic, algorithm)
     if torch._C._are_functorch_transforms_active():
         gradients = _AttentionBackward.apply(*arguments)
-    elif torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_eager(dout):
+    elif torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_eager(*given):
         gradients = attention_backward(*arguments)
     else:
         gradients = _backward(*arguments)
@@ -172,7 +183,7 @@ attention_backward.register_autograd(_refuse_second_derivative)
 
 
 class _EagerAttention(torch.autograd.Function):
-    """The same without the operators, which cost 0.1 ms of Python a call."""
+    """The same without the operators, whose dispatch takes longer in Python than the call itself."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:

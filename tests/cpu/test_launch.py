@@ -157,7 +157,7 @@ class Driver:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, sizes: list[int]) -> None:
         self.sizes, self.seen = sizes, []
-        runtime = types.SimpleNamespace(memGetInfo=lambda: (0, 0))
+        runtime = types.SimpleNamespace(memGetInfo=lambda: (0, 0), getDevice=lambda: 0)
         cuda = types.SimpleNamespace(driver=types.SimpleNamespace(launchKernel=self.launch), runtime=runtime)
         monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
 

@@ -155,6 +155,37 @@ def test_second_derivatives_and_tangents_are_refused_clearly() -> None:
         torch.func.jvp(loss, (q.detach(),), (q.detach(),))
 
 
+def test_batched_gradients_equal_those_one_by_one() -> None:
+    q, k, v = tensors()
+    out, lse = cuflash.attention(q, k, v, causal=True, return_lse=True)
+    for result in (out, lse):
+        cotangents = torch.randn(3, *result.shape, dtype=result.dtype)
+        batched = torch.autograd.grad(result, (q, k), cotangents, is_grads_batched=True, retain_graph=True)
+        for i, cotangent in enumerate(cotangents):
+            single = torch.autograd.grad(result, (q, k), cotangent, retain_graph=True)
+            torch.testing.assert_close([x[i] for x in batched], list(single))
+
+
+def test_lazily_negated_gradients_and_inputs_are_taken() -> None:
+    def negated(x: Any) -> Any:
+        return torch.complex(torch.zeros_like(x), x).conj().imag
+
+    q, k, v = tensors()
+    assert negated(q).is_neg()
+    out = cuflash.attention(negated(q), k, v)
+    torch.testing.assert_close(out, cuflash.attention(-q, k, v))
+    weights = torch.randn_like(out)
+    actual = torch.autograd.grad((negated(out) * weights).sum(), (q, k, v), retain_graph=True)
+    torch.testing.assert_close(actual, torch.autograd.grad(out, (q, k, v), -weights))
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_graph_traced_by_make_fx_holds_the_operator(pre_dispatch: bool) -> None:
+    make_fx = pytest.importorskip("torch.fx.experimental.proxy_tensor").make_fx
+    traced = make_fx(lambda *x: cuflash.attention(*x, causal=True), pre_dispatch=pre_dispatch)(*tensors())
+    assert "cuflash.attention_forward" in str(traced.graph)
+
+
 def test_errors_are_those_of_calls_without_gradients() -> None:
     q, k, v = tensors()
     with pytest.raises(TypeError, match=r"^v has dtype float64, q has float32"):
