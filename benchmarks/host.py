@@ -24,9 +24,10 @@ from cuflash import cache
 
 METHOD = (
     "steady_us: host time of a call without out=, always on the same arrays, so that hopper finds their "
-    "tensor maps encoded; median over batches of 100, device synchronised between batches only; cupy_launch_us, in turns with it: CuPy's launch of an empty kernel of five arrays, for "
-    "the speed of this processor. First calls: a fresh process each, from the call to the end of its kernel; "
-    "imports, the CUDA context and the arrays come before. cold_first_call_s: empty disk cache, once. "
+    "tensor maps encoded; median over batches of 100, device synchronised between batches only. "
+    "cupy_launch_us, in turns with it: CuPy's launch of an empty kernel of five arrays, for the speed of "
+    "this processor. First calls: a fresh process each, from the call to the end of its kernel; imports, the "
+    "CUDA context and the arrays come before. cold_first_call_s: empty disk cache, once. "
     "warm_first_call_ms: filled disk cache, median of 3."
 )
 FAMILIES = ("fa2", "auto")
