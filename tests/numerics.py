@@ -125,7 +125,7 @@ def assert_close(actual: Results, expected: Results, tolerance: float) -> None:
 
 
 def assert_gradient_within_contract(actual: Array, reference: Array, standard: Array, name: str) -> None:
-    """The contract, and half a unit in the last place of the largest gradient for its own rounding.
+    """For random problems: the contract, and half a unit in the last place of the largest gradient.
 
     Under a causal mask a few early rows, with few keys, dominate the error. Standard attention rounds P
     and dS as the kernels do, but its handful of roundings may happen to cancel: ideal arithmetic with the

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from numerics import assert_gradient_within_contract
+from numerics import assert_within_contract
 
 import cuflash
 from cuflash import reference
@@ -82,7 +82,7 @@ def check_backward(session, problem, inputs, causal):
     expected = reference.attention_backward(inputs.dout, *inputs[:3], **oracle)
     standard = reference.standard_attention_backward(inputs.dout, *inputs[:3], **oracle)
     for name, actual, want, allowed in zip(("dq", "dk", "dv"), gradients, expected, standard, strict=True):
-        assert_gradient_within_contract(np.asarray(actual.get()), want, allowed, name)
+        assert_within_contract(np.asarray(actual.get()), want, allowed, name)
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
