@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool racecheck python tools/racecheck_limits.py NAME
 
-On an H100 (CUDA 13.0, 2026-11-22) racecheck reported nothing for "pair", hazards for "two pairs" and for
-"slot", whose results were right, and for "race", whose were not.
+On an H100 (CUDA 13.0, 2026-11-22) racecheck reported nothing for the kernel "pair", hazards for "two pairs"
+and "slot", whose results were right, and for "race", whose were not. This script was drawn from those.
 
 PTX orders all four but the last: bar.sync after the bar.arrive of others ("producer-consumer model", PTX ISA,
 barrier{.cta}), and an mbarrier's release of what __syncwarp ordered before it.

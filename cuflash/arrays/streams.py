@@ -1,4 +1,4 @@
-"""Streams of other libraries, as CuPy takes them."""
+"""XLA's streams, as CuPy takes them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class _StreamHandle:
-    """A stream in the CUDA stream protocol, which neither torch before 2.7 nor XLA speaks."""
+    """A stream in the CUDA stream protocol, which XLA does not speak."""
 
     def __init__(self, pointer: int) -> None:
         self._pointer = pointer
@@ -16,9 +16,9 @@ class _StreamHandle:
         return 0, self._pointer
 
 
-@functools.lru_cache(maxsize=256)  # torch keeps 32 streams for each device and priority, and reuses them
+@functools.lru_cache(maxsize=256)  # XLA keeps a few streams for each device, and reuses them
 def cupy_stream(pointer: int) -> Any:
-    """The stream whose handle is ``pointer`` as a CuPy one, for what ``cupy.cuda.Function`` launches."""
+    """The stream whose handle is ``pointer`` as a CuPy one."""
     from cupy import cuda
 
     return cuda.Stream.from_external(_StreamHandle(pointer))

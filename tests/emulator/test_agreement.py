@@ -272,7 +272,8 @@ _TMA = """DYN_SMEM(smem);
   for (int i = 0; i < 4; ++i) {
     const int *c = boxes[i];
     if (threadIdx.x == 0) {
-      cp_async_bulk_wait_group<0>();  // its box may lie where the last one was stored
+      cp_async_bulk_wait_group_read<0>();  // shared memory has been read
+      cp_async_bulk_wait_group<0>();       // and its box may lie where the last one was stored
       mbarrier_arrive_expect_tx(full, 8 * 128);
       cp_async_bulk_tensor_4d_load(tile, &map, full, c[0], c[1], c[2], c[3]);
     }
