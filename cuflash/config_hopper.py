@@ -38,6 +38,7 @@ class HopperConfig:
     stages: int  # K blocks, and V blocks, in shared memory
     q_stages: int  # 2: the next tile's first product joins this one's last; 1: O is staged in V
     blocks_per_sm: int
+    packed_heads: int  # query heads of a group that share the rows of a tile
     producer_registers: int  # a thread, by setmaxnreg
     consumer_registers: int
     spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack
@@ -117,12 +118,38 @@ def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
     return None
 
 
-def choose_hopper(problem: Problem) -> HopperConfig:
-    """The Config for a problem that ``why_not`` has no objection to."""
+def choose_hopper(problem: Problem, multiprocessors: int = 132) -> HopperConfig:
+    """The Config for a problem that ``why_not`` has no objection to, on so many SMs: those of an H100."""
     tile = next(
         tile for tile in TILES if problem.head_dim <= tile.head_dim and problem.head_dim_v <= tile.head_dim_v
     )
-    return make_config(tile, dtype=problem.dtype, causal=problem.is_causal, negative_scale=problem.scale < 0)
+    return make_config(
+        tile,
+        dtype=problem.dtype,
+        causal=problem.is_causal,
+        negative_scale=problem.scale < 0,
+        packed_heads=choose_packed_heads(problem, tile, multiprocessors),
+    )
+
+
+def choose_packed_heads(problem: Problem, tile: Tile, multiprocessors: int) -> int:
+    """How many query heads of a group share a tile: what fills one, where that halves the waves of tiles.
+
+    Queries that do not fill a tile leave its other rows to further heads, which want the same keys and
+    values. Where packing saves little, more tiles are better: more SMs load. A power of two, for whole
+    queries in a warpgroup's rows.
+    """
+    block_m = WARPGROUP_ROWS * tile.warpgroups
+    pack = 1
+    while problem.group_size % (2 * pack) == 0 and problem.seqlen_q * 2 * pack <= block_m:
+        pack *= 2
+    pack = min(pack, WARPGROUP_ROWS)
+
+    def waves(pack: int) -> int:
+        tiles = -(-problem.seqlen_q * pack // block_m) * problem.batch * problem.heads_q // pack
+        return -(-tiles // (multiprocessors * tile.blocks_per_sm))
+
+    return pack if 2 * waves(pack) <= waves(1) else 1
 
 
 def make_config(
@@ -131,6 +158,7 @@ def make_config(
     dtype: str,
     causal: bool,
     negative_scale: bool = False,
+    packed_heads: int = 1,
     ping_pong: bool = True,
     dynamic_tiles: bool | None = None,
 ) -> HopperConfig:
@@ -148,6 +176,7 @@ def make_config(
         stages=tile.stages,
         q_stages=tile.q_stages,
         blocks_per_sm=tile.blocks_per_sm,
+        packed_heads=packed_heads,
         producer_registers=_PRODUCER_REGISTERS,
         consumer_registers=_consumer_registers(tile),
         spill_bytes=tile.spill_bytes,

@@ -90,7 +90,7 @@ def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, st
     layouts = hopper_layouts(problem, infos, options.layout)
     if problem.is_empty:
         return Kernel("hopper", not_used, arch, layouts, None, None, None)
-    config = config_hopper.choose_hopper(problem)
+    config = config_hopper.choose_hopper(problem, gpu.multiprocessors)
     call = hopper_forward_call(
         problem,
         config,

@@ -67,8 +67,9 @@ def hopper_forward_call(
     ValueError where a size does not fit the kernel's 32-bit fields, or |scale| float32.
     """
     check_ranges(problem)
-    m_blocks = -(-problem.seqlen_q // config.block_m)
-    batch_heads = problem.batch * problem.heads_q
+    pack = config.packed_heads
+    m_blocks = -(-problem.seqlen_q // (config.block_m // pack))
+    batch_heads = problem.batch * problem.heads_q // pack
     tiles = m_blocks * batch_heads
     if tiles > _MAX_TILES:
         raise ValueError(
@@ -80,8 +81,8 @@ def hopper_forward_call(
         (
             problem.seqlen_q,
             problem.seqlen_k_visible,
-            problem.heads_q,
-            problem.group_size,
+            problem.heads_q // pack,
+            problem.group_size // pack,
             batch_heads,
             problem.causal_offset or 0,
             m_blocks,
@@ -93,15 +94,17 @@ def hopper_forward_call(
         FORWARD_PARAMS,
     )[()]
 
-    def operand_map(operand: Operand, rows: int, seqlen: int) -> TensorMap:
-        return tensor_map(*operand, problem.dtype, layout, rows=rows, seqlen=seqlen)
+    def operand_map(operand: Operand, rows: int, seqlen: int, packed_heads: int = 1) -> TensorMap:
+        return tensor_map(
+            *operand, problem.dtype, layout, rows=rows, seqlen=seqlen, packed_heads=packed_heads
+        )
 
     # K and V end at the last key some query sees: TMA reads zeros past it, whatever lies there.
     maps = (
-        operand_map(q, config.block_m, problem.seqlen_q),
+        operand_map(q, config.block_m, problem.seqlen_q, pack),
         operand_map(k, config.block_n, problem.seqlen_k_visible),
         operand_map(v, config.block_n, problem.seqlen_k_visible),
-        operand_map(out, WARPGROUP_ROWS, problem.seqlen_q),
+        operand_map(out, WARPGROUP_ROWS, problem.seqlen_q, pack),
     )
     grid = min(tiles, multiprocessors * config.blocks_per_sm)
     return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, params)

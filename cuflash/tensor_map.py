@@ -33,17 +33,25 @@ class TensorMap:
     """One map but for the address. ``strides`` are in bytes, of all axes but the innermost."""
 
     dtype: str
-    shape: tuple[int, int, int, int]
-    strides: tuple[int, int, int]
-    box: tuple[int, int, int, int]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
 
 
 def tensor_map(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, layout: str, *, rows: int, seqlen: int
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: str,
+    layout: str,
+    *,
+    rows: int,
+    seqlen: int,
+    packed_heads: int = 1,
 ) -> TensorMap:
     """The map of an array of 4 axes in ``layout``, ``strides`` in bytes, moved ``rows`` at a time.
 
-    ``seqlen`` may end the sequence early: rows past it are as good as outside the array.
+    ``seqlen`` may end the sequence early: rows past it are as good as outside the array. With
+    ``packed_heads`` the rows moved are in turn those of so many neighbouring heads at one position.
     """
     row, head = (1, 2) if layout == "bshd" else (2, 1)
 
@@ -51,11 +59,18 @@ def tensor_map(
     def step(axis: int) -> int:
         return strides[axis] if shape[axis] > 1 else ALIGNMENT
 
+    if packed_heads == 1:
+        return TensorMap(
+            dtype=dtype,
+            shape=(shape[3], seqlen, shape[head], shape[0]),
+            strides=(step(row), step(head), step(0)),
+            box=(PANEL_COLUMNS, rows, 1, 1),
+        )
     return TensorMap(
         dtype=dtype,
-        shape=(shape[3], seqlen, shape[head], shape[0]),
-        strides=(step(row), step(head), step(0)),
-        box=(PANEL_COLUMNS, rows, 1, 1),
+        shape=(shape[3], packed_heads, seqlen, shape[head] // packed_heads, shape[0]),
+        strides=(step(head), step(row), packed_heads * step(head), step(0)),
+        box=(PANEL_COLUMNS, packed_heads, rows // packed_heads, 1, 1),
     )
 
 

@@ -5,6 +5,8 @@
 // Grid      persistent: as many thread blocks as run at once. Each works through tiles of (kBlockM queries, head,
 //           batch), longest first (core/scheduler.cuh): its own index, then every gridDim-th, or under a causal mask
 //           the next that nobody has taken (an atomic counter, which is back at 0 when the last block is done).
+//           Few queries: kPackedHeads heads of a group share a tile, row r being head r % kPackedHeads of query
+//           r / kPackedHeads, and "head" below counts such packs.
 // Threads   warpgroup 0 produces: one thread starts all TMA loads. kWarpgroups more consume; each owns 64 queries and
 //           sees every key. setmaxnreg moves the producer's registers to them.
 // Loop      of a consumer, over the key blocks n of a tile from the last visible one down:
@@ -54,7 +56,7 @@
 
 struct ForwardParams {
   int seqlen_q, seqlen_k;  // seqlen_k counts the keys some query sees
-  int heads_q, group_size, batch_heads;
+  int heads_q, group_size, batch_heads;  // in packs of kPackedHeads heads
   int causal_offset;
   int m_blocks, tiles, heads_per_wave;  // tiles = m_blocks · batch_heads
   float scale_log2, scale;              // |scale|·log2(e) and |scale|; the sign is Config::kNegativeScale
@@ -68,11 +70,14 @@ constexpr int kHeadDim = Config::kHeadDim;
 constexpr int kHeadDimV = Config::kHeadDimV;
 constexpr int kStages = Config::kStages;
 constexpr int kQStages = Config::kQStages;
+constexpr int kPack = Config::kPackedHeads;
+constexpr int kQueries = Config::kBlockM / kPack;  // of a tile
 constexpr int kWarpgroupThreads = 4 * kWarpSize;
 constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
 constexpr int kNTiles = kBlockN / 8;
 constexpr int kDTiles = kHeadDimV / 8;
 static_assert(kBlockM == 64 * kWarpgroups && kBlockN % 16 == 0, "whole wgmma tiles");
+static_assert(64 % kPack == 0, "whole queries in the rows of a warpgroup");
 static_assert(kQStages == 1 || kQStages == 2, "the next Q waits for this one, or has its own slot");
 
 using QTile = PanelTile<kBlockM, kHeadDim>;
@@ -127,7 +132,8 @@ __device__ __forceinline__ void round_p(unsigned (&p_reg)[kNTiles / 2][4], const
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, Config::kBlocksPerSm)
-hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q, seqlen_q, head_dim)
+hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q, seqlen_q, head_dim); packed (batch,
+                                                               // packs, seqlen_q, kPackedHeads, head_dim), as out
                const __grid_constant__ CUtensorMap k_map,    // (batch, heads_kv, seqlen_k, head_dim)
                const __grid_constant__ CUtensorMap v_map,    // (batch, heads_kv, seqlen_k, head_dim_v)
                const __grid_constant__ CUtensorMap out_map,  // (batch, heads_q, seqlen_q, head_dim_v)
@@ -152,9 +158,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   __syncthreads();
 
   const auto key_blocks = [&](const Tile& tile) {
-    const int row = tile.m_block * kBlockM;
-    TileRange range = key_tiles<kBlockN, Config::kCausal>(row, min(row + kBlockM, params.seqlen_q), params.seqlen_k,
-                                                          params.causal_offset);
+    const int query = tile.m_block * kQueries;
+    TileRange range = key_tiles<kBlockN, Config::kCausal>(query, min(query + kQueries, params.seqlen_q),
+                                                          params.seqlen_k, params.causal_offset);
     range.end = max(range.end, 1);  // a tile that sees no key passes through the pipeline as one masked block
     return range;
   };
@@ -170,7 +176,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       q_ring.wait_empty(q_use);
       tile_slots[q_use % kQStages].tile = tile;
       mbarrier_arrive_expect_tx(q_ring.full(q_use), QTile::kBytes);
-      QTile::load(q_ring.slot(q_use), &q_map, q_ring.full(q_use), tile.m_block * kBlockM, tile.head, tile.batch);
+      const unsigned slot = q_ring.slot(q_use), full = q_ring.full(q_use);
+      if constexpr (kPack == 1) QTile::load(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
+      else QTile::load_packed(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
     };
     const auto load_k = [&](unsigned use, const Tile& tile, int n_block) {
       k_ring.wait_empty(use);
@@ -258,7 +266,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     }
     // Without a causal mask only the last block can need one, and only if the keys do not fill it.
     if (decltype(masked)::value && (Config::kCausal || params.seqlen_k % kBlockN != 0)) {
-      apply_mask<Config::kCausal>(acc_s, tile.m_block * kBlockM + warp_row, n_block * kBlockN, params.seqlen_k,
+      apply_mask<Config::kCausal, kPack>(acc_s, tile.m_block * kBlockM + warp_row, n_block * kBlockN, params.seqlen_k,
                                   params.causal_offset);
     }
     softmax.update(acc_s, params.scale_log2);
@@ -365,17 +373,24 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     if (stores_o) {
 #pragma unroll
       for (int panel = 0; panel < OTile::kPanels; ++panel) {
-        cp_async_bulk_tensor_4d_store(&out_map, o_smem + panel * OTile::kPanelBytes, panel * kPanelColumns,
-                                      tile.m_block * kBlockM + warpgroup * 64, tile.head, tile.batch);
+        const unsigned panel_smem = o_smem + panel * OTile::kPanelBytes;
+        const int query = tile.m_block * kQueries + warpgroup * (64 / kPack);
+        if constexpr (kPack == 1) {
+          cp_async_bulk_tensor_4d_store(&out_map, panel_smem, panel * kPanelColumns, query, tile.head, tile.batch);
+        } else {
+          cp_async_bulk_tensor_5d_store(&out_map, panel_smem, panel * kPanelColumns, 0, query, tile.head, tile.batch);
+        }
       }
       cp_async_bulk_commit_group();
     }
     if (lse != nullptr && lane % 4 == 0) {
-      float* lse_head = lse + (static_cast<long long>(tile.batch) * params.heads_q + tile.head) * params.seqlen_q;
+      const long long pack = static_cast<long long>(tile.batch) * params.heads_q + tile.head;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = tile.m_block * kBlockM + warp_row + Fragment::row(half);
-        if (row < params.seqlen_q) lse_head[row] = softmax.log_sum_exp(0, half, params.scale);
+        const int row = warp_row + Fragment::row(half);
+        const int query = tile.m_block * kQueries + row / kPack;
+        const long long head = pack * kPack + row % kPack;
+        if (query < params.seqlen_q) lse[head * params.seqlen_q + query] = softmax.log_sum_exp(0, half, params.scale);
       }
     }
 

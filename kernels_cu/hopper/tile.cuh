@@ -30,6 +30,17 @@ struct PanelTile {
     }
   }
 
+  // The same from a map of five axes, whose rows are in turn those of neighbouring heads at one position (the map says
+  // of how many): `position` is the first one's, and `head` counts such groups of heads.
+  static __device__ __forceinline__ void load_packed(unsigned tile_smem, const CUtensorMap* map, unsigned mbarrier_smem,
+                                                     int position, int head, int batch) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      cp_async_bulk_tensor_5d_load(tile_smem + panel * kPanelBytes, map, mbarrier_smem, panel * kPanelColumns, 0,
+                                   position, head, batch);
+    }
+  }
+
   // Matrix descriptors of k-step `k16` of the tile.
   //
   // Rows are M or N and columns k (Q, K): groups of 8 rows are 1024 bytes apart. The leading offset is not used.

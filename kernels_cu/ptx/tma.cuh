@@ -15,11 +15,26 @@ __device__ __forceinline__ void cp_async_bulk_tensor_4d_load(unsigned smem_addre
                :: "r"(smem_address), "l"(map), "r"(mbarrier_smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
 
+__device__ __forceinline__ void cp_async_bulk_tensor_5d_load(unsigned smem_address, const CUtensorMap* map,
+                                                             unsigned mbarrier_smem, int c0, int c1, int c2, int c3,
+                                                             int c4) {
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+               :: "r"(smem_address), "l"(map), "r"(mbarrier_smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
+
 // Stores the box; belongs to the group this thread commits next.
 __device__ __forceinline__ void cp_async_bulk_tensor_4d_store(const CUtensorMap* map, unsigned smem_address,
                                                               int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
                :: "l"(map), "r"(smem_address), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_bulk_tensor_5d_store(const CUtensorMap* map, unsigned smem_address,
+                                                              int c0, int c1, int c2, int c3, int c4) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
+               :: "l"(map), "r"(smem_address), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_bulk_commit_group() {

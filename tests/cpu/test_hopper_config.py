@@ -107,6 +107,52 @@ def test_shared_memory_counts_whole_panels_and_stages_o_in_v():
     assert wide.shared_bytes == 128 * 512 + 2 * 2 * 80 * 512 + 16 + (1 + 2 * 2) * 16 + 8
 
 
+def packed(seqlen_q, heads_q, heads_kv, batch, multiprocessors=132):
+    shapes = (batch, seqlen_q, heads_q, 128), (batch, 500, heads_kv, 128), (batch, 500, heads_kv, 128)
+    return choose_hopper(make_problem(*shapes, "float16"), multiprocessors).packed_heads
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pack"),
+    [
+        ((1, 32, 8, 64), 4),  # 512 tiles instead of 2048
+        ((1, 32, 8, 1), 1),  # 32 tiles are one wave already
+        ((1, 128, 1, 64), 64),  # a warpgroup's rows hold one query
+        ((1, 24, 4, 64), 2),  # 6 heads share a key: pairs of them
+        ((1, 35, 5, 64), 1),  # 7: no power of two
+        ((1, 32, 32, 64), 1),  # nobody shares
+        ((128, 32, 8, 64), 1),  # full tiles
+        ((33, 32, 8, 64), 2),  # three times 33 do not fill 128 rows, four times do not fit
+        ((65, 32, 8, 64), 1),
+        ((1, 32, 8, 4), 1),  # one wave either way
+        ((8192, 32, 8, 64), 1),
+    ],
+)
+def test_heads_are_packed_where_that_halves_the_waves(sizes, pack):
+    assert packed(*sizes) == pack
+
+
+def test_a_packed_map_walks_the_heads_of_a_pack_first():
+    bshd = tensor_map(*contiguous(2, 300, 8, 128), "bfloat16", "bshd", rows=64, seqlen=300, packed_heads=4)
+    assert bshd.shape == (128, 4, 300, 2, 2)
+    assert bshd.strides == (256, 8 * 256, 4 * 256, 300 * 8 * 256)
+    assert bshd.box == (PANEL_COLUMNS, 4, 16, 1, 1)
+
+
+def test_a_packed_call_counts_packs_as_heads():
+    shapes = (64, 20, 32, 128), (64, 500, 8, 128), (64, 500, 8, 128)
+    problem = make_problem(*shapes, "float16")
+    operands = [contiguous(*shape) for shape in (shapes[0], *shapes[1:], shapes[0])]
+    config = choose_hopper(problem)
+    assert config.packed_heads == 4
+    call = hopper_forward_call(
+        problem, config, *operands, layout="bshd", multiprocessors=132, l2_bytes=50 << 20
+    )
+    fields = ("heads_q", "group_size", "batch_heads", "m_blocks", "tiles", "seqlen_q")
+    assert [int(call.params[name]) for name in fields] == [8, 1, 512, 1, 512, 20]
+    assert [len(description.shape) for description in call.maps] == [5, 4, 4, 5]
+
+
 def test_tiles_are_taken_dynamically_under_a_causal_mask_only():
     assert not choose_hopper(problem_of()).dynamic_tiles
     assert choose_hopper(problem_of(causal=True)).dynamic_tiles

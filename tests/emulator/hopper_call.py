@@ -29,7 +29,7 @@ def attend(
     """out and lse of emulated arrays, computed by hopper/forward.cu."""
     assert why_not(problem, (9, 0)) is None
     cp = session.cp
-    config = config or choose_hopper(problem)
+    config = config or choose_hopper(problem, multiprocessors)
     out = cp.empty((*q.shape[:3], v.shape[3]), q.dtype)
     lse = cp.empty((problem.batch, problem.heads_q, problem.seqlen_q), np.float32)
     counter = cp.zeros(1, np.uint32)

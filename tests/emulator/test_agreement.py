@@ -315,6 +315,52 @@ def test_tma_agrees_bit_for_bit_in_swizzle_zeros_and_clipping():
         np.testing.assert_array_equal(on_hardware, emulated)
 
 
+_TMA_PACKED = """DYN_SMEM(smem);
+  const unsigned full = cvta_to_shared(smem) + 8192, tile = cvta_to_shared(smem);
+  if (threadIdx.x == 0) {
+    mbarrier_init(full, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expect_tx(full, 8 * 128);
+    cp_async_bulk_tensor_5d_load(tile, &map, full, 64, 0, 3, 1, 1);
+  }
+  __syncthreads();
+  mbarrier_wait(full, 0);
+  for (int j = threadIdx.x; j < 256; j += 32) y[j] = ((unsigned*)smem)[j];
+  __syncwarp();
+  for (int j = threadIdx.x; j < 256; j += 32) ((unsigned*)smem)[j] ^= 0x00010001;
+  fence_proxy_async_shared();
+  __syncwarp();
+  if (threadIdx.x == 0) {
+    cp_async_bulk_tensor_5d_store(&map, tile, 64, 0, 3, 1, 1);
+    cp_async_bulk_commit_group();
+    cp_async_bulk_wait_group<0>();
+  }"""
+
+
+def test_tma_of_packed_heads_agrees_bit_for_bit():
+    """A box of 4 positions and 2 heads, over the last position and the last column."""
+    parameters = "const __grid_constant__ CUtensorMap map, unsigned* y"
+    snippet = Snippet(_TMA_PACKED, HEADERS + '#include "ptx/tma.cuh"\n', parameters)
+    values = np.random.default_rng().integers(0, 2**16, (2, 5, 4, 72), dtype=np.uint16)
+    description = tensor_map.tensor_map(
+        values.shape, values.strides, "float16", "bshd", rows=8, seqlen=5, packed_heads=2
+    )
+
+    def run(cp: Any) -> tuple[np.ndarray, np.ndarray]:
+        x, y = cp.asarray(values), cp.zeros(256, np.uint32)
+        arguments = (tensor_map.Encoder(description)(x.data.ptr).value, y.data.ptr)
+        jit.load(jit.compile(snippet, "sm_90a"), 8200)((1,), (32,), arguments, 8200)
+        return x.get(), y.get()
+
+    import cupy
+
+    gpu = run(cupy)
+    with emulator() as session:
+        twin = run(session.cp)
+    for on_hardware, emulated in zip(gpu, twin, strict=True):
+        np.testing.assert_array_equal(on_hardware, emulated)
+
+
 def test_float16_widens_exactly_on_both():
     x = np.arange(65536, dtype=np.uint32)
     body = "for (int i = threadIdx.x; i < 65536; i += 32) y[i] = __float_as_uint(cvt_f32_f16(x[i]));"

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import check_extreme_logits, check_forward, make_inputs, to_numpy
+from arrays import VIEWS, check_extreme_logits, check_forward, make_inputs, to_numpy
 
 import cuflash
-from cuflash.config_hopper import TILES, make_config
+from cuflash.config_hopper import TILES, choose_hopper, make_config
 from emulator import emulator
 from emulator.hopper_call import attend, check_hopper
 
@@ -79,6 +79,45 @@ def test_an_out_that_tma_cannot_write_is_written_by_way_of_a_copy(hopper):
     out, _ = attention(q, k, v, causal=True, out=wide[..., ::2])
     assert (out == expected).all()
     assert (wide[..., 1::2] == 0).all()
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize(("seqlens", "heads"), [((1, 150), (8, 2)), ((37, 150), (6, 1)), ((60, 40), (16, 4))])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_heads_of_a_group_share_the_rows_of_a_tile(hopper, head_dim, seqlens, heads, causal):
+    problem, inputs = make_inputs(12, 3, seqlens, heads, (head_dim, head_dim), "float16", causal)
+    q, k, v = (hopper.asarray(x) for x in inputs[:3])
+    config = cuflash.explain(q, k, v, causal=causal, algorithm="hopper").config
+    multiprocessors = hopper.cuda.runtime.deviceGetAttribute(
+        hopper.cuda.runtime.cudaDevAttrMultiProcessorCount, 0
+    )
+    assert config == choose_hopper(problem, multiprocessors)
+    if multiprocessors == 3:  # the emulator's; an H100's are enough without packing
+        assert config.packed_heads in (2, 4)
+    check(hopper, problem, inputs, causal)
+
+
+@pytest.mark.parametrize("packed_heads", [2, 4])
+def test_packed_heads_may_take_several_tiles(emulated, packed_heads):
+    tile = TILES[0]
+    for causal in CAUSAL:
+        problem, inputs = make_inputs(14, 2, (130, 400), (8, 2), (64, 64), "float16", causal)
+        config = make_config(tile, dtype="float16", causal=bool(causal), packed_heads=packed_heads)
+        check_hopper(emulated, problem, inputs, config=config)
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_packed_heads_of_strided_arrays_equal_those_of_contiguous_ones(hopper, layout):
+    _, inputs = make_inputs(13, 4, (20, 150), (8, 2), (64, 64), "bfloat16", True)
+    arrays = [hopper.asarray(x) for x in inputs[:3]]
+    expected = attention(*arrays, causal=True)
+    views = [VIEWS["slice of a wider array"](hopper, x) for x in arrays]
+    if layout == "bhsd":
+        views = [x.transpose(0, 2, 1, 3) for x in views]
+    out, lse = attention(*views, causal=True, layout=layout)
+    out = out.transpose(0, 2, 1, 3) if layout == "bhsd" else out
+    assert (out == expected[0]).all()
+    assert (lse == expected[1]).all()
 
 
 @pytest.mark.parametrize("seqlens", [(200, 70), (130, 1)])

@@ -14,6 +14,7 @@ TILE = "hopper/tile.cuh"
 
 MANY = Call(seqlens=(200, 400), heads=(3, 1))  # several tiles a thread block, several key blocks a tile
 O_IN_V = Call(seqlens=(200, 300), heads=(3, 1), head_dims=(192, 128))
+PACKED = Call(batch=2, seqlens=(40, 200), heads=(8, 2))  # on the emulator's three SMs 4 heads share a tile
 WIDE = Call(seqlens=(150, 200), head_dims=(128, 128), causal=False)
 
 BUGS = [
@@ -101,7 +102,13 @@ BUGS = [
     Bug("the counter of tiles does not return to 0", FORWARD,
         "atomicInc(tiles_taken, params.tiles - 1)", "atomicInc(tiles_taken, params.tiles)", WRONG_RESULT, MANY),
     Bug("lse of rows after the last query is written", FORWARD,
-        "if (row < params.seqlen_q) lse_head", "lse_head", "bounds", MANY),
+        "if (query < params.seqlen_q) lse[", "lse[", "bounds", MANY),
+    Bug("the causal mask takes packed rows for queries", "core/mask.cuh",
+        "(row + 16 * m + Fragment::row(half)) / kRowsPerQuery", "row + 16 * m + Fragment::row(half)", WRONG_RESULT, PACKED),
+    Bug("lse of all packed heads to the first", FORWARD,
+        "pack * kPack + row % kPack", "pack * kPack", "race", PACKED),
+    Bug("packed rows stored from where unpacked ones would lie", FORWARD,
+        "warpgroup * (64 / kPack)", "warpgroup * 64", WRONG_RESULT, PACKED),
     Bug("slots of V overlap", FORWARD,
         "VRing = Ring<kStages, VTile::kBytes>;", "VRing = Ring<kStages, VTile::kBytes - 1024>;", "race", MANY),
 ]  # fmt: skip
