@@ -28,7 +28,7 @@ from cuflash.tensor_map import PANEL_COLUMNS, tensor_map, why_not_mapped
 
 ROOT = Path(__file__).resolve().parents[2]
 HOPPER = (9, 0)
-IDS = [f"{tile.head_dim}-{tile.head_dim_v}" for tile in TILES]
+IDS = [f"{tile.head_dim}-{tile.head_dim_v}-{tile.warpgroups}x64" for tile in TILES]
 
 
 def problem_of(
@@ -340,9 +340,19 @@ def test_wgmma_wrappers_are_those_in_use(monkeypatch):
 
 def test_all_table_rows_are_reachable():
     reached = {
-        (config.head_dim, config.head_dim_v)
+        (config.head_dim, config.head_dim_v, config.warpgroups)
         for config in (
-            choose_hopper(problem_of(d, dv)) for d, dv in itertools.product(range(8, 257, 8), repeat=2)
+            choose_hopper(problem_of(d, dv, causal=causal))
+            for causal in (False, True)
+            for d, dv in itertools.product(range(8, 257, 8), repeat=2)
         )
     }
-    assert reached == {(tile.head_dim, tile.head_dim_v) for tile in TILES}
+    assert reached == {(tile.head_dim, tile.head_dim_v, tile.warpgroups) for tile in TILES}
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "causal", "rows"),
+    [(512, True, 128), (1024, "top_left", 128), (1025, True, 192), (512, False, 192)],
+)
+def test_short_causal_problems_of_head_dim_64_get_shorter_tiles(seqlen_q, causal, rows):
+    assert choose_hopper(problem_of(64, seqlen_q=seqlen_q, seqlen_k=2048, causal=causal)).block_m == rows
