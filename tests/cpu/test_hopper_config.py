@@ -89,6 +89,21 @@ def test_tiles_fit_shared_memory_and_registers(tile):
         assert config.producer_registers % 8 == config.consumer_registers % 8 == 0
 
 
+@pytest.mark.parametrize("tile", TILES, ids=IDS)
+def test_the_page_shows_the_budget_of_each_tile(tile):
+    config = make_config(tile, dtype="bfloat16", causal=True)
+    accumulators = config.block_n // 2 + config.block_n // 4 + config.head_dim_v // 2
+    only = "; short causal" if tile.causal_seqlen_q else ""
+    cells = (
+        f"{tile.head_dim}, {tile.head_dim_v}{only}",
+        *(config.block_m, config.block_n, config.q_stages, config.stages, config.shared_bytes),
+        launch_registers(tile.warpgroups, tile.blocks_per_sm),
+        *(config.producer_registers, config.consumer_registers, accumulators),
+    )
+    row = f"| {' | '.join(map(str, cells))} |"
+    assert row in (ROOT / "docs" / "hopper-forward.md").read_text().splitlines()
+
+
 def test_the_largest_row_comes_last_so_that_every_problem_has_one():
     assert (TILES[-1].head_dim, TILES[-1].head_dim_v) == (256, 256)
 
