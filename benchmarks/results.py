@@ -4,9 +4,9 @@
 "rows". A row names its problem (``PROBLEM``), then what was measured: ``SPEED`` for kernels, with "peers" in
 TFLOP/s, "peer_errors" for those that could not run, "row_error" (the largest relative error against SDPA, of
 an output row or of 64 rows of a gradient) and, where asked for, "burst" (the same figures from single calls).
-Rows of the directions in ``TIMES`` hold the fields named there instead. A "train" row is of one attention; it
-holds "error" alone if that could not run, and of a whole run also ``CURVE``: "losses", means of "loss_every"
-steps.
+Rows of the directions in ``TIMES`` hold the fields named there instead. A "counters" row counts the kernel of
+the direction in "counted". A "train" row is of one attention; it holds "error" alone if that could not run,
+and of a whole run also ``CURVE``: "losses", means of "loss_every" steps.
 """
 
 from __future__ import annotations
@@ -61,8 +61,21 @@ TRAIN: dict[str, tuple[type, ...]] = {
     "tokens_per_s": (float,),
     "peak_gb": (float, type(None)),  # most memory allocated at once; null where the framework does not say
 }
+COUNTERS: dict[str, tuple[type, ...]] = {  # of one kernel, by ncu; in per cent but for the first and the last
+    "ms": (float,),
+    "sm_active": (float,),  # of the kernel's time, over all SMs
+    "tensor": (float,),  # cycles of the tensor cores
+    "exponentials": (float,),  # instructions of the pipe that computes them
+    "issue": (float,),  # cycles in which a scheduler issues an instruction
+    "occupancy": (float,),  # warps, of those that fit the SM
+    "shared_memory": (float,),  # accesses by load and store instructions; wgmma and TMA go past this counter
+    "l2": (float,),
+    "dram": (float,),
+    "instructions": (float,),  # of warps
+}
 CURVE: dict[str, tuple[type, ...]] = {"losses": (list,), "loss_every": (int,)}
-TIMES = {"host": HOST, "call": CALL, "train": TRAIN}  # directions whose rows hold no speeds of kernels
+# Directions whose rows hold no speeds of kernels.
+TIMES = {"host": HOST, "call": CALL, "train": TRAIN, "counters": COUNTERS}
 DIRECTIONS = ("forward", "backward", "decode", *TIMES)
 
 
