@@ -1,9 +1,10 @@
-// Rings of shared-memory slots that one thread fills by TMA and the consumer warps empty.
+// Rings of shared-memory slots that one thread fills by TMA, or warps fill by stores, and the consumer warps empty.
 #pragma once
 #include "ptx/mbarrier.cuh"
 
 // Use number i takes slot i % kStages. Slot s has two barriers:
-//   full   completes when the bytes of a use have landed: the producer's arrival and TMA's bytes
+//   full   completes when the bytes of a use have landed: the producer's arrival and TMA's bytes, or an arrival of each
+//          warp that stores
 //   empty  completes when all consumers are done with a use: one arrival each
 // Each completes once per use, so the parity to wait for is that of i / kStages; the first uses find empty slots.
 template <int kStages, int kSlotBytes>
@@ -13,9 +14,9 @@ struct Ring {
   unsigned slots_smem;
   unsigned barriers_smem;
 
-  __device__ __forceinline__ void init(int consumers) const {
+  __device__ __forceinline__ void init(int consumers, int producers = 1) const {
     for (int slot = 0; slot < kStages; ++slot) {
-      mbarrier_init(full(slot), 1);
+      mbarrier_init(full(slot), producers);
       mbarrier_init(empty(slot), consumers);
     }
   }
