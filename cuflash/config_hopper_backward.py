@@ -1,4 +1,4 @@
-"""Tile sizes of the Hopper backward kernel: frozen ``HopperBackwardConfig``, its table, its shared-memory map.
+"""Tile sizes of the Hopper backward kernel: frozen ``HopperBackwardConfig``, its table, shared memory.
 
 Pure Python without CuPy, as ``cuflash.config_hopper``, whose conventions hold here.
 """

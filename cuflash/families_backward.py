@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from cuflash import config_backward, config_hopper_backward, launch
@@ -20,6 +21,7 @@ from cuflash.resources import ELEMENT_BYTES
 from cuflash.tensor_map import why_not_mapped
 
 _LSE_BYTES = 4
+Infos = Mapping[str, ArrayInfo]
 
 
 class BackwardLayouts(NamedTuple):
@@ -43,10 +45,8 @@ class BackwardKernels(NamedTuple):
 
 def choose_backward(request: Request, options: BackwardOptions, gpu: Gpu) -> BackwardKernels:
     """ValueError if ``options.algorithm`` names a family that cannot compute this."""
-    objection = _why_not_hopper(request, options, gpu)
-    if options.algorithm == "fa2":
-        objection = 'algorithm="fa2" was asked for'
-    elif options.algorithm == "hopper" and objection:
+    objection = why_not_hopper(request, options.algorithm, options.layout, gpu)
+    if options.algorithm == "hopper" and objection:
         raise ValueError(f'algorithm="hopper" cannot compute this backward: {objection}; use "auto"')
     not_used = {"cpu": "q, k and v are on a GPU"}
     if objection is None:
@@ -78,72 +78,86 @@ def _hopper(
     return BackwardKernels("hopper", not_used, layouts, configs, calls)
 
 
-def _why_not_hopper(request: Request, options: BackwardOptions, gpu: Gpu) -> str | None:
-    """Why the Hopper kernels cannot compute ``request``, or "auto" should not take them."""
+def why_not_hopper(request: Request, algorithm: str, layout: str, gpu: Gpu) -> str | None:
+    """Why the Hopper kernels cannot compute the backward of ``request``, or should not; None if they should.
+
+    ``request`` may be a forward's: dout and out are then taken to be contiguous.
+    """
     problem, infos = request
+    if algorithm == "fa2":
+        return 'algorithm="fa2" was asked for'
     if reason := config_hopper_backward.why_not(problem, gpu.capability):
         return reason
-    if options.algorithm == "auto":
+    if algorithm == "auto":
         if not config_hopper_backward.CHOSEN_BY_AUTO:
             return 'it has to be asked for with algorithm="hopper"'
-        copied_by_both = fa2_backward_layouts(problem, infos, options.layout).copies
-        for name, reason in hopper_backward_layouts(problem, infos, options.layout).copies.items():
+        copied_by_both = _operands(infos, *_FA2).copies
+        for name, reason in _operands(infos, *_HOPPER).copies.items():
             if name in infos and name not in copied_by_both:
                 return f"TMA cannot read {name} where it lies, as fa2 can: {reason}"
     return None
 
 
-def fa2_backward_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> BackwardLayouts:
+def fa2_backward_layouts(problem: Problem, infos: Infos, layout: str) -> BackwardLayouts:
     """What the fa2 kernels read in place: they store any row, if need be element by element."""
-    return _plan(problem, infos, layout, why_not_read, None)
+    return _layouts(problem, infos, layout, _operands(infos, *_FA2))
 
 
-def hopper_backward_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> BackwardLayouts:
+def hopper_backward_layouts(problem: Problem, infos: Infos, layout: str) -> BackwardLayouts:
     """What TMA, and the passes before and after, read and write in place."""
-
-    def objection(operand: Operand, pointer: int) -> str | None:
-        return why_not_mapped(*operand, pointer)
-
-    return _plan(problem, infos, layout, objection, objection)
+    return _layouts(problem, infos, layout, _operands(infos, *_HOPPER))
 
 
-def _plan(
-    problem: Problem,
-    infos: dict[str, ArrayInfo],
-    layout: str,
-    why_not_multiplied: Objection,
-    why_not_stored: Objection | None,
-) -> BackwardLayouts:
-    """``infos`` as ``check_backward_call`` returns them."""
-    copies: dict[str, str] = {}
-    operands: dict[str, Operand] = {}
+class _Operands(NamedTuple):
+    met: dict[str, Operand]
+    copies: dict[str, str]
 
-    def meet(name: str, operand: Operand, pointer: int, *objections: Objection | None) -> None:
+
+def _not_moved_by_tma(operand: Operand, pointer: int) -> str | None:
+    return why_not_mapped(*operand, pointer)
+
+
+# What may keep the main kernel from reading q, k, v and dout, and from storing dk and dv.
+_FA2: tuple[Objection, Objection | None] = (why_not_read, None)
+_HOPPER: tuple[Objection, Objection | None] = (_not_moved_by_tma, _not_moved_by_tma)
+
+
+def _operands(infos: Infos, why_not_main_reads: Objection, why_not_stored: Objection | None) -> _Operands:
+    operands = _Operands({}, {})
+
+    def meet(name: str, info: ArrayInfo | None, like: tuple[int, ...], *objections: Objection | None) -> None:
+        new = Operand(like, launch.contiguous_strides(like, ELEMENT_BYTES))
+        operand, pointer = (Operand(info.shape, info.strides), info.pointer) if info else (new, 0)
         for objection in objections:
             if objection and 0 not in operand.shape and (reason := objection(operand, pointer)):
-                copies[name] = reason
+                operands.copies[name] = reason
                 operand = padded(operand.shape)
                 break
-        operands[name] = operand
+        operands.met[name] = operand
 
-    for name in ("dout", "q", "k", "v", "out"):
-        info = infos[name]
-        multiplied = None if name == "out" else why_not_multiplied
-        read = why_not_read if name in ("dout", "out") else None  # by the preprocess
-        meet(name, Operand(info.shape, info.strides), info.pointer, read, multiplied)
-    for name in ("q", "k", "v"):
-        shape = infos[name].shape
-        new = Operand(shape, launch.contiguous_strides(shape, ELEMENT_BYTES))
-        meet("d" + name, new, 0, None if name == "q" else why_not_stored)
+    q, k, v = (infos[name].shape for name in ("q", "k", "v"))
+    out = (*q[:3], v[3])
+    # The preprocess reads dout and out.
+    meet("dout", infos.get("dout"), out, why_not_read, why_not_main_reads)
+    for name, shape in (("q", q), ("k", k), ("v", v)):
+        meet(name, infos[name], shape, why_not_main_reads)
+    meet("out", infos.get("out"), out, why_not_read)
+    meet("dq", None, q)
+    meet("dk", None, k, why_not_stored)
+    meet("dv", None, v, why_not_stored)
+    return operands
 
+
+def _layouts(problem: Problem, infos: Infos, layout: str, operands: _Operands) -> BackwardLayouts:
+    """``infos`` as ``check_backward_call`` returns them."""
     strides = {
-        name: launch.kernel_strides(*operand, ELEMENT_BYTES, layout) for name, operand in operands.items()
+        name: launch.kernel_strides(*operand, ELEMENT_BYTES, layout) for name, operand in operands.met.items()
     }
     strides["lse"] = _lse_strides("lse", infos["lse"])
     strides["dlse"] = _lse_strides("dlse", infos["dlse"]) if "dlse" in infos else launch.Strides(0, 0, 0)
     row_bytes = (problem.head_dim * ELEMENT_BYTES, problem.head_dim_v * ELEMENT_BYTES)
     vector_out = all(n % launch.ALIGNMENT == 0 for n in row_bytes)
-    return BackwardLayouts(operands, BackwardStrides(**strides), copies, vector_out)
+    return BackwardLayouts(operands.met, BackwardStrides(**strides), operands.copies, vector_out)
 
 
 def _lse_strides(name: str, info: ArrayInfo) -> launch.Strides:
