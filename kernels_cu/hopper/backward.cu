@@ -15,16 +15,16 @@
 // Loop      of a main warpgroup, with kDqWarpgroup; P of the visit is ready when it starts:
 //             start dPᵀ = V dOᵀ;  start dV += Pᵀ dO;  wait for dP
 //             dS = P ∘ (dP − delta)                                   (under dV)
-//             wait for dV;  release dO;  store dS for the dQ warpgroup
+//             wait for dV;  store dS for the dQ warpgroup
 //             start Sᵀ = K Qᵀ of the next visit;  start dK += dSᵀ Q;  wait for S
 //             P = 2^(S·scale_log2 − lse), masked                      (under dK)
-//             wait for dK;  release Q
+//             wait for dK;  release Q and dO
 //           and without, where S and dP are of the same visit:
 //             start Sᵀ = K Qᵀ;  start dPᵀ = V dOᵀ;  wait for S;  P    (under dP)
 //             wait for dP;  dS;  store dS;  start dV += Pᵀ dO;  both main warpgroups meet
-//             start dQ = dS K, a half;  wait for dV;  release dO;  start dK += dSᵀ Q;  wait for dQ
+//             start dQ = dS K, a half;  start dK += dSᵀ Q;  wait for dV and dQ
 //             add dQ                                                  (under dK)
-//             wait for dK;  release Q
+//             wait for dK;  release Q and dO
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers
 //           The epilogue stages dK in K's place and dV in V's.
@@ -33,7 +33,7 @@
 // Barriers  (pipeline.cuh)   who arrives                            who waits
 //           k.full, v.full   loader, TMA's bytes                    whoever multiplies by it, once
 //           q.full, dout.full loader, TMA's bytes (lse, delta too)  main warps, before the first product with it
-//           q.empty, dout.empty each main warp, after the last      loader, before each load
+//           q.empty          each main warp, after a visit          loader, before it loads Q, then dO
 //           ds.full          each main warp, when dS is stored      dQ warps, before the product        kDqWarpgroup
 //           ds.empty         each dQ warp, after the product        main warps, before they store; before dK is staged
 //           bar kDsStored    the main warpgroups, when dS is stored; when K is no longer read           otherwise
@@ -92,7 +92,7 @@ using KTile = PanelTile<kBlockN, kHeadDim>;
 using VTile = PanelTile<kBlockN, kHeadDimV>;
 using DsTile = PanelTile<kBlockM, kBlockN>;
 using QRing = Ring<kStages, QTile::kBytes>;
-using DoutRing = Ring<kStages, DoutTile::kBytes>;
+using DoutRing = FilledRing<kStages, DoutTile::kBytes>;  // emptied with Q
 using DsRing = Ring<kDsStages, DsTile::kBytes>;
 using Workspace = DqWorkspace<kBlockM, kHeadDim, true>;
 
@@ -177,14 +177,14 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   DYN_SMEM(smem);
   const unsigned k_smem = cvta_to_shared(smem);
   const unsigned v_smem = k_smem + kVOffset;
-  const QRing q_ring{k_smem + kQOffset, k_smem + kBarriersOffset};
+  const QRing q_ring{{k_smem + kQOffset, k_smem + kBarriersOffset}};
   const DoutRing dout_ring{k_smem + kDoutOffset, q_ring.barriers_smem + QRing::kBarrierBytes};
-  const DsRing ds_ring{k_smem + kDsOffset, dout_ring.barriers_smem + DoutRing::kBarrierBytes};
+  const DsRing ds_ring{{k_smem + kDsOffset, dout_ring.barriers_smem + DoutRing::kBarrierBytes}};
   const unsigned k_full = k_smem + kKFullOffset, v_full = k_smem + kVFullOffset;
 
   if (threadIdx.x == 0) {
     q_ring.init(4 * kMainWarpgroups);
-    dout_ring.init(4 * kMainWarpgroups);
+    dout_ring.init();
     ds_ring.init(4, 4 * kMainWarpgroups);
     mbarrier_init(k_full, 1);
     mbarrier_init(v_full, 1);
@@ -224,8 +224,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       cp_async_bulk_load(k_smem + kLseOffset + use % kStages * kFloatsBytes, lse_log2 + block_index(to_load) * kBlockM,
                          kFloatsBytes, q_ring.full(use));
     };
-    const auto load_dout = [&](unsigned use) {
-      dout_ring.wait_empty(use);
+    const auto load_dout = [&](unsigned use) {  // after load_q of the same use
       mbarrier_arrive_expect_tx(dout_ring.full(use), DoutTile::kBytes + kFloatsBytes);
       DoutTile::load(dout_ring.slot(use), &dout_map, dout_ring.full(use), to_load.m_block * kBlockM,
                      first_head + to_load.head, keys.batch);
@@ -254,14 +253,12 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       if (loads) load_visits_before(visits);
       return;
     }
-    if (visits == 0) return;
-    mbarrier_wait(k_full, 0);
     QueryBlock at = keys.first();
     for (unsigned visit = 0; visit < visits; ++visit) {
       // The last slot to fill is that of the visit before, which is released without this warpgroup's help.
       if (loads) load_visits_before(visit + kStages);
       __syncwarp();
-      ds_ring.wait_full(visit);
+      ds_ring.wait_full(visit);  // and K has landed, as its storers know
 #pragma unroll
       for (int i = 0; i < kDqParts; ++i) {
         const DqPart part = DqPart::at(i);
@@ -305,10 +302,10 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   const auto delta_of = [&](unsigned visit) {
     return lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes);
   };
-  // All lanes are done with lse or delta when one of them releases the slot.
-  const auto release = [&](unsigned empty_barrier) {
+  // One lane, when all have stored dS or read lse and delta.
+  const auto arrive = [&](unsigned barrier) {
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(empty_barrier);
+    if (lane == 0) mbarrier_arrive(barrier);
   };
 
   if constexpr (kDqWarpgroup) {
@@ -340,8 +337,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       ds_ring.wait_empty(visit);
       store_transposed<DsTile>(ds_ring.slot(visit), ds_reg, warp_row);
       fence_proxy_async_shared();
-      release(dout_ring.empty(visit));
-      if (lane == 0) mbarrier_arrive(ds_ring.full(visit));
+      arrive(ds_ring.full(visit));
 
       // Beside dK comes the next S. After the last visit its own once more, which is dropped: a second way through
       // this code would make ptxas treat the loop as divergent.
@@ -357,7 +353,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       wgmma_wait_group<0>();
       pin_registers(acc_s[0]);
       pin_registers(ds_reg);
-      release(q_ring.empty(visit));
+      arrive(q_ring.empty(visit));
       round_operand<Element>(p_reg, acc_s[0]);
     }
   } else {
@@ -391,8 +387,6 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);
       float acc_dq[kDqColumns / 8][4];
       part.start(acc_dq, ds_ring.slot(visit), k_smem);
-      wgmma_wait_group<1>();
-      if (lane == 0) mbarrier_arrive(dout_ring.empty(visit));
       start_gradient<QTile>(acc_dk, ds_reg, q_ring.slot(visit));
       wgmma_wait_group<1>();
       pin_registers(acc_dq);
@@ -402,7 +396,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       wgmma_wait_group<0>();
       pin_registers(p_reg);
       pin_registers(ds_reg);
-      if (lane == 0) mbarrier_arrive(q_ring.empty(visit));
+      arrive(q_ring.empty(visit));
       keys.advance(at);
     }
   }
