@@ -55,13 +55,12 @@ def prepare(
     """
     inputs = random_inputs(workload)
     expected = reference(inputs)
+    explanation = cuflash.explain(inputs.q, inputs.k, inputs.v, causal=workload.causal, algorithm=algorithm)
     if workload.direction == "backward":
-        family = "fa2"  # the only kernels that differentiate on a GPU
+        family = explanation.backward.split()[0]
         candidates = _backward(inputs, expected, algorithm, deterministic)
     else:
-        family = cuflash.explain(
-            inputs.q, inputs.k, inputs.v, causal=workload.causal, algorithm=algorithm
-        ).family
+        family = explanation.family
         candidates = [_forward(inputs, expected, algorithm)]
     peers, peer_errors = prepare_peers(peer_names, inputs, expected)
     torch.cuda.empty_cache()  # a peer that ran out of memory leaves its blocks behind

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import arrays, cpu, families, plan
+from cuflash import arrays, cpu, families, families_backward, plan
 from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
 from cuflash.checks import Options, check_call, named, out_shape
 from cuflash.explanation import Explanation
@@ -124,8 +124,8 @@ def explain(
 
     Takes what ``attention`` takes and raises what it would raise. Returns an ``Explanation`` to print: the
     kernel family and why the others do not run, the tile configuration, registers and shared memory as the
-    compiler reports them, the cubin's path, and which arrays are copied. On a GPU the kernel is compiled if
-    need be.
+    compiler reports them, the cubin's path, which arrays are copied, and the family of the gradients. On a
+    GPU the kernel is compiled if need be.
     """
     options = Options(causal, scale, layout, return_lse, algorithm)
     native = arrays.common_framework(q, k, v, out)
@@ -142,6 +142,8 @@ def explain(
         )
 
     kernel = families.choose_kernel(request, options)
+    gpu = families.Gpu.of(device)
+    objection = families_backward.why_not_hopper(request, options.algorithm, options.layout, gpu)
     return Explanation(
         kernel.family,
         f"cuda:{device} ({kernel.arch})",
@@ -151,6 +153,7 @@ def explain(
         kernel.config,
         kernel.call,
         kernel.program,
+        f"fa2 (not hopper: {objection})" if objection else "hopper",
     )
 
 

@@ -28,11 +28,13 @@ class Explanation:
     config: Config | HopperConfig | None = None
     call: KernelCall | HopperCall | None = None
     program: Program | None = None  # registers, spills, the cubin and its path
+    backward: str = "cpu"  # the family that computes the gradients, and why not hopper
 
     def __str__(self) -> str:
         lines = [("family", f"{self.family} on {self.device}"), ("problem", _fields(self.problem))]
         lines += [("not used", f"{family}: {reason}") for family, reason in self.not_used.items()]
         lines += [("copied", f"{name}: {reason}") for name, reason in self.copies.items()]
+        lines.append(("backward", self.backward))
         if self.problem.is_empty:
             lines.append(("launch", "none, the output is empty"))
         if self.config and self.call and self.program:

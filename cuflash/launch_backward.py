@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash.config_backward import BackwardConfigs
+from cuflash.config_hopper_backward import HopperBackwardConfigs
 from cuflash.launch import LOG2_E, KernelCall, Strides, check_ranges
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
+from cuflash.tensor_map import TensorMap
 
 _STRIDES = np.dtype([("batch", np.int64), ("row", np.int64), ("head", np.int64)], align=True)
 
@@ -62,6 +64,14 @@ class Workspace(NamedTuple):
     words: int  # of the whole buffer
 
 
+class MapOf(NamedTuple):
+    """A tensor map that a main kernel takes, of what lies ``offset`` bytes after the start of ``name``."""
+
+    name: str
+    map: TensorMap
+    offset: int
+
+
 @dataclass(frozen=True, slots=True)
 class BackwardCalls:
     """The launches of one backward, but for the pointers; None where there is nothing to do."""
@@ -70,6 +80,7 @@ class BackwardCalls:
     main: KernelCall | None
     postprocess: KernelCall | None
     workspace: Workspace
+    maps: tuple[MapOf, ...] = ()  # of main
 
 
 def backward_calls(
@@ -81,49 +92,66 @@ def backward_calls(
     ValueError where a size does not fit the kernels' 32-bit fields, or scale float32.
     """
     check_ranges(problem)
+    main = configs.main
+    first_row = first_visible_row(problem)
+    rows = problem.seqlen_q - first_row
+    m_blocks = -(-rows // main.block_m)
+    n_blocks = -(-problem.seqlen_k // main.block_n)
+
+    s = strides
+    call = kernel_call(
+        "k",
+        problem.batch * problem.heads_kv * n_blocks,
+        main.threads,
+        main.shared_bytes,
+        BACKWARD_PARAMS,
+        *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
+        *(first_row, rows, problem.seqlen_k, problem.seqlen_k_visible),
+        *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
+        problem.batch * problem.heads_kv,
+        *(problem.head_dim, problem.head_dim_v),
+        (problem.causal_offset or 0) + first_row,
+        *(m_blocks, n_blocks, heads_per_wave(problem, l2_bytes)),
+        *(problem.scale * LOG2_E, problem.scale),
+    )
+    return with_passes(problem, configs, strides, call)
+
+
+def with_passes(
+    problem: Problem,
+    configs: BackwardConfigs | HopperBackwardConfigs,
+    strides: BackwardStrides,
+    main_call: KernelCall | None,
+    maps: tuple[MapOf, ...] = (),
+) -> BackwardCalls:
+    """``main_call``, what runs before and after it, and their workspace."""
     preprocess, main, postprocess = configs
     first_row = first_visible_row(problem)
     rows = problem.seqlen_q - first_row
     m_blocks = -(-rows // main.block_m)
     dq_blocks = -(-problem.seqlen_q // main.block_m)
-    n_blocks = -(-problem.seqlen_k // main.block_n)
     heads = problem.batch * problem.heads_q
-    turns_per_block = main.warps if main.deterministic else 0
 
     blocks = heads * m_blocks
     vector_words = blocks * main.block_m
     lse_log2, delta = 0, vector_words
     dq = delta + vector_words
     turns = dq + blocks * main.block_m * main.head_dim
-    workspace = Workspace(lse_log2, delta, dq, turns, turns + blocks * turns_per_block)
+    workspace = Workspace(lse_log2, delta, dq, turns, turns + blocks * main.turns_per_block)
 
     s = strides
     return BackwardCalls(
-        _call(
+        kernel_call(
             "q",
             heads * m_blocks,
             preprocess.threads,
             0,
             PREPROCESS_PARAMS,
             *(s.dout, s.out, s.lse, s.dlse),
-            *(first_row, rows, problem.heads_q, problem.head_dim_v, m_blocks, turns_per_block),
+            *(first_row, rows, problem.heads_q, problem.head_dim_v, m_blocks, main.turns_per_block),
         ),
-        _call(
-            "k",
-            problem.batch * problem.heads_kv * n_blocks,
-            main.threads,
-            main.shared_bytes,
-            BACKWARD_PARAMS,
-            *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
-            *(first_row, rows, problem.seqlen_k, problem.seqlen_k_visible),
-            *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
-            problem.batch * problem.heads_kv,
-            *(problem.head_dim, problem.head_dim_v),
-            (problem.causal_offset or 0) + first_row,
-            *(m_blocks, n_blocks, heads_per_wave(problem, l2_bytes)),
-            *(problem.scale * LOG2_E, problem.scale),
-        ),
-        _call(
+        main_call,
+        kernel_call(
             "q",
             heads * dq_blocks,
             postprocess.threads,
@@ -134,6 +162,7 @@ def backward_calls(
             problem.scale,
         ),
         workspace,
+        maps,
     )
 
 
@@ -158,9 +187,10 @@ def heads_per_wave(problem: Problem, l2_bytes: int) -> int:
     return max(1, min(problem.batch * problem.heads_kv, fitting))
 
 
-def _call(
+def kernel_call(
     name: str, blocks: int, threads: int, shared_bytes: int, dtype: np.dtype, *values: Any
 ) -> KernelCall | None:
+    """The launch of a grid of ``blocks``; None if that is none. ``name`` is the argument they grow with."""
     if blocks == 0:
         return None
     if blocks > _MAX_GRID:

@@ -7,30 +7,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cuflash import jit, launch, launcher
-from cuflash.arrays import ArrayInfo, GpuArrays
+from cuflash.arrays import GpuArrays
 from cuflash.checks import Request
 from cuflash.checks_backward import BackwardOptions, check_backward_call
-from cuflash.config_backward import BackwardConfigs, choose
-from cuflash.launch_backward import BackwardCalls, BackwardStrides, backward_calls
-from cuflash.layouts import padded, why_not_read
-from cuflash.problem import Problem
-from cuflash.resources import ELEMENT_BYTES, MINIMUM_CAPABILITY
+from cuflash.families import Gpu
+from cuflash.families_backward import BackwardKernels, choose_backward
+from cuflash.launch_backward import BackwardCalls
+from cuflash.tensor_map import Encoder
 
-_LSE_BYTES = 4
 _MAX_PLANS = 4096  # as in cuflash.plan
 _plans: dict[Hashable, Plan] = {}
 
 # Buffers of calls captured in a CUDA graph through CuPy, whose pool would hand them out again while every
 # replay writes to them. Nothing tells when a graph is gone, so they are kept.
 _captured: list[Any] = []
-
-
-class BackwardLayouts(NamedTuple):
-    """How the kernels meet the arrays."""
-
-    strides: BackwardStrides
-    copied: dict[str, int]  # inputs that cannot be read in place → the padded width of their copy
-    vector_out: bool  # rows of dq, dk and dv are 16-byte aligned
 
 
 class Launches(NamedTuple):
@@ -47,9 +37,10 @@ class Plan:
 
     device: int
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of dq, dk, dv
-    copied: dict[str, int]
+    copied: dict[str, int]  # arrays that are not read or written in place → the padded width of their copy
     calls: BackwardCalls
     launches: Launches  # None where there is nothing to do
+    encoders: tuple[Encoder, ...]  # of calls.maps
     get_current_device: Callable[[], int]
 
 
@@ -89,22 +80,32 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, Any, 
     inputs = {
         name: gpu.padded(x, plan.copied[name]) if name in plan.copied else x for name, x in arrays.items()
     }
+    targets = {
+        name: gpu.empty((*x.shape[:3], plan.copied[name]), dtype, plan.device) if name in plan.copied else x
+        for name, x in (("dk", dk), ("dv", dv))
+    }
     if not gpu.keeps_temporaries():
-        _captured.append((buffer, inputs))
+        _captured.append((buffer, inputs, targets))
 
-    q, k, v, dout, out, lse = (gpu.pointer(inputs[name]) for name in ("q", "k", "v", "dout", "out", "lse"))
-    dlse = gpu.pointer(inputs["dlse"]) if "dlse" in inputs else 0
+    at = {name: gpu.pointer(x) for name, x in (inputs | targets).items()}
     base = gpu.pointer(buffer)
     lse_log2, delta, workspace, turns = (base + 4 * offset for offset in where[:4])
-    pointers = (
-        (dout, out, lse, dlse, lse_log2, delta, workspace, turns),
-        (q, k, v, dout, lse_log2, delta, workspace, turns, gpu.pointer(dk), gpu.pointer(dv)),
-        (workspace, gpu.pointer(dq)),
-    )
+    summed = (lse_log2, delta, workspace, turns)
     stream = gpu.stream(plan.device)
-    for start, addresses in zip(plan.launches, pointers, strict=True):
-        if start is not None:
-            start((), addresses, stream)
+    preprocess, main, postprocess = plan.launches
+    if preprocess is not None:
+        preprocess((), (at["dout"], at["out"], at["lse"], at.get("dlse", 0), *summed), stream)
+    if main is not None and plan.encoders:
+        maps = plan.calls.maps
+        encoded = [encode(at[m.name] + m.offset) for encode, m in zip(plan.encoders, maps, strict=True)]
+        main(encoded, summed, stream)
+    elif main is not None:
+        main((), (at["q"], at["k"], at["v"], at["dout"], *summed, at["dk"], at["dv"]), stream)
+    if postprocess is not None:
+        postprocess((), (workspace, gpu.pointer(dq)), stream)
+    for name, gradient in (("dk", dk), ("dv", dv)):
+        if name in plan.copied:
+            gpu.assign(gradient, targets[name][..., : gradient.shape[3]])
     return dq, dk, dv
 
 
@@ -112,71 +113,36 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
     """Choose, compile and load the kernels for GPU arrays that passed the checks."""
     from cupy import cuda
 
-    problem, infos = request
+    infos = request.infos
     device = infos["q"].device
     assert device is not None
-    capability = divmod(int(cuda.Device(device).compute_capability), 10)
-    if capability < MINIMUM_CAPABILITY:
-        raise ValueError(
-            "q is on a GPU of compute capability {}.{}; the fa2 kernels run on 8.0 and newer".format(
-                *capability
-            )
-        )
-    layouts = plan_backward_layouts(problem, infos, options.layout)
-    configs = choose(problem, capability, deterministic=options.deterministic, vector_out=layouts.vector_out)
-    l2_bytes = cuda.runtime.deviceGetAttribute(cuda.runtime.cudaDevAttrL2CacheSize, device)
-    calls = backward_calls(problem, configs, layouts.strides, l2_bytes)
+    gpu = Gpu.of(device)
+    kernels = choose_backward(request, options, gpu)
     with cuda.Device(device):
-        launches = _load(configs, calls, jit.architecture(capability))
+        launches = _load(kernels, jit.architecture(gpu.capability))
+    operands = kernels.layouts.operands
     return Plan(
         device=device,
         shapes=(infos["q"].shape, infos["k"].shape, infos["v"].shape),
-        copied=layouts.copied,
-        calls=calls,
+        copied={name: operands[name].shape[3] for name in kernels.layouts.copies},
+        calls=kernels.calls,
         launches=launches,
+        encoders=tuple(Encoder(m.map) for m in kernels.calls.maps),
         get_current_device=cuda.runtime.getDevice,
     )
 
 
-def _load(configs: BackwardConfigs, calls: BackwardCalls, arch: str) -> Launches:
-    def load(config: jit.KernelConfig, call: launch.KernelCall | None, addresses: int) -> Any:
+def _load(kernels: BackwardKernels, arch: str) -> Launches:
+    configs, calls = kernels.configs, kernels.calls
+
+    def load(config: jit.KernelConfig, call: launch.KernelCall | None, addresses: int, maps: int = 0) -> Any:
         if call is None:
             return None
         function = jit.load(jit.compile(config, arch), call.shared_bytes)
-        return launcher.Launcher(function, call, addresses=addresses)
+        return launcher.Launcher(function, call, maps=maps, addresses=addresses)
 
     return Launches(
         load(configs.preprocess, calls.preprocess, 8),
-        load(configs.main, calls.main, 10),
+        load(configs.main, calls.main, 4 if calls.maps else 10, len(calls.maps)),
         load(configs.postprocess, calls.postprocess, 2),
     )
-
-
-def plan_backward_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> BackwardLayouts:
-    """Decide what is read in place. ``infos`` as ``check_backward_call`` returns them."""
-    copied: dict[str, int] = {}
-    strides: dict[str, launch.Strides] = {}
-    for name in ("dout", "q", "k", "v", "out"):
-        info = infos[name]
-        operand = launch.Operand(info.shape, info.strides)
-        if 0 not in info.shape and why_not_read(operand, info.pointer):
-            operand = padded(info.shape)
-            copied[name] = operand.shape[3]
-        strides[name] = launch.kernel_strides(*operand, ELEMENT_BYTES, layout)
-    strides["lse"] = _lse_strides("lse", infos["lse"])
-    strides["dlse"] = _lse_strides("dlse", infos["dlse"]) if "dlse" in infos else launch.Strides(0, 0, 0)
-    for name in ("q", "k", "v"):
-        shape = infos[name].shape
-        byte_strides = launch.contiguous_strides(shape, ELEMENT_BYTES)
-        strides["d" + name] = launch.kernel_strides(shape, byte_strides, ELEMENT_BYTES, layout)
-    row_bytes = (problem.head_dim * ELEMENT_BYTES, problem.head_dim_v * ELEMENT_BYTES)
-    vector_out = all(n % launch.ALIGNMENT == 0 for n in row_bytes)
-    return BackwardLayouts(BackwardStrides(**strides), copied, vector_out)
-
-
-def _lse_strides(name: str, info: ArrayInfo) -> launch.Strides:
-    """lse is (batch, heads, seqlen), read float by float through any strides."""
-    steps = [stride for stride, size in zip(info.strides, info.shape, strict=True) if size > 1]
-    if 0 not in info.shape and any(n % _LSE_BYTES for n in (info.pointer, *steps)):
-        raise ValueError(f"{name} has floats that do not start at multiples of {_LSE_BYTES} bytes; copy it")
-    return launch.kernel_strides(info.shape, info.strides, _LSE_BYTES, "bhsd")

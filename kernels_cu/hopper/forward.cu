@@ -148,9 +148,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
                const __grid_constant__ ForwardParams params) {
   DYN_SMEM(smem);
   const unsigned base_smem = cvta_to_shared(smem);
-  const QRing q_ring{base_smem, base_smem + kBarriersOffset};
-  const KRing k_ring{base_smem + kKOffset, q_ring.barriers_smem + QRing::kBarrierBytes};
-  const VRing v_ring{base_smem + kVOffset, k_ring.barriers_smem + KRing::kBarrierBytes};
+  const QRing q_ring{{base_smem, base_smem + kBarriersOffset}};
+  const KRing k_ring{{base_smem + kKOffset, q_ring.barriers_smem + QRing::kBarrierBytes}};
+  const VRing v_ring{{base_smem + kVOffset, k_ring.barriers_smem + KRing::kBarrierBytes}};
   const unsigned o_empty = base_smem + kOEmptyOffset;
   TileSlot* const tile_slots = reinterpret_cast<TileSlot*>(smem + kTileSlotsOffset);  // (kQStages,)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cuflash import jit
+from cuflash import config_hopper_backward, jit
 from cuflash.config_hopper import (
     TILES,
     WARPGROUP_ROWS,
@@ -349,8 +349,12 @@ def test_wgmma_wrappers_are_those_in_use(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     import generate_wgmma
 
-    assert set(generate_wgmma.SMEM_SMEM) == {tile.block_n for tile in TILES}
-    assert set(generate_wgmma.REGISTER_SMEM) == {tile.head_dim_v for tile in TILES}
+    backward = config_hopper_backward.TILES
+    transposed = {tile.block_m for tile in backward}
+    dq = {tile.dq_columns for tile in backward}
+    assert set(generate_wgmma.SMEM_SMEM) == {tile.block_n for tile in TILES} | transposed | dq
+    gradients = {n for tile in backward for n in (tile.head_dim, tile.head_dim_v)}
+    assert set(generate_wgmma.REGISTER_SMEM) == {tile.head_dim_v for tile in TILES} | gradients
 
 
 def test_all_table_rows_are_reachable():

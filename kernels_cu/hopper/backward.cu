@@ -1,0 +1,414 @@
+// Backward attention for Hopper (FlashAttention-2, arXiv 2307.08691, Algorithm 2, with the means of FlashAttention-3,
+// arXiv 2407.08608): TMA, wgmma, warp specialisation; sm_90a.
+//
+//   P = exp(scale · Q Kᵀ − lse),  dP = dO Vᵀ,  dS = P ∘ (dP − delta),  delta = rowsum(dO ∘ O) − dlse
+//   dV = Pᵀ dO,  dK = scale · dSᵀ Q,  dQ = scale · dS K
+//
+// Before    fa2/backward_preprocess.cu: delta, lse in base 2, zeros in the dQ workspace. After:
+//           fa2/backward_postprocess.cu: dQ.
+// Grid      one dimension: a thread block per (128 keys, key/value head, batch), longest first. It visits the query
+//           blocks that see its keys, of every query head of the group, so dK and dV need no atomics.
+// Threads   two main warpgroups own 64 keys each: dV and dK stay in their registers, and since S and dP are computed
+//           transposed, so are P and dS, as operands of the products with dO and Q. Warpgroup 0 helps: one thread
+//           starts all TMA loads and, with kDqWarpgroup, its warps multiply dS K and add it to dQ. Without, the main
+//           warpgroups do that too, a half each. setmaxnreg gives the main warpgroups the registers they need.
+// Loop      of a main warpgroup, with kDqWarpgroup; P of the visit is ready when it starts:
+//             start dPᵀ = V dOᵀ;  start dV += Pᵀ dO;  wait for dP
+//             dS = P ∘ (dP − delta)                                   (under dV)
+//             wait for dV;  store dS for the dQ warpgroup
+//             start Sᵀ = K Qᵀ of the next visit;  start dK += dSᵀ Q;  wait for S
+//             P = 2^(S·scale_log2 − lse), masked                      (under dK)
+//             wait for dK;  release Q and dO
+//           and without, where S and dP are of the same visit:
+//             start Sᵀ = K Qᵀ;  start dPᵀ = V dOᵀ;  wait for S;  P    (under dP)
+//             wait for dP;  dS;  store dS;  start dV += Pᵀ dO;  both main warpgroups meet
+//             start dQ = dS K, a half;  start dK += dSᵀ Q;  wait for dV and dQ
+//             add dQ                                                  (under dK)
+//             wait for dK;  release Q and dO
+// Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
+//           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers
+//           The epilogue stages dK in K's place and dV in V's.
+// Registers dK and dV: kHeadDim/2 + kHeadDimV/2 a thread, S or dP: kBlockM/2 (both without kDqWarpgroup), P and dS
+//           kBlockM/4 each, dQ kDqColumns/2; docs/hopper-backward.md has ptxas's figures.
+// Barriers  (pipeline.cuh)   who arrives                            who waits
+//           k.full, v.full   loader, TMA's bytes                    whoever multiplies by it, once
+//           q.full, dout.full loader, TMA's bytes (lse, delta too)  main warps, before the first product with it
+//           q.empty          each main warp, after a visit          loader, before it loads Q, then dO
+//           ds.full          each main warp, when dS is stored      dQ warps, before the product        kDqWarpgroup
+//           ds.empty         each dQ warp, after the product        main warps, before they store; before dK is staged
+//           bar kDsStored    the main warpgroups, when dS is stored; when K is no longer read           otherwise
+//           bar kStaged + w  main warpgroup w, when dV or dK is staged
+// Masks     keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
+//           past the last. TMA reads rows outside the tensors as zeros; the host starts Q and dO at the first query
+//           that sees a key and ends K and V at the last key some query sees. Other keys get zeros.
+// Numerics  S, dP, dV, dK and dQ in float32; P and dS rounded to Element for the products, with kDqWarpgroup P also
+//           for dS.
+// Order     dK and dV are bit-stable. dQ is summed in float32 by atomics, in any order, or with kDeterministic in the
+//           order of n_block: each warp that adds has a turn for each query block (core/turn.cuh).
+// Configs   head dims up to 128 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
+//           (cuflash/config_hopper_backward.py).
+// Speed     docs/hopper-backward.md.
+// Sibling   fa2/backward.cu: P and dS pass between warps through shared memory, and dQ is everybody's work.
+#include "core/dq_workspace.cuh"
+#include "core/mask_transposed.cuh"
+#include "core/turn.cuh"
+#include "hopper/key_block.cuh"
+#include "hopper/pipeline.cuh"
+#include "hopper/products.cuh"
+#include "hopper/store_gradient.cuh"
+#include "hopper/tile.cuh"
+#include "hopper/transposed.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/fence.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/reduce.cuh"
+#include "ptx/setmaxnreg.cuh"
+#include "ptx/shared_memory.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
+
+using Element = Config::Element;
+constexpr int kBlockM = Config::kBlockM;
+constexpr int kBlockN = Config::kBlockN;
+constexpr int kHeadDim = Config::kHeadDim;
+constexpr int kHeadDimV = Config::kHeadDimV;
+constexpr int kStages = Config::kStages;
+constexpr int kDsStages = 2;
+constexpr bool kDqWarpgroup = Config::kDqWarpgroup;
+constexpr int kDqColumns = Config::kDqColumns;  // of one product dS K
+constexpr int kMainWarpgroups = 2;
+constexpr int kWarpgroupThreads = 4 * kWarpSize;
+constexpr int kThreads = (1 + kMainWarpgroups) * kWarpgroupThreads;
+constexpr int kNTiles = kBlockM / 8;
+constexpr int kDqParts = kBlockM / 64 * (kHeadDim / kDqColumns);  // products of 64 rows that make a block of dQ
+static_assert(kBlockN == 64 * kMainWarpgroups && kBlockM % 64 == 0, "whole wgmma tiles");
+static_assert(kHeadDim % kDqColumns == 0 && (kDqColumns % 64 == 0 || kDqColumns == kHeadDim), "parts are whole panels");
+static_assert(kDqWarpgroup || kDqParts == kMainWarpgroups, "a part of dQ for each main warpgroup");
+static_assert(kStages >= 2, "a visit's tiles land while another's are in use");
+
+using QTile = PanelTile<kBlockM, kHeadDim>;
+using DoutTile = PanelTile<kBlockM, kHeadDimV>;
+using KTile = PanelTile<kBlockN, kHeadDim>;
+using VTile = PanelTile<kBlockN, kHeadDimV>;
+using DsTile = PanelTile<kBlockM, kBlockN>;
+using QRing = Ring<kStages, QTile::kBytes>;
+using DoutRing = FilledRing<kStages, DoutTile::kBytes>;  // emptied with Q
+using DsRing = Ring<kDsStages, DsTile::kBytes>;
+using Workspace = DqWorkspace<kBlockM, kHeadDim, true>;
+
+constexpr int kVOffset = KTile::kBytes;  // K is at 0
+constexpr int kQOffset = kVOffset + VTile::kBytes;
+constexpr int kDoutOffset = kQOffset + kStages * QTile::kBytes;
+constexpr int kDsOffset = kDoutOffset + kStages * DoutTile::kBytes;
+constexpr int kFloatsBytes = kBlockM * 4;  // lse or delta of a query block
+constexpr int kLseOffset = kDsOffset + kDsStages * DsTile::kBytes;
+constexpr int kDeltaOffset = kLseOffset + kStages * kFloatsBytes;
+constexpr int kBarriersOffset = kDeltaOffset + kStages * kFloatsBytes;
+constexpr int kKFullOffset = kBarriersOffset + QRing::kBarrierBytes + DoutRing::kBarrierBytes + DsRing::kBarrierBytes;
+constexpr int kVFullOffset = kKFullOffset + 8;
+static_assert(kVFullOffset + 8 == Config::kSharedBytes, "the host's map is the same");
+
+enum Barrier { kDsStored = 1, kStaged };
+
+// acc = A Bᵀ: 64 keys of K or V, from a_smem on, and all queries of Q or dO. Started, not waited for.
+template <class ATile, class BTile, int kColumns>
+__device__ __forceinline__ void start_transposed(float (&acc)[kNTiles][4], unsigned a_smem, unsigned b_smem) {
+  wgmma_fence();
+#pragma unroll
+  for (int k16 = 0; k16 < kColumns / 16; ++k16) {
+    wgmma_k_major(Element{}, acc, ATile::k_major(a_smem, k16), BTile::k_major(b_smem, k16), k16 > 0);
+  }
+  wgmma_commit_group();
+}
+
+// acc += Pᵀ dO or dSᵀ Q: 64 keys. Started, not waited for.
+template <class Tile, int kDTiles>
+__device__ __forceinline__ void start_gradient(float (&acc)[kDTiles][4], const unsigned (&reg)[kNTiles / 2][4],
+                                               unsigned tile_smem) {
+  wgmma_fence();
+#pragma unroll
+  for (int k16 = 0; k16 < kBlockM / 16; ++k16) {
+    wgmma_n_major(Element{}, acc, reg[k16], Tile::n_major(tile_smem, k16));
+  }
+  wgmma_commit_group();
+}
+
+// One part of dQ = dS K: 64 queries and kDqColumns columns.
+struct DqPart {
+  int row, column;
+
+  static __device__ __forceinline__ DqPart at(int part) {
+    constexpr int kColumnParts = kHeadDim / kDqColumns;
+    return {part / kColumnParts * 64, part % kColumnParts * kDqColumns};
+  }
+
+  // Started, not waited for.
+  __device__ __forceinline__ void start(float (&acc)[kDqColumns / 8][4], unsigned ds_smem, unsigned k_smem) const {
+    const unsigned a_smem = ds_smem + row * kPanelRowBytes;
+    const unsigned b_smem = k_smem + column / kPanelColumns * KTile::kPanelBytes;
+    wgmma_fence();
+#pragma unroll
+    for (int k16 = 0; k16 < kBlockN / 16; ++k16) {
+      wgmma_k_n_major(Element{}, acc, DsTile::k_major(a_smem, k16), KTile::n_major(b_smem, k16), k16 > 0);
+    }
+    wgmma_commit_group();
+  }
+
+  // Adds a warp's 16 queries to a block of the workspace.
+  __device__ __forceinline__ void add(float* block, const float (&acc)[kDqColumns / 8][4], int warp, int lane) const {
+    float* const target = block + Workspace::index(row / 16 + warp, column / 8, lane, 0);
+#pragma unroll
+    for (int d = 0; d < kDqColumns / 8; ++d) red_add_v4_f32(target + Workspace::index(0, d, 0, 0), acc[d]);
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_q, seqlen_q, head_dim)
+                const __grid_constant__ CUtensorMap k_map,     // (batch, heads_kv, seqlen_k, head_dim)
+                const __grid_constant__ CUtensorMap v_map,     // (batch, heads_kv, seqlen_k, head_dim_v)
+                const __grid_constant__ CUtensorMap dout_map,  // (batch, heads_q, seqlen_q, head_dim_v)
+                const __grid_constant__ CUtensorMap dk_map,    // (batch, heads_kv, all keys, head_dim)
+                const __grid_constant__ CUtensorMap dv_map,    // (batch, heads_kv, all keys, head_dim_v)
+                const float* __restrict__ lse_log2,            // (batch, heads_q, m_blocks · kBlockM)
+                const float* __restrict__ delta,               // (batch, heads_q, m_blocks · kBlockM)
+                float* __restrict__ workspace,  // (batch, heads_q, m_blocks) blocks of dQ, core/dq_workspace.cuh
+                int* __restrict__ turns,        // (batch, heads_q, m_blocks, warps that add); null unless kDeterministic
+                const __grid_constant__ BackwardParams params) {
+  DYN_SMEM(smem);
+  const unsigned k_smem = cvta_to_shared(smem);
+  const unsigned v_smem = k_smem + kVOffset;
+  const QRing q_ring{{k_smem + kQOffset, k_smem + kBarriersOffset}};
+  const DoutRing dout_ring{k_smem + kDoutOffset, q_ring.barriers_smem + QRing::kBarrierBytes};
+  const DsRing ds_ring{{k_smem + kDsOffset, dout_ring.barriers_smem + DoutRing::kBarrierBytes}};
+  const unsigned k_full = k_smem + kKFullOffset, v_full = k_smem + kVFullOffset;
+
+  if (threadIdx.x == 0) {
+    q_ring.init(4 * kMainWarpgroups);
+    dout_ring.init();
+    ds_ring.init(4, 4 * kMainWarpgroups);
+    mbarrier_init(k_full, 1);
+    mbarrier_init(v_full, 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  const KeyBlock keys = key_block<kBlockM, kBlockN, Config::kCausal>(blockIdx.x, params);
+  const unsigned visits = keys.visits;
+  const int first_head = keys.head * params.group_size;
+  // Index of a query block in (batch, heads_q, m_blocks).
+  const auto block_index = [&](const QueryBlock& at) {
+    const long long heads_before = static_cast<long long>(keys.batch) * params.heads_kv * params.group_size;
+    return (heads_before + first_head + at.head) * params.m_blocks + at.m_block;
+  };
+  const int lane = Fragment::lane();
+  const int warp = threadIdx.x / kWarpSize % 4;
+  // The same in every lane, and known to be: descriptors made of it stay in uniform registers.
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0) - 1;
+
+  // Adds a part of a visit's dQ; `adder` numbers the warps that add to one query block.
+  constexpr int kAdders = kDqWarpgroup ? 4 : 4 * kMainWarpgroups;
+  const auto add_dq = [&](const DqPart& part, const float (&acc_dq)[kDqColumns / 8][4], const QueryBlock& at) {
+    part.add(workspace + block_index(at) * Workspace::kBlock, acc_dq, warp, lane);
+  };
+  const auto turn_of = [&](const QueryBlock& at, int adder) { return turns + block_index(at) * kAdders + adder; };
+
+  if (warpgroup < 0) {
+    setmaxnreg_dec<Config::kHelperRegisters>();
+    const bool loads = threadIdx.x == 0;
+    QueryBlock to_load = keys.first();
+    const auto load_q = [&](unsigned use) {
+      q_ring.wait_empty(use);
+      mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes + kFloatsBytes);
+      QTile::load(q_ring.slot(use), &q_map, q_ring.full(use), to_load.m_block * kBlockM, first_head + to_load.head,
+                  keys.batch);
+      cp_async_bulk_load(k_smem + kLseOffset + use % kStages * kFloatsBytes, lse_log2 + block_index(to_load) * kBlockM,
+                         kFloatsBytes, q_ring.full(use));
+    };
+    const auto load_dout = [&](unsigned use) {  // after load_q of the same use
+      mbarrier_arrive_expect_tx(dout_ring.full(use), DoutTile::kBytes + kFloatsBytes);
+      DoutTile::load(dout_ring.slot(use), &dout_map, dout_ring.full(use), to_load.m_block * kBlockM,
+                     first_head + to_load.head, keys.batch);
+      cp_async_bulk_load(k_smem + kDeltaOffset + use % kStages * kFloatsBytes, delta + block_index(to_load) * kBlockM,
+                         kFloatsBytes, dout_ring.full(use));
+    };
+    unsigned loaded = 0;
+    const auto load_visits_before = [&](unsigned end) {
+      for (; loaded < min(end, visits); ++loaded) {
+        load_q(loaded);
+        load_dout(loaded);
+        keys.advance(to_load);
+      }
+    };
+    if (loads && visits > 0) {  // what is needed first comes first
+      mbarrier_arrive_expect_tx(k_full, KTile::kBytes);
+      KTile::load(k_smem, &k_map, k_full, keys.first_key, keys.head, keys.batch);
+      load_q(0);
+      mbarrier_arrive_expect_tx(v_full, VTile::kBytes);
+      VTile::load(v_smem, &v_map, v_full, keys.first_key, keys.head, keys.batch);
+      load_dout(0);
+      keys.advance(to_load);
+      loaded = 1;
+    }
+    if constexpr (!kDqWarpgroup) {
+      if (loads) load_visits_before(visits);
+      return;
+    }
+    QueryBlock at = keys.first();
+    for (unsigned visit = 0; visit < visits; ++visit) {
+      // The last slot to fill is that of the visit before, which is released without this warpgroup's help.
+      if (loads) load_visits_before(visit + kStages);
+      __syncwarp();
+      ds_ring.wait_full(visit);  // and K has landed, as its storers know
+#pragma unroll
+      for (int i = 0; i < kDqParts; ++i) {
+        const DqPart part = DqPart::at(i);
+        float acc_dq[kDqColumns / 8][4];
+        part.start(acc_dq, ds_ring.slot(visit), k_smem);
+        wgmma_wait_group<0>();
+        pin_registers(acc_dq);
+        if (i == kDqParts - 1 && lane == 0) mbarrier_arrive(ds_ring.empty(visit));
+        if (Config::kDeterministic && i == 0) wait_for_turn(turn_of(at, warp), keys.n_block);
+        add_dq(part, acc_dq, at);
+      }
+      if constexpr (Config::kDeterministic) pass_turn(turn_of(at, warp));
+      keys.advance(at);
+    }
+    return;
+  }
+
+  setmaxnreg_inc<Config::kMainRegisters>();
+  const int warp_row = warpgroup * 64 + warp * 16;  // the warp's first key of the block
+  const unsigned my_k_smem = k_smem + warpgroup * 64 * kPanelRowBytes;
+  const unsigned my_v_smem = v_smem + warpgroup * 64 * kPanelRowBytes;
+  float acc_dk[kHeadDim / 8][4] = {};
+  float acc_dv[kHeadDimV / 8][4] = {};
+  unsigned p_reg[kNTiles / 2][4], ds_reg[kNTiles / 2][4];
+  QueryBlock at = keys.first();
+
+  const auto start_s = [&](float (&acc_s)[kNTiles][4], unsigned visit) {
+    start_transposed<KTile, QTile, kHeadDim>(acc_s, my_k_smem, q_ring.slot(visit));
+  };
+  const auto start_dp = [&](float (&acc_dp)[kNTiles][4], unsigned visit) {
+    start_transposed<VTile, DoutTile, kHeadDimV>(acc_dp, my_v_smem, dout_ring.slot(visit));
+  };
+  // From the scores of a visit to its P.
+  const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned visit, int m_block) {
+    exponentiate(acc_s[0], params.scale_log2, lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes));
+    const int query = m_block * kBlockM, last_key = keys.first_key + warpgroup * 64 + 63;
+    if (last_key >= params.seqlen_k || (Config::kCausal && last_key > query + params.causal_offset)) {
+      zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp_row, query, params.seqlen_k, params.causal_offset);
+    }
+  };
+  const auto delta_of = [&](unsigned visit) {
+    return lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes);
+  };
+  // One lane, when all have stored dS or read lse and delta.
+  const auto arrive = [&](unsigned barrier) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(barrier);
+  };
+
+  if constexpr (kDqWarpgroup) {
+    if (visits > 0) {
+      float acc_s[1][kNTiles][4];
+      mbarrier_wait(k_full, 0);
+      q_ring.wait_full(0);
+      start_s(acc_s[0], 0);
+      wgmma_wait_group<0>();
+      pin_registers(acc_s[0]);
+      probabilities(acc_s, 0, at.m_block);
+      round_operand<Element>(p_reg, acc_s[0]);
+      mbarrier_wait(v_full, 0);
+    }
+    for (unsigned visit = 0; visit < visits; ++visit) {
+      {
+        float acc_dp[kNTiles][4];
+        dout_ring.wait_full(visit);
+        start_dp(acc_dp, visit);
+        start_gradient<DoutTile>(acc_dv, p_reg, dout_ring.slot(visit));
+        wgmma_wait_group<1>();
+        pin_registers(acc_dp);
+        differentiate<Element>(acc_dp, p_reg, delta_of(visit));
+        wgmma_wait_group<0>();
+        pin_registers(acc_dp);
+        pin_registers(p_reg);  // and only now may P and dS change: they are, or were, operands
+        round_operand<Element>(ds_reg, acc_dp);
+      }
+      ds_ring.wait_empty(visit);
+      store_transposed<DsTile>(ds_ring.slot(visit), ds_reg, warp_row);
+      fence_proxy_async_shared();
+      arrive(ds_ring.full(visit));
+
+      // Beside dK comes the next S. After the last visit its own once more, which is dropped: a second way through
+      // this code would make ptxas treat the loop as divergent.
+      const unsigned next = min(visit + 1, visits - 1);
+      keys.advance(at);
+      float acc_s[1][kNTiles][4];
+      q_ring.wait_full(next);
+      start_s(acc_s[0], next);
+      start_gradient<QTile>(acc_dk, ds_reg, q_ring.slot(visit));
+      wgmma_wait_group<1>();
+      pin_registers(acc_s[0]);
+      probabilities(acc_s, next, at.m_block);
+      wgmma_wait_group<0>();
+      pin_registers(acc_s[0]);
+      pin_registers(ds_reg);
+      arrive(q_ring.empty(visit));
+      round_operand<Element>(p_reg, acc_s[0]);
+    }
+  } else {
+    const DqPart part = DqPart::at(warpgroup);
+    const int adder = 4 * warpgroup + warp;
+    if (visits > 0) {
+      mbarrier_wait(k_full, 0);
+      mbarrier_wait(v_full, 0);
+    }
+    for (unsigned visit = 0; visit < visits; ++visit) {
+      {
+        float acc_s[1][kNTiles][4], acc_dp[kNTiles][4];
+        q_ring.wait_full(visit);
+        start_s(acc_s[0], visit);
+        dout_ring.wait_full(visit);
+        start_dp(acc_dp, visit);
+        wgmma_wait_group<1>();
+        pin_registers(acc_s[0]);
+        probabilities(acc_s, visit, at.m_block);
+        wgmma_wait_group<0>();
+        pin_registers(acc_dp);
+        pin_registers(acc_s[0]);
+        round_operand<Element>(p_reg, acc_s[0]);
+        differentiate(acc_dp, acc_s[0], delta_of(visit));
+        round_operand<Element>(ds_reg, acc_dp);
+      }
+      // Two slots and one meeting a visit: who stores here has met those who read this slot last.
+      store_transposed<DsTile>(ds_ring.slot(visit), ds_reg, warp_row);
+      start_gradient<DoutTile>(acc_dv, p_reg, dout_ring.slot(visit));
+      fence_proxy_async_shared();
+      bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);
+      float acc_dq[kDqColumns / 8][4];
+      part.start(acc_dq, ds_ring.slot(visit), k_smem);
+      start_gradient<QTile>(acc_dk, ds_reg, q_ring.slot(visit));
+      wgmma_wait_group<1>();
+      pin_registers(acc_dq);
+      if constexpr (Config::kDeterministic) wait_for_turn(turn_of(at, adder), keys.n_block);
+      add_dq(part, acc_dq, at);
+      if constexpr (Config::kDeterministic) pass_turn(turn_of(at, adder));
+      wgmma_wait_group<0>();
+      pin_registers(p_reg);
+      pin_registers(ds_reg);
+      arrive(q_ring.empty(visit));
+      keys.advance(at);
+    }
+  }
+  pin_registers(acc_dv);
+  pin_registers(acc_dk);
+
+  // Epilogue: dV into this warpgroup's rows of V; dK into those of K, once nobody multiplies by K any more.
+  store_gradient<Element, VTile>(acc_dv, 1.0f, v_smem, warpgroup, kStaged + warpgroup, &dv_map, keys.first_key,
+                                 keys.head, keys.batch);
+  if constexpr (kDqWarpgroup) ds_ring.wait_empty(visits + kDsStages - 1);
+  else bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);
+  store_gradient<Element, KTile>(acc_dk, params.scale, k_smem, warpgroup, kStaged + warpgroup, &dk_map, keys.first_key,
+                                 keys.head, keys.batch);
+  if (threadIdx.x % kWarpgroupThreads == 0) cp_async_bulk_wait_group_read<0>();  // shared memory outlives its reader
+}

@@ -1,0 +1,155 @@
+"""Bugs planted in the Hopper backward kernel, each noticed by the check that is there for it."""
+# ruff: noqa: E501 - a mutation is easiest to compare with its source unwrapped
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numerics import assert_within_contract
+
+import cuflash
+from cuflash import reference
+from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
+
+BACKWARD = "hopper/backward.cu"
+KEY_BLOCK = "hopper/key_block.cuh"
+STORE = "hopper/store_gradient.cuh"
+TRANSPOSED = "hopper/transposed.cuh"
+
+# A warpgroup of its own for dQ; several rounds of the rings.
+OWN = Call(seqlens=(330, 150), heads=(2, 1), head_dims=(128, 128))
+# dQ by the main warpgroups.
+SHARED = Call(seqlens=(530, 150), heads=(2, 1))
+GROUPED = Call(batch=2, seqlens=(150, 200), heads=(4, 2))
+# lse so low that the exponentials of the zeros after the only key overflow.
+ONE_KEY = Call(seqlens=(70, 1), heads=(1, 1), head_dims=(128, 128), causal=False, scale=3.0)
+OFFSET = Call(seqlens=(200, 300), heads=(1, 1))  # the diagonal crosses the second half of a key block alone
+
+BUGS = [
+    Bug("barriers not fenced after their initialisation", BACKWARD,
+        "    fence_mbarrier_init();\n", "", "proxy", OWN),
+    Bug("no barrier after the barriers' initialisation", BACKWARD,
+        "    fence_mbarrier_init();\n  }\n  __syncthreads();", "    fence_mbarrier_init();\n  }", "race", OWN),
+    Bug("the bytes of lse not expected", BACKWARD,
+        "mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes + kFloatsBytes);",
+        "mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes);", "barrier", OWN),
+    Bug("16 bytes of K too many expected", BACKWARD,
+        "mbarrier_arrive_expect_tx(k_full, KTile::kBytes);", "mbarrier_arrive_expect_tx(k_full, KTile::kBytes + 16);",
+        "deadlock", SHARED),
+    Bug("Q loaded into a slot that is in use", BACKWARD,
+        "      q_ring.wait_empty(use);\n", "", "race", OWN),
+    Bug("lse of the slot before", BACKWARD,
+        "lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes)",
+        "lane_pairs(smem + kLseOffset + (visit + kStages - 1) % kStages * kFloatsBytes)", WRONG_RESULT, SHARED),
+    Bug("delta of another block", BACKWARD,
+        "delta + block_index(to_load) * kBlockM", "delta + block_index(keys.first()) * kBlockM", WRONG_RESULT, OWN),
+    Bug("a slot of Q counted as empty when one warpgroup is done", BACKWARD,
+        "q_ring.init(4 * kMainWarpgroups);", "q_ring.init(4);", "deadlock", OWN),
+    Bug("Q released before dK has read it, with a dQ warpgroup", BACKWARD,
+        "      wgmma_wait_group<0>();\n      pin_registers(acc_s[0]);\n      pin_registers(ds_reg);\n      arrive(q_ring.empty(visit));",
+        "      arrive(q_ring.empty(visit));\n      wgmma_wait_group<0>();\n      pin_registers(acc_s[0]);\n      pin_registers(ds_reg);", "race", OWN),
+    Bug("a slot of dS counted as full before the last warp", BACKWARD,
+        "ds_ring.init(4, 4 * kMainWarpgroups);", "ds_ring.init(4, 4 * kMainWarpgroups - 1);", "race", OWN),
+    Bug("no wait for dS", BACKWARD,
+        "      ds_ring.wait_full(visit);  // and", "      // and", "deadlock", OWN),
+    Bug("dS released before the product that reads it is over", BACKWARD,
+        "        wgmma_wait_group<0>();\n        pin_registers(acc_dq);\n        if (i == kDqParts - 1 && lane == 0) mbarrier_arrive(ds_ring.empty(visit));",
+        "        if (i == kDqParts - 1 && lane == 0) mbarrier_arrive(ds_ring.empty(visit));\n        wgmma_wait_group<0>();\n        pin_registers(acc_dq);",
+        "race", OWN),
+    Bug("dS released after the first of two products", BACKWARD,
+        "if (i == kDqParts - 1 && lane == 0)", "if (i == 0 && lane == 0)", "race", OWN),
+    Bug("dS stored over one that is read", BACKWARD,
+        "      ds_ring.wait_empty(visit);\n", "", "race", OWN),
+    Bug("dS stored without fence.proxy.async for the dQ warpgroup", BACKWARD,
+        "      fence_proxy_async_shared();\n      arrive(ds_ring.full(visit));", "      arrive(ds_ring.full(visit));", "proxy", OWN),
+    Bug("dS stored without fence.proxy.async", BACKWARD,
+        "      fence_proxy_async_shared();\n      bar_sync(kDsStored", "      bar_sync(kDsStored", "proxy", SHARED),
+    Bug("one lane tells of dS before the others have stored it", BACKWARD,
+        "    __syncwarp();\n    if (lane == 0) mbarrier_arrive(barrier);", "    if (lane == 0) mbarrier_arrive(barrier);", "race", OWN),
+    Bug("the main warpgroups do not meet before dQ", BACKWARD,
+        "      bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);\n      float acc_dq", "      float acc_dq", "race", SHARED),
+    Bug("no wait for Q", BACKWARD,
+        "      q_ring.wait_full(next);\n", "", "race", OWN),
+    Bug("no wait for Q, dQ by the main warpgroups", BACKWARD,
+        "        q_ring.wait_full(visit);\n", "", "race", SHARED),
+    Bug("no wait for dO", BACKWARD,
+        "        float acc_dp[kNTiles][4];\n        dout_ring.wait_full(visit);", "        float acc_dp[kNTiles][4];", "race", OWN),
+    Bug("no wait for V", BACKWARD,
+        "      round_operand<Element>(p_reg, acc_s[0]);\n      mbarrier_wait(v_full, 0);", "      round_operand<Element>(p_reg, acc_s[0]);", "race", OWN),
+    Bug("Q released before dK has read it", BACKWARD,
+        "      wgmma_wait_group<0>();\n      pin_registers(p_reg);\n      pin_registers(ds_reg);\n      arrive(q_ring.empty(visit));",
+        "      arrive(q_ring.empty(visit));\n      wgmma_wait_group<0>();\n      pin_registers(p_reg);\n      pin_registers(ds_reg);",
+        "race", SHARED),
+    Bug("dP used before the wait", BACKWARD,
+        "        wgmma_wait_group<1>();\n        pin_registers(acc_dp);", "        pin_registers(acc_dp);", WRONG_RESULT, OWN),
+    Bug("dQ added before the wait", BACKWARD,
+        "      wgmma_wait_group<1>();\n      pin_registers(acc_dq);", "      pin_registers(acc_dq);", WRONG_RESULT, SHARED),
+    Bug("dS overwritten while it is an operand", BACKWARD,
+        "      probabilities(acc_s, next, at.m_block);\n", "      probabilities(acc_s, next, at.m_block);\n      round_operand<Element>(ds_reg, acc_s[0]);\n", "in flight", OWN),
+    Bug("P overwritten while it is an operand", BACKWARD,
+        "        differentiate<Element>(acc_dp, p_reg, delta_of(visit));\n",
+        "        differentiate<Element>(acc_dp, p_reg, delta_of(visit));\n        round_operand<Element>(p_reg, acc_dp);\n", "in flight", OWN),
+    Bug("dK staged over K that dQ still needs", BACKWARD,
+        "if constexpr (kDqWarpgroup) ds_ring.wait_empty(visits + kDsStages - 1);", "if constexpr (kDqWarpgroup) {}", "race", OWN),
+    Bug("dK staged over K that the other main warpgroup still needs", BACKWARD,
+        "  else bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);\n", "", "race", SHARED),
+    Bug("a gradient staged without fence.proxy.async", STORE,
+        "  fence_proxy_async_shared();\n", "", "proxy", SHARED),
+    Bug("a gradient stored before all warps have staged it", STORE,
+        "  bar_sync(barrier, kThreads);\n", "", "race", SHARED),
+    Bug("the block ends while TMA reads its shared memory", BACKWARD,
+        "cp_async_bulk_wait_group_read<0>();  // shared", "{}  // shared", "in flight", SHARED),
+    Bug("a gradient staged in another place than it is stored from", STORE,
+        "tile_smem + panel * Tile::kPanelBytes + warpgroup * 64 * kPanelRowBytes", "tile_smem + panel * Tile::kPanelBytes", WRONG_RESULT, OWN),
+    Bug("dS stored untransposed", TRANSPOSED,
+        "stmatrix_x4_trans(", "stmatrix_x4(", WRONG_RESULT, OWN),
+    Bug("dS stored with its halves of keys and queries exchanged", TRANSPOSED,
+        "Tile::offset(lane % 8 + lane / 16 * 8, key / 8 + lane / 8 % 2)", "Tile::offset(lane % 8 + lane / 8 % 2 * 8, key / 8 + lane / 16)", WRONG_RESULT, SHARED),
+    Bug("both halves of dQ's columns from the same of K", BACKWARD,
+        "k_smem + column / kPanelColumns * KTile::kPanelBytes", "k_smem", WRONG_RESULT, OWN),
+    Bug("both halves of dQ's rows from the same of dS", BACKWARD,
+        "ds_smem + row * kPanelRowBytes", "ds_smem", WRONG_RESULT, SHARED),
+    Bug("P not masked after the last key", BACKWARD,
+        "if (last_key >= params.seqlen_k || (", "if ((", WRONG_RESULT, ONE_KEY),
+    Bug("P not masked on the diagonal", BACKWARD,
+        "(Config::kCausal && last_key > query + params.causal_offset)", "false", WRONG_RESULT, SHARED),
+    Bug("the mask of the visit before", BACKWARD,
+        "      probabilities(acc_s, next, at.m_block);", "      probabilities(acc_s, next, at.m_block - 1);", WRONG_RESULT, OWN),
+    Bug("the last key of the block taken for the warpgroup's", BACKWARD,
+        "last_key = keys.first_key + warpgroup * 64 + 63;", "last_key = keys.first_key + 63;", WRONG_RESULT, OFFSET),
+    Bug("dK without the scale", BACKWARD,
+        "(acc_dk, params.scale,", "(acc_dk, 1.0f,", WRONG_RESULT, OWN),
+    Bug("dS without delta", TRANSPOSED,
+        "p.lo * (pair[i % 2 * 2] - of_query.lo)", "p.lo * pair[i % 2 * 2]", WRONG_RESULT, OWN),
+    Bug("dS without delta, from P in float32", TRANSPOSED,
+        "(dp[n][i] - (i % 2 == 0 ? of_query.lo : of_query.hi))", "dp[n][i]", WRONG_RESULT, SHARED),
+    Bug("the first query block that sees the keys left out", KEY_BLOCK,
+        "max(0, block.first_key - params.causal_offset) / kBlockM : 0", "max(0, block.first_key - params.causal_offset) / kBlockM + 1 : 0", WRONG_RESULT, SHARED),
+    Bug("only the first query head of a group", KEY_BLOCK,
+        "of_each_head * params.group_size;", "of_each_head;", WRONG_RESULT, GROUPED),
+    Bug("the query heads of another group", BACKWARD,
+        "const int first_head = keys.head * params.group_size;", "const int first_head = keys.head;", WRONG_RESULT, GROUPED),
+]  # fmt: skip
+
+
+def check_backward(session, problem, inputs, causal):
+    q, k, v, dout, dlse = (session.cp.asarray(x) for x in inputs)
+    options = {"causal": causal, "scale": problem.scale}
+    out, lse = cuflash.attention(q, k, v, return_lse=True, algorithm="fa2", **options)
+    gradients = cuflash.attention_backward(dout, q, k, v, out, lse, dlse=dlse, algorithm="hopper", **options)
+    oracle = {"causal_offset": problem.causal_offset, "scale": problem.scale, "dlse": inputs.dlse}
+    expected = reference.attention_backward(inputs.dout, *inputs[:3], **oracle)
+    standard = reference.standard_attention_backward(inputs.dout, *inputs[:3], **oracle)
+    for name, actual, want, allowed in zip(("dq", "dk", "dv"), gradients, expected, standard, strict=True):
+        assert_within_contract(np.asarray(actual.get()), want, allowed, name)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_planted_bug_is_noticed_by_its_check(needs_emulator, bug):
+    noticed = what_notices(bug.edits(), bug.call, check_backward)
+    assert bug.check in noticed, noticed
+
+
+@pytest.mark.parametrize("call", sorted({bug.call for bug in BUGS}, key=repr), ids=repr)
+def test_nothing_is_noticed_without_a_bug(needs_emulator, call):
+    assert what_notices({}, call, check_backward) == {}
