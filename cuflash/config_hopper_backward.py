@@ -112,7 +112,7 @@ class Tile(NamedTuple):
 TILES = (
     Tile(64, 64, 128, 2, dq_warpgroup=False, dq_columns=64, helper_registers=40, main_registers=232),
     Tile(96, 96, 64, 3, dq_warpgroup=True, dq_columns=96, helper_registers=88, main_registers=208),
-    Tile(128, 128, 64, 3, dq_warpgroup=True, dq_columns=64, helper_registers=88, main_registers=208),
+    Tile(128, 128, 64, 3, dq_warpgroup=True, dq_columns=64, helper_registers=72, main_registers=216),
 )
 
 # Whether "auto" takes these kernels where they can compute a backward. Not before they have run on a GPU.

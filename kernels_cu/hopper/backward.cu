@@ -291,12 +291,18 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   const auto start_dp = [&](float (&acc_dp)[kNTiles][4], unsigned visit) {
     start_transposed<VTile, DoutTile, kHeadDimV>(acc_dp, my_v_smem, dout_ring.slot(visit));
   };
+  // Whether one of the block's queries does not see one of this warpgroup's keys. A visit with a mask has code of its
+  // own: a branch around the mask would keep ptxas from moving exponentials past the next wait.
+  const auto is_masked = [&](const QueryBlock& at) {
+    const int last_key = keys.first_key + warpgroup * 64 + 63;
+    return last_key >= params.seqlen_k || (Config::kCausal && last_key > at.m_block * kBlockM + params.causal_offset);
+  };
   // From the scores of a visit to its P.
-  const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned visit, int m_block) {
+  const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned visit, auto masked) {
     exponentiate(acc_s[0], params.scale_log2, lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes));
-    const int query = m_block * kBlockM, last_key = keys.first_key + warpgroup * 64 + 63;
-    if (last_key >= params.seqlen_k || (Config::kCausal && last_key > query + params.causal_offset)) {
-      zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp_row, query, params.seqlen_k, params.causal_offset);
+    if constexpr (decltype(masked)::value) {
+      zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp_row, at.m_block * kBlockM, params.seqlen_k,
+                                   params.causal_offset);
     }
   };
   const auto delta_of = [&](unsigned visit) {
@@ -316,11 +322,11 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       start_s(acc_s[0], 0);
       wgmma_wait_group<0>();
       pin_registers(acc_s[0]);
-      probabilities(acc_s, 0, at.m_block);
+      probabilities(acc_s, 0, Constant<true>{});
       round_operand<Element>(p_reg, acc_s[0]);
       mbarrier_wait(v_full, 0);
     }
-    for (unsigned visit = 0; visit < visits; ++visit) {
+    const auto finish_visit = [&](unsigned visit, auto next_masked) {  // `at` is the next
       {
         float acc_dp[kNTiles][4];
         dout_ring.wait_full(visit);
@@ -342,19 +348,23 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       // Beside dK comes the next S. After the last visit its own once more, which is dropped: a second way through
       // this code would make ptxas treat the loop as divergent.
       const unsigned next = min(visit + 1, visits - 1);
-      keys.advance(at);
       float acc_s[1][kNTiles][4];
       q_ring.wait_full(next);
       start_s(acc_s[0], next);
       start_gradient<QTile>(acc_dk, ds_reg, q_ring.slot(visit));
       wgmma_wait_group<1>();
       pin_registers(acc_s[0]);
-      probabilities(acc_s, next, at.m_block);
+      probabilities(acc_s, next, next_masked);
       wgmma_wait_group<0>();
       pin_registers(acc_s[0]);
       pin_registers(ds_reg);
       arrive(q_ring.empty(visit));
       round_operand<Element>(p_reg, acc_s[0]);
+    };
+    for (unsigned visit = 0; visit < visits; ++visit) {
+      keys.advance(at);
+      if (is_masked(at)) finish_visit(visit, Constant<true>{});
+      else finish_visit(visit, Constant<false>{});
     }
   } else {
     const DqPart part = DqPart::at(warpgroup);
@@ -363,7 +373,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       mbarrier_wait(k_full, 0);
       mbarrier_wait(v_full, 0);
     }
-    for (unsigned visit = 0; visit < visits; ++visit) {
+    const auto do_visit = [&](unsigned visit, auto masked) {
       {
         float acc_s[1][kNTiles][4], acc_dp[kNTiles][4];
         q_ring.wait_full(visit);
@@ -372,7 +382,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
         start_dp(acc_dp, visit);
         wgmma_wait_group<1>();
         pin_registers(acc_s[0]);
-        probabilities(acc_s, visit, at.m_block);
+        probabilities(acc_s, visit, masked);
         wgmma_wait_group<0>();
         pin_registers(acc_dp);
         pin_registers(acc_s[0]);
@@ -397,6 +407,10 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       pin_registers(p_reg);
       pin_registers(ds_reg);
       arrive(q_ring.empty(visit));
+    };
+    for (unsigned visit = 0; visit < visits; ++visit) {
+      if (is_masked(at)) do_visit(visit, Constant<true>{});
+      else do_visit(visit, Constant<false>{});
       keys.advance(at);
     }
   }
