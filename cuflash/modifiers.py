@@ -1,0 +1,120 @@
+"""What changes the scores or the probabilities of an attention call, beyond ``scale`` and ``causal``.
+
+Scalars are checked here and become part of a call's options; arrays, the operands, are passed on by name.
+docs/modifiers.md says what each of them means and in what order they apply.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+Window = tuple[int | None, int | None]
+
+# Operands, and how many axes each has when its batch axis, always the first, is there.
+OPERAND_AXES = {
+    "alibi_slopes": 2,
+    "bias": 4,
+    "mask": 4,
+    "key_padding": 1,
+    "query_padding": 1,
+    "sinks": 2,
+}
+OPERANDS = tuple(OPERAND_AXES)
+DIFFERENTIABLE = ("bias", "sinks")
+
+NO_DROPOUT = (
+    0.0  # the default of dropout_p: the very object, so that a call without any is recognised at once
+)
+_SEED_BITS = 64
+
+
+class Modifiers(NamedTuple):
+    """The modifiers that are no arrays, checked: equal ones mean the same, whatever was given."""
+
+    window: Window = (None, None)
+    softcap: float | None = None
+    dropout_p: float = NO_DROPOUT
+
+
+NO_MODIFIERS = Modifiers()
+NO_OPERANDS: Mapping[str, Any] = {}
+
+
+def collect(
+    *, window: Any, softcap: Any, dropout_p: Any, seed: Any, **operands: Any
+) -> tuple[Modifiers, dict[str, Any]]:
+    """The scalars, checked, and the operands that are not None; among these "seed", where there is dropout.
+
+    A ``seed`` that is a number becomes an int; any other is taken for an array.
+    """
+    modifiers = Modifiers(_window(window), _softcap(softcap), _dropout_p(dropout_p))
+    given = {name: x for name, x in operands.items() if x is not None}
+    seed = _seed(seed)
+    if modifiers.dropout_p and seed is not None:
+        given["seed"] = seed
+    return modifiers, given
+
+
+def arrays_of(operands: Mapping[str, Any]) -> dict[str, Any]:
+    """The operands that are arrays: all but a seed that is an int."""
+    return {name: x for name, x in operands.items() if not isinstance(x, int)}
+
+
+def differentiable(operands: Mapping[str, Any]) -> tuple[str, ...]:
+    """The operands that ``attention_backward`` returns gradients of, in its order."""
+    return tuple(name for name in DIFFERENTIABLE if name in operands)
+
+
+def _window(window: Any) -> Window:
+    if window is None:
+        return (None, None)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be None or a pair (left, right), got {window!r}")
+    for side, size in zip(("left", "right"), window, strict=True):
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+            raise TypeError(f"window must hold integers or None, got {size!r} for its {side} side")
+        if size < 0:
+            raise ValueError(
+                f"window must not be negative, got {size} for its {side} side; None is unbounded"
+            )
+    left, right = (None if size is None else int(size) for size in window)
+    return left, right
+
+
+def _softcap(softcap: Any) -> float | None:
+    if softcap is None:
+        return None
+    value = _number("softcap", softcap, "a Python number or None")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"softcap must be positive and finite, or None for no cap, got {softcap!r}")
+    return value
+
+
+def _dropout_p(dropout_p: Any) -> float:
+    value = _number("dropout_p", dropout_p, "a Python number")
+    if not 0 <= value < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+    return value
+
+
+def _number(name: str, value: Any, wanted: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # a GPU scalar would need a sync
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    return float(value)
+
+
+def _seed(seed: Any) -> Any:
+    if isinstance(seed, bool):
+        raise TypeError(f"seed must be an integer or an integer array, got {seed!r}")
+    if isinstance(seed, numbers.Real):
+        if not isinstance(seed, numbers.Integral):
+            raise TypeError(f"seed must be an integer or an integer array, got {seed!r}")
+        if not 0 <= seed < 1 << _SEED_BITS:
+            raise ValueError(f"seed must be in [0, 2**{_SEED_BITS}), got {seed}")
+        return int(seed)
+    return seed
