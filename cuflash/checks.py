@@ -67,7 +67,7 @@ def check_call(native: Native, arrays: dict[str, Any], options: Options) -> Requ
 
 
 def check_arrays(native: Native, arrays: Mapping[str, Any]) -> dict[str, ArrayInfo]:
-    """The facts of ``arrays``, all of the library ``native``, on q's device and, but for a few, of its dtype."""
+    """The facts of ``arrays``, all of the library ``native``, on q's device and, most of them, of its dtype."""
     for name, x in arrays.items():
         native.check(x, name)
     infos = {name: native.info(x) for name, x in arrays.items()}
@@ -131,6 +131,6 @@ def _check_out(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> No
 def check_no_alias(footprints: dict[str, Footprint], pointers: dict[str, int]) -> None:
     """Refuse an ``out`` that shares memory with an input: some rows are written while others still read."""
     out = footprints["out"]
-    for name in footprints:
+    for name in pointers:
         if name != "out" and out.overlaps(pointers["out"], footprints[name], pointers[name]):
             raise ValueError(f"out shares memory with {name}; it must not overlap q, k or v")

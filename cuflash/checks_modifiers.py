@@ -1,4 +1,4 @@
-"""What must hold of the array operands of modifiers. Errors name the argument, what it got and what it wants."""
+"""What must hold of the operands of modifiers. Errors name the argument, what it got and what it wants."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def forward(
     """Return softmax(scale · q kᵀ + mask) v and the log-sum-exp of every row (FlashAttention-2, Algorithm 1).
 
     q (B, Sq, Hq, D), k (B, Sk, Hkv, D) and v (B, Sk, Hkv, Dv), of any strides, are only read, and must be as
-    ``problem`` says: nothing is validated here. ``operands`` are the arrays of its modifiers by argument name.
+    ``problem`` says: nothing is validated here. ``operands`` are its modifiers' arrays by argument name.
     Returns out (B, Sq, Hq, Dv) in q's dtype, and lse (B, Hq, Sq) in natural log, float32 (float64 for float64
     inputs). A row that sees no key gets out 0 and lse −inf, or the sink where there is one. Given ``out``, an
     array of any strides that overlaps no input, writes the output there and returns it.

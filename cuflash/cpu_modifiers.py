@@ -1,9 +1,9 @@
 """What the modifiers of a call do to the tiles of the CPU path; docs/modifiers.md defines each of them.
 
 A ``Group`` is one batch element and one key/value head with its query heads, whose rows are packed as
-``cuflash.cpu`` says: ``row = query · group_size + head_in_group``. Operands are indexed head by head: the rows
-of one head are every ``group_size``-th of a tile and their queries follow each other, so that tiles of bias,
-mask and dropout are slices.
+``cuflash.cpu`` says: ``row = query · group_size + head_in_group``. Operands are indexed head by head: the
+rows of one head are every ``group_size``-th of a tile and their queries follow each other, so that tiles of
+bias, mask and dropout are slices.
 
 Masks. What hides a key are the causal mask, the window, ``mask`` and the paddings: the score becomes −inf
 whatever it was, so NaN in K or in bias does not pass. In a tile, keys hidden from every row are read as
@@ -109,7 +109,7 @@ class Group(NamedTuple):
         return np.multiply(factor, 1 / (1 - p), out=factor)
 
     def add_dbias(self, dbias: Array, ds: Array, rows: slice, keys: slice) -> None:
-        """Add a tile of dS to the gradient of the bias, (1 or B, 1 or Hq, 1 or Sq, Sk), summed where it is 1."""
+        """Add a tile of dS to the gradient of a bias (1 or B, 1 or Hq, 1 or Sq, Sk), summed where it is 1."""
         for head, part, queries in self.heads_of(rows):
             target = dbias[self.batch % dbias.shape[0], (self.heads.start + head) % dbias.shape[1]]
             if target.shape[0] == 1:
@@ -118,7 +118,7 @@ class Group(NamedTuple):
                 target[queries, keys] += ds[part]
 
     def row_sinks(self, rows: slice) -> Array:
-        """The sink of each row, (rows, 1); −inf, which adds nothing to the denominator, where there is none."""
+        """The sink of each row, (rows, 1); −inf, which adds nothing to the denominator, if it has none."""
         if self.sinks is None:
             return np.full((rows.stop - rows.start, 1), -np.inf)
         return self.sinks[np.arange(rows.start, rows.stop) % self.group_size][:, None]
@@ -139,7 +139,7 @@ class Group(NamedTuple):
 
 
 def groups(problem: Problem, operands: Mapping[str, Any] = NO_OPERANDS) -> Iterator[Group]:
-    """Yield the groups whose results may differ from zero. ``operands`` are NumPy arrays, by argument name."""
+    """Yield the groups whose results may differ from zero. ``operands`` are as ``cuflash.cpu`` takes them."""
     if problem.is_empty:
         return
     slopes, sinks = (_per_head(problem, operands.get(name)) for name in ("alibi_slopes", "sinks"))
@@ -152,9 +152,19 @@ def groups(problem: Problem, operands: Mapping[str, Any] = NO_OPERANDS) -> Itera
             continue
         for head_kv in range(problem.heads_kv):
             heads = slice(head_kv * problem.group_size, (head_kv + 1) * problem.group_size)
-            of_group = (None if x is None else x[batch, heads] for x in (slopes, bias, mask, sinks))
-            rows = queries[batch] * problem.group_size
-            yield Group(problem, batch, head_kv, heads, rows, keys[batch], *of_group, seed)
+            yield Group(
+                problem=problem,
+                batch=batch,
+                head_kv=head_kv,
+                heads=heads,
+                rows=queries[batch] * problem.group_size,
+                keys=keys[batch],
+                slopes=None if slopes is None else slopes[batch, heads],
+                bias=None if bias is None else bias[batch, heads],
+                mask=None if mask is None else mask[batch, heads],
+                sinks=None if sinks is None else sinks[batch, heads],
+                seed=seed,
+            )
 
 
 def _per_head(problem: Problem, x: Array | None) -> Array | None:
@@ -173,9 +183,10 @@ def _lengths(batch: int, longest: int, lengths: Array | None) -> list[int]:
 
 def readable(x: Array, hidden: Array | None) -> Array:
     """A block of K or V with zeros for the keys that no row of the tile sees."""
-    if hidden is None or not (unseen := hidden.all(axis=0)).any():
+    if hidden is None:
         return x
-    return np.where(unseen[:, None], 0, x)
+    unseen = hidden.all(axis=0, keepdims=True).T
+    return np.where(unseen, 0, x) if unseen.any() else x
 
 
 def _shape(rows: slice, keys: slice) -> tuple[int, int]:

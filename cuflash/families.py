@@ -11,6 +11,7 @@ from cuflash.config_hopper import HopperConfig
 from cuflash.launch import KernelCall
 from cuflash.launch_hopper import HopperCall, hopper_forward_call
 from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts
+from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, MINIMUM_CAPABILITY
 
 
@@ -58,6 +59,7 @@ def choose_kernel(request: Request, options: Options) -> Kernel:
 
     ValueError if their GPU is too old, or if ``options.algorithm`` names a family that cannot compute this.
     """
+    refuse_modifiers(request.problem)
     gpu = Gpu.of(request.infos["q"].device)
     objection = _why_not_hopper(request, options, gpu)
     if options.algorithm == "fa2":
@@ -70,6 +72,17 @@ def choose_kernel(request: Request, options: Options) -> Kernel:
         return _hopper(request, options, gpu, not_used)
     not_used["hopper"] = objection
     return _fa2(request, options, gpu, not_used)
+
+
+def refuse_modifiers(problem: Problem) -> None:
+    """ValueError naming the modifiers that the GPU kernels do not have: nothing is ignored in silence."""
+    if problem.modifiers:
+        names = " and ".join(problem.modifiers)
+        verb = "are" if len(problem.modifiers) > 1 else "is"
+        raise ValueError(
+            f"{names} {verb} not in the GPU kernels yet; q is on a GPU. Arrays in host memory take the CPU "
+            "path, which has every modifier"
+        )
 
 
 def _fa2(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:

@@ -11,7 +11,7 @@ from cuflash.checks import Request
 from cuflash.checks_backward import BackwardOptions
 from cuflash.config_backward import BackwardConfigs
 from cuflash.config_hopper_backward import HopperBackwardConfigs
-from cuflash.families import Gpu
+from cuflash.families import Gpu, refuse_modifiers
 from cuflash.launch import Operand
 from cuflash.launch_backward import BackwardCalls, BackwardStrides, backward_calls
 from cuflash.launch_hopper_backward import hopper_backward_calls
@@ -45,6 +45,7 @@ class BackwardKernels(NamedTuple):
 
 def choose_backward(request: Request, options: BackwardOptions, gpu: Gpu) -> BackwardKernels:
     """ValueError if ``options.algorithm`` names a family that cannot compute this."""
+    refuse_modifiers(request.problem)
     objection = why_not_hopper(request, options.algorithm, options.layout, gpu)
     if options.algorithm == "hopper" and objection:
         raise ValueError(f'algorithm="hopper" cannot compute this backward: {objection}; use "auto"')

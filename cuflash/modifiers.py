@@ -44,14 +44,24 @@ NO_OPERANDS: Mapping[str, Any] = {}
 
 
 def collect(
-    *, window: Any, softcap: Any, dropout_p: Any, seed: Any, **operands: Any
-) -> tuple[Modifiers, dict[str, Any]]:
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    bias: Any,
+    mask: Any,
+    key_padding: Any,
+    query_padding: Any,
+    sinks: Any,
+    dropout_p: Any,
+    seed: Any,
+) -> tuple[Modifiers, Mapping[str, Any]]:
     """The scalars, checked, and the operands that are not None; among these "seed", where there is dropout.
 
     A ``seed`` that is a number becomes an int; any other is taken for an array.
     """
     modifiers = Modifiers(_window(window), _softcap(softcap), _dropout_p(dropout_p))
-    given = {name: x for name, x in operands.items() if x is not None}
+    operands = alibi_slopes, bias, mask, key_padding, query_padding, sinks
+    given = {name: x for name, x in zip(OPERANDS, operands, strict=True) if x is not None}
     seed = _seed(seed)
     if modifiers.dropout_p and seed is not None:
         given["seed"] = seed

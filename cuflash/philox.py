@@ -50,7 +50,7 @@ def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tupl
 def dropout_keep(
     dropout_p: float, seed: int, batch: int, head: int, rows: slice, columns: slice
 ) -> NDArray[np.bool_]:
-    """Which probabilities of a tile of one head survive: (rows, columns), both slices of absolute positions."""
+    """Which probabilities of a tile of one head survive: (rows, columns), slices of absolute positions."""
     row_draws, row_half, row_draw = _draws(rows)
     column_draws, column_half, column_draw = _draws(columns)
     key = (seed & _MASK32, seed >> 32)

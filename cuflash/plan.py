@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from cuflash.config_hopper import HopperConfig
 from cuflash.families import choose_kernel
 from cuflash.launch_hopper import HopperCall
 from cuflash.layouts import Layouts
+from cuflash.modifiers import NO_OPERANDS, arrays_of
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.tensor_map import Encoder
 
@@ -38,11 +39,19 @@ class Plan:
     get_current_device: Callable[[], int]
 
 
-def attend(gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
+def attend(
+    gpu: GpuArrays,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    options: Options,
+    operands: Mapping[str, Any] = NO_OPERANDS,
+) -> tuple[Any, Any]:
     """Compute attention of GPU arrays of the library ``gpu``; return out and lse, or None for lse."""
     signature = gpu.signature
     try:
-        key = (
+        key: tuple[Hashable, ...] = (
             signature(q),
             signature(k),
             signature(v),
@@ -53,12 +62,17 @@ def attend(gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, options: Options) -
             type(options.scale),
             type(options.return_lse),
         )
+        if operands:
+            arrays = arrays_of(operands)
+            key += (*operands, *((name, signature(x)) for name, x in arrays.items()))
         plan = _plans.get(key)
     except (RuntimeError, TypeError):
-        check_call(gpu, named(q, k, v, out), options)  # names what has no address or cannot be hashed
+        check_call(
+            gpu, named(q, k, v, out, operands), options
+        )  # names what has no address or cannot be hashed
         raise
     if plan is None:
-        request = check_call(gpu, named(q, k, v, out), options)
+        request = check_call(gpu, named(q, k, v, out, operands), options)
         plan = make_plan(request, options)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()

@@ -198,11 +198,12 @@ def _padding(shape: tuple[int, ...], extras: Extras) -> NDArray[np.bool_]:
 
 
 def _sinks(scores: Array, extras: Extras) -> Array:
-    """The sink of each row, (B, Hq, Sq, 1); −inf, which adds nothing to the denominator, where it has none."""
+    """The sink of each row, (B, Hq, Sq, 1); −inf, which adds nothing to the denominator, if it has none."""
+    rows = np.full((*scores.shape[:3], 1), -np.inf, scores.dtype)
     if extras.sinks is None:
-        return np.full((*scores.shape[:3], 1), -np.inf, scores.dtype)
+        return rows
     sinks = _wide(extras.sinks)[..., None, None]
-    return np.where(_padding(scores.shape, extras), -np.inf, sinks + np.zeros_like(scores[..., :1]))
+    return np.where(_padding(scores.shape, extras), -np.inf, np.broadcast_to(sinks, rows.shape))
 
 
 def _kept(shape: tuple[int, ...], extras: Extras) -> Array:

@@ -45,7 +45,8 @@ def problem_of(
     head_dim_v: int | None = None,
     **options: Any,
 ) -> Problem:
-    scalars = {name: options.pop(name, SCALARS[name]) for name in SCALARS if name in names}
+    scalars = {name: options.pop(name, SCALARS[name]) for name in SCALARS}
+    scalars = {name: value for name, value in scalars.items() if name in names}
     kv = (batch, seqlen_k, heads, head_dim)
     return make_problem(
         (batch, seqlen_q, heads * group, head_dim),
@@ -169,7 +170,9 @@ def test_tiles_outside_the_window_and_past_the_padding_are_not_visited() -> None
     inputs.k[:, :8], inputs.v[:, :8] = np.nan, np.nan
     with blocks(16, 4):
         actual = attend(problem, inputs, operands)
-    assert not np.isnan(actual.out[:, 12:]).any(), "windows of rows from 12 on start at key 8"
+    assert not np.isnan(actual.out[:, 16:]).any(), (
+        "windows of the blocks of 8 queries from 16 on start at key 12"
+    )
     assert np.isneginf(actual.lse[:, :, 48:]).all()
     assert (actual.out[:, 48:] == 0).all()
 
