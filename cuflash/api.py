@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,8 +11,13 @@ from cuflash import arrays, cpu, families, families_backward, plan
 from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
 from cuflash.checks import Options, check_call, named, out_shape
 from cuflash.explanation import Explanation
-from cuflash.modifiers import NO_DROPOUT, NO_OPERANDS, Window, arrays_of, collect
+from cuflash.modifiers import NO_OPERANDS, arrays_of, collect
 from cuflash.problem import Causal
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's, from Python 3.11 on
+
+    from cuflash.modifiers import Arguments
 
 
 def attention(
@@ -22,20 +27,11 @@ def attention(
     *,
     causal: Causal = False,
     scale: float | None = None,
-    window: Window | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Any = None,
-    bias: Any = None,
-    mask: Any = None,
-    key_padding: Any = None,
-    query_padding: Any = None,
-    sinks: Any = None,
-    dropout_p: float = NO_DROPOUT,
-    seed: Any = None,
     layout: str = "bshd",
     return_lse: bool = False,
     out: Any = None,
     algorithm: str = "auto",
+    **modifiers: Unpack[Arguments],
 ) -> Any:
     """Exact attention: ``out = softmax(scale · q kᵀ + mask) v``, without ever storing the score matrix.
 
@@ -137,28 +133,14 @@ def attention(
     """
     options = Options(causal, scale, layout, return_lse, algorithm)
     operands = NO_OPERANDS
-    if not (  # this is all that a call without modifiers pays for them
-        window is None
-        and softcap is None
-        and alibi_slopes is None
-        and bias is None
-        and mask is None
-        and key_padding is None
-        and query_padding is None
-        and sinks is None
-        and seed is None
-        and dropout_p is NO_DROPOUT
-    ):
-        modifiers, operands = collect(
-            window, softcap, alibi_slopes, bias, mask, key_padding, query_padding, sinks, dropout_p, seed
-        )
-        options = options._replace(modifiers=modifiers)
-    if operands:
+    if modifiers:
+        scalars, operands = collect(modifiers)
+        options = options._replace(modifiers=scalars)
         framework = arrays.library_of(named(q, k, v, out, operands))
+        if scalars.dropout_p and "seed" not in operands:
+            operands = {**operands, "seed": framework.draw_seed(q)}
     else:
         framework = arrays.common_framework(q, k, v, out)
-    if options.modifiers.dropout_p and "seed" not in operands:
-        operands = {**operands, "seed": framework.draw_seed(q)}
     if framework is arrays.CUPY:  # never traced, and always on a GPU: the shortest way, since it counts in µs
         result, lse = plan.attend(framework, q, k, v, out, options, operands)
     elif out is None and (adapter := framework.adapter(q, k, v, *arrays_of(operands).values())) is not None:
@@ -177,20 +159,11 @@ def explain(
     *,
     causal: Causal = False,
     scale: float | None = None,
-    window: Window | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Any = None,
-    bias: Any = None,
-    mask: Any = None,
-    key_padding: Any = None,
-    query_padding: Any = None,
-    sinks: Any = None,
-    dropout_p: float = NO_DROPOUT,
-    seed: Any = None,
     layout: str = "bshd",
     return_lse: bool = False,
     out: Any = None,
     algorithm: str = "auto",
+    **modifiers: Unpack[Arguments],
 ) -> Explanation:
     """How ``attention`` would compute this call, and why; nothing is computed or launched.
 
@@ -199,12 +172,10 @@ def explain(
     compiler reports them, the cubin's path, which arrays are copied, and the family of the gradients. On a
     GPU the kernel is compiled if need be.
     """
-    modifiers, operands = collect(
-        window, softcap, alibi_slopes, bias, mask, key_padding, query_padding, sinks, dropout_p, seed
-    )
-    options = Options(causal, scale, layout, return_lse, algorithm, modifiers)
+    scalars, operands = collect(modifiers)
+    options = Options(causal, scale, layout, return_lse, algorithm, scalars)
     native = arrays.library_of(named(q, k, v, out, operands))
-    if modifiers.dropout_p and "seed" not in operands and not native.draws_seeds:
+    if scalars.dropout_p and "seed" not in operands and not native.draws_seeds:
         native.draw_seed(q)  # raises
     if isinstance(native, Borrowed):
         native, q, k, v, out, operands = _borrow(native, q, k, v, out, operands)

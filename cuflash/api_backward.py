@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cuflash import arrays, cpu, plan_backward
 from cuflash.arrays import GpuArrays, HostArrays, Native, loans
 from cuflash.checks_backward import BackwardOptions, check_backward_call, named_backward
-from cuflash.modifiers import NO_DROPOUT, Window, collect, differentiable
+from cuflash.modifiers import collect, differentiable
 from cuflash.problem import Causal
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's, from Python 3.11 on
+
+    from cuflash.modifiers import Arguments
 
 
 def attention_backward(
@@ -25,19 +30,10 @@ def attention_backward(
     dlse: Any = None,
     causal: Causal = False,
     scale: float | None = None,
-    window: Window | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Any = None,
-    bias: Any = None,
-    mask: Any = None,
-    key_padding: Any = None,
-    query_padding: Any = None,
-    sinks: Any = None,
-    dropout_p: float = NO_DROPOUT,
-    seed: Any = None,
     layout: str = "bshd",
     deterministic: bool = False,
     algorithm: str = "auto",
+    **modifiers: Unpack[Arguments],
 ) -> tuple[Any, ...]:
     """Gradients of ``attention``: dq, dk and dv of a loss, given its gradient with respect to out (and lse).
 
@@ -93,11 +89,9 @@ def attention_backward(
     Streams. As ``attention``. A call captured in a CUDA graph through CuPy keeps its float32 dq for as long
     as the process lives.
     """
-    modifiers, operands = collect(
-        window, softcap, alibi_slopes, bias, mask, key_padding, query_padding, sinks, dropout_p, seed
-    )
+    scalars, operands = collect(modifiers)
     wanted = differentiable(operands)
-    options = BackwardOptions(causal, scale, layout, deterministic, algorithm, modifiers, wanted)
+    options = BackwardOptions(causal, scale, layout, deterministic, algorithm, scalars, wanted)
     return differentiate(dout, q, k, v, out, lse, dlse, options, operands)
 
 

@@ -67,7 +67,7 @@ def check_call(native: Native, arrays: dict[str, Any], options: Options) -> Requ
 
 
 def check_arrays(native: Native, arrays: Mapping[str, Any]) -> dict[str, ArrayInfo]:
-    """The facts of ``arrays``, all of the library ``native``, on q's device and, most of them, of its dtype."""
+    """The facts of ``arrays``, all of the library ``native``, on q's device, most of its dtype."""
     for name, x in arrays.items():
         native.check(x, name)
     infos = {name: native.info(x) for name, x in arrays.items()}

@@ -239,7 +239,8 @@ def _only(views: Mapping[str, Any], names: Names) -> dict[str, Any]:
 
 def _backward_named(arrays: Arrays, names: Names) -> dict[str, Any]:
     """As ``named_backward`` orders them: q first."""
-    return named_backward(*arrays[:7], dict(zip(names, arrays[7:], strict=True)))
+    dout, q, k, v, out, lse, dlse, *operands = arrays
+    return named_backward(dout, q, k, v, out, lse, dlse, dict(zip(names, operands, strict=True)))
 
 
 def _bshd(x: np.ndarray, layout: str) -> np.ndarray:

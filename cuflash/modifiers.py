@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 Window = tuple[int | None, int | None]
 
@@ -36,36 +36,44 @@ class Modifiers(NamedTuple):
 
     window: Window = (None, None)
     softcap: float | None = None
-    dropout_p: float = NO_DROPOUT
+    dropout_p: float = 0.0
 
 
 NO_MODIFIERS = Modifiers()
 NO_OPERANDS: Mapping[str, Any] = {}
 
 
-def collect(
-    window: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    bias: Any,
-    mask: Any,
-    key_padding: Any,
-    query_padding: Any,
-    sinks: Any,
-    dropout_p: Any,
-    seed: Any,
-) -> tuple[Modifiers, Mapping[str, Any]]:
+class Arguments(TypedDict, total=False):
+    """The modifiers as arguments of ``attention``, which documents them."""
+
+    window: Window | None
+    softcap: float | None
+    alibi_slopes: Any
+    bias: Any
+    mask: Any
+    key_padding: Any
+    query_padding: Any
+    sinks: Any
+    dropout_p: float
+    seed: Any
+
+
+def collect(given: Arguments) -> tuple[Modifiers, Mapping[str, Any]]:
     """The scalars, checked, and the operands that are not None; among these "seed", where there is dropout.
 
     A ``seed`` that is a number becomes an int; any other is taken for an array.
     """
-    modifiers = Modifiers(_window(window), _softcap(softcap), _dropout_p(dropout_p))
-    operands = alibi_slopes, bias, mask, key_padding, query_padding, sinks
-    given = {name: x for name, x in zip(OPERANDS, operands, strict=True) if x is not None}
-    seed = _seed(seed)
+    for name in given:
+        if name not in Arguments.__annotations__:
+            raise TypeError(f"got an unexpected keyword argument {name!r}")
+    modifiers = Modifiers(
+        _window(given.get("window")), _softcap(given.get("softcap")), _dropout_p(given.get("dropout_p", 0.0))
+    )
+    operands = {name: x for name, x in given.items() if name in OPERANDS and x is not None}
+    seed = _seed(given.get("seed"))
     if modifiers.dropout_p and seed is not None:
-        given["seed"] = seed
-    return modifiers, given
+        operands["seed"] = seed
+    return modifiers, operands
 
 
 def arrays_of(operands: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def _seed(seed: Any) -> Any:
     if isinstance(seed, numbers.Real):
         if not isinstance(seed, numbers.Integral):
             raise TypeError(f"seed must be an integer or an integer array, got {seed!r}")
-        if not 0 <= seed < 1 << _SEED_BITS:
+        if not 0 <= int(seed) < 1 << _SEED_BITS:
             raise ValueError(f"seed must be in [0, 2**{_SEED_BITS}), got {seed}")
         return int(seed)
     return seed

@@ -51,7 +51,7 @@ def attend(
     """Compute attention of GPU arrays of the library ``gpu``; return out and lse, or None for lse."""
     signature = gpu.signature
     try:
-        key: tuple[Hashable, ...] = (
+        key: tuple[Any, ...] = (
             signature(q),
             signature(k),
             signature(v),
@@ -67,9 +67,8 @@ def attend(
             key += (*operands, *((name, signature(x)) for name, x in arrays.items()))
         plan = _plans.get(key)
     except (RuntimeError, TypeError):
-        check_call(
-            gpu, named(q, k, v, out, operands), options
-        )  # names what has no address or cannot be hashed
+        # Names what has no address or cannot be hashed.
+        check_call(gpu, named(q, k, v, out, operands), options)
         raise
     if plan is None:
         request = check_call(gpu, named(q, k, v, out, operands), options)

@@ -23,9 +23,9 @@ Causal = bool | str
 class Problem:
     """One attention call: softmax(scale · Q Kᵀ + mask) V over (batch, seqlen, heads, head_dim) tensors.
 
-    ``causal_offset`` is None without a causal mask; otherwise query i sees keys j ≤ i + causal_offset. So it is
-    with a window that is bounded on the right. ``window_offset`` is None without one that is bounded on the
-    left; otherwise query i sees keys j ≥ i + window_offset.
+    ``causal_offset`` is None without a causal mask or a window that is bounded on the right; otherwise query
+    i sees keys j ≤ i + causal_offset. ``window_offset`` is None without a window that is bounded on the left;
+    otherwise query i sees keys j ≥ i + window_offset.
     """
 
     batch: int
@@ -91,7 +91,8 @@ def make_problem(
     """Validate shapes and options and return the ``Problem`` they describe.
 
     Shapes are (batch, seqlen, heads, head_dim) for ``layout="bshd"`` and (batch, heads, seqlen, head_dim)
-    for ``"bhsd"``. ``operands`` are the names of the arrays beside q, k and v. Raises ``TypeError`` or ``ValueError`` naming the argument, what it got and what it wants.
+    for ``"bhsd"``; ``operands`` are the names of the arrays beside q, k and v. Raises ``TypeError`` or
+    ``ValueError`` naming the argument, what it got and what it wants.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")

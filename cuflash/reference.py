@@ -7,9 +7,9 @@ dtype. Every kernel family may err at most twice as much as they do.
 
 Arrays are (batch, seqlen, heads, head_dim); lse is (batch, heads, seqlen), natural log. Key/value heads are
 repeated for grouped-query attention, and their gradients summed. ``causal_offset`` is that of ``Problem``:
-None, or query i sees keys j ≤ i + causal_offset. A row that sees no key has out 0, lse −inf (its sink where it
-has one) and gradients 0. ``extras`` are the modifiers, as docs/modifiers.md defines them; the backward also
-returns the gradients of bias and sinks, where they are given, after dv.
+None, or query i sees keys j ≤ i + causal_offset. A row that sees no key has out 0, lse −inf (its sink where
+it has one) and gradients 0. ``extras`` are the modifiers, as docs/modifiers.md defines them; the backward
+also returns the gradients of bias and sinks, where they are given, after dv.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Array = NDArray[Any]
 
 
 class Extras(NamedTuple):
-    """What modifies scores and probabilities, offsets as in ``Problem`` and arrays as ``attention`` takes them."""
+    """What modifies scores and probabilities: offsets as in ``Problem``, arrays as in ``attention``."""
 
     diagonal: int = 0
     window_offset: int | None = None
@@ -134,14 +134,14 @@ def standard_attention_backward(
     dproduct = (_wide(ds) * slope).astype(q.dtype)
     dq = (_wide(_matmul(dproduct, k_heads)) * scale).astype(q.dtype)
     dk = _matmul(dproduct.mT, q_scaled)
-    gradients = _swap_seqlen_heads(dq), _sum_groups(dk, k.shape), _sum_groups(dv, v.shape)
+    gradients = [_swap_seqlen_heads(dq), _sum_groups(dk, k.shape), _sum_groups(dv, v.shape)]
     if extras.bias is not None:
-        gradients += (_sum_to(_wide(ds), extras.bias),)
+        gradients.append(_sum_to(_wide(ds), extras.bias))
     if extras.sinks is not None:
         lse = np.where(np.isneginf(lse), 0, lse)[..., None]
         dsinks = (-np.exp(sinks - lse) * delta)[..., 0].sum(axis=-1)  # a sink is a key whose value is 0
-        gradients += (_sum_to(dsinks, extras.sinks),)
-    return gradients
+        gradients.append(_sum_to(dsinks, extras.sinks))
+    return tuple(gradients)
 
 
 def _by_head(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, Array, Array]:

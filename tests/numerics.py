@@ -106,7 +106,7 @@ VIEWS: dict[str, Callable[[Array], Array]] = {
 def random_operands(
     problem: Problem, seed: int = 0, bias_shape: tuple[int, ...] | None = None
 ) -> dict[str, Any]:
-    """Random operands for whatever modifiers the problem has; bias and mask are full unless shaped otherwise."""
+    """Random operands for whatever modifiers the problem has; bias and mask are full unless shaped."""
     rng = np.random.default_rng(seed + 1000)
     p = problem
     full = bias_shape or (p.batch, p.heads_q, p.seqlen_q, p.seqlen_k)

@@ -170,9 +170,7 @@ def test_tiles_outside_the_window_and_past_the_padding_are_not_visited() -> None
     inputs.k[:, :8], inputs.v[:, :8] = np.nan, np.nan
     with blocks(16, 4):
         actual = attend(problem, inputs, operands)
-    assert not np.isnan(actual.out[:, 16:]).any(), (
-        "windows of the blocks of 8 queries from 16 on start at key 12"
-    )
+    assert not np.isnan(actual.out[:, 16:]).any(), "blocks of 8 queries: those from 16 on start at key 12"
     assert np.isneginf(actual.lse[:, :, 48:]).all()
     assert (actual.out[:, 48:] == 0).all()
 
@@ -309,7 +307,7 @@ def test_lengths_that_cannot_be_are_taken_for_the_nearest_that_can() -> None:
     assert_close(actual, expected, 0)
 
 
-# --- against PyTorch's autograd of the formulas, in float64 ---------------------------------------------------
+# --- against PyTorch's autograd of the formulas, in float64 -------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -322,7 +320,10 @@ def test_gradients_match_torch_autograd_of_the_formulas(names: tuple[str, ...]) 
     operands = random_operands(problem, bias_shape=(2, 1, 13, 14))
     actual = attend(problem, inputs, operands)
 
-    leaves = {n: torch.tensor(x, dtype=torch.float64, requires_grad=True) for n, x in zip("qkv", inputs)}
+    leaves = {
+        n: torch.tensor(x, dtype=torch.float64, requires_grad=True)
+        for n, x in zip("qkv", inputs[:3], strict=True)
+    }
     leaves |= {
         n: torch.tensor(operands[n].astype("float64"), requires_grad=True) for n in differentiable(operands)
     }
