@@ -108,7 +108,7 @@ def _softcap(softcap: Any) -> float | None:
     if softcap is None:
         return None
     value = _number("softcap", softcap, "a Python number or None")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None for no cap, got {softcap!r}")
     return value
 
