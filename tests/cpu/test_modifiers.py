@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -289,3 +290,12 @@ def test_a_gpu_call_names_the_modifier_that_its_kernels_lack(name: str, algorith
 def test_modifiers_that_change_nothing_are_none() -> None:
     problem = make_problem(*SHAPES, "float16", causal=True, modifiers=Modifiers(window=(10**30, 7)))
     assert problem == make_problem(*SHAPES, "float16", causal=True)
+
+
+def test_the_examples_of_the_page_run() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    page = (Path(__file__).parents[2] / "docs" / "modifiers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 11
+    exec("\n".join(blocks), {})
