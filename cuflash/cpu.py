@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from cuflash.cpu_modifiers import Group, groups, readable
+from cuflash.cpu_modifiers import Group, groups
 from cuflash.modifiers import NO_OPERANDS
 from cuflash.problem import Problem
 
@@ -84,9 +84,9 @@ def _attend(group: Group, q_block: Array, k_rows: Array, v_rows: Array, rows: sl
     row_sum = np.isfinite(row_max).astype(q_block.dtype)
     for keys in _blocks(*group.keys_seen(rows), BLOCK_N):
         hidden = group.hidden(rows, keys)
-        if hidden is not None and hidden.all():
+        if hidden.is_all:
             continue
-        acc_s = q_block @ readable(k_rows[keys], hidden).T
+        acc_s = q_block @ hidden.readable(k_rows[keys]).T
         group.modify(acc_s, rows, keys, hidden)
         new_max = np.maximum(row_max, acc_s.max(axis=1, keepdims=True))
         subtracted = _finite(new_max)
@@ -98,7 +98,7 @@ def _attend(group: Group, q_block: Array, k_rows: Array, v_rows: Array, rows: sl
         if (kept := group.kept(rows, keys, p)) is not None:
             p *= kept
         acc_o *= rescale
-        acc_o += p @ readable(v_rows[keys], hidden)
+        acc_o += p @ hidden.readable(v_rows[keys])
         row_max = new_max
     seen = row_sum > 0
     lse = np.log(row_sum, out=np.full_like(row_sum, -np.inf), where=seen)
@@ -149,9 +149,9 @@ def backward(
             dk_block, dv_block = np.zeros_like(k_rows[keys]), np.zeros_like(v_rows[keys])
             for rows in _blocks(*group.rows_seeing(keys), BLOCK_M):
                 hidden = group.hidden(rows, keys)
-                if hidden is not None and hidden.all():
+                if hidden.is_all:
                     continue
-                k_block, v_block = readable(k_rows[keys], hidden), readable(v_rows[keys], hidden)
+                k_block, v_block = hidden.readable(k_rows[keys]), hidden.readable(v_rows[keys])
                 acc_s = q_rows[rows] @ k_block.T
                 slope = group.modify(acc_s, rows, keys, hidden)
                 acc_s -= lse_rows[rows]  # before the exponential: exp(−lse) alone would overflow

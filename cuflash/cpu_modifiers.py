@@ -7,7 +7,7 @@ bias, mask and dropout are slices.
 
 Masks. What hides a key are the causal mask, the window, ``mask`` and the paddings: the score becomes −inf
 whatever it was, so NaN in K or in bias does not pass. In a tile, keys hidden from every row are read as
-zeros (``readable``), since 0 · NaN would pass.
+zeros (``Hidden.readable``), since 0 · NaN would pass.
 """
 
 from __future__ import annotations
@@ -23,6 +23,21 @@ from cuflash.philox import dropout_keep, seed_value
 from cuflash.problem import Problem
 
 Array = NDArray[Any]
+
+
+class Hidden(NamedTuple):
+    """What the masks hide of a tile; both None if they hide nothing of it."""
+
+    elements: NDArray[np.bool_] | None  # (rows, keys)
+    keys: NDArray[np.bool_] | None  # those hidden from every row
+
+    @property
+    def is_all(self) -> bool:
+        return self.keys is not None and bool(self.keys.all())
+
+    def readable(self, x: Array) -> Array:
+        """A block of K or V with zeros for the keys that no row of the tile sees."""
+        return x if self.keys is None or not self.keys.any() else np.where(self.keys[:, None], 0, x)
 
 
 class Group(NamedTuple):
@@ -63,15 +78,19 @@ class Group(NamedTuple):
     def group_size(self) -> int:
         return self.problem.group_size
 
-    def hidden(self, rows: slice, keys: slice) -> NDArray[np.bool_] | None:
-        """What the masks hide of a tile, (rows, keys); None if nothing, which costs nothing to find out."""
+    def hidden(self, rows: slice, keys: slice) -> Hidden:
+        """What the masks hide of a tile; it costs next to nothing to find that they hide nothing."""
+        elements = self._hidden(rows, keys)
+        return Hidden(elements, None if elements is None else np.logical_and.reduce(elements, axis=0))
+
+    def _hidden(self, rows: slice, keys: slice) -> NDArray[np.bool_] | None:
         problem = self.problem
         first, last = rows.start // self.group_size, (rows.stop - 1) // self.group_size
         hidden = None
         if problem.causal_offset is not None and keys.stop - 1 > first + problem.causal_offset:
-            hidden = self._offsets(rows, keys) > problem.causal_offset
+            hidden = np.arange(keys.start, keys.stop) > self._queries(rows) + problem.causal_offset
         if problem.window_offset is not None and keys.start < last + problem.window_offset:
-            before = self._offsets(rows, keys) < problem.window_offset
+            before = np.arange(keys.start, keys.stop) < self._queries(rows) + problem.window_offset
             hidden = before if hidden is None else hidden | before
         if self.mask is not None:
             hidden = np.zeros(_shape(rows, keys), bool) if hidden is None else hidden
@@ -79,7 +98,7 @@ class Group(NamedTuple):
                 hidden[part] |= ~self.mask[head, queries, keys]
         return hidden
 
-    def modify(self, acc_s: Array, rows: slice, keys: slice, hidden: Array | None) -> Array | None:
+    def modify(self, acc_s: Array, rows: slice, keys: slice, hidden: Hidden) -> Array | None:
         """Turn scaled products into scores, in place; return ∂score/∂product, or None where it is 1."""
         slope = None
         if self.problem.softcap is not None:
@@ -88,14 +107,15 @@ class Group(NamedTuple):
             slope = 1 - acc_s * acc_s
             acc_s *= self.problem.softcap
         if self.slopes is not None:
-            distance = np.abs(self._offsets(rows, keys) - self.problem.diagonal)
+            positions = self._queries(rows) + self.problem.diagonal
+            distance = np.abs(np.arange(keys.start, keys.stop) - positions)
             slopes = self.slopes[np.arange(rows.start, rows.stop) % self.group_size]
             acc_s -= slopes[:, None].astype(acc_s.dtype) * distance.astype(acc_s.dtype)
         if self.bias is not None:
             for head, part, queries in self.heads_of(rows):
                 acc_s[part] += self.bias[head, queries, keys]
-        if hidden is not None:
-            np.copyto(acc_s, -np.inf, where=hidden)
+        if hidden.elements is not None:
+            np.copyto(acc_s, -np.inf, where=hidden.elements)
         return slope
 
     def kept(self, rows: slice, keys: slice, like: Array) -> Array | None:
@@ -132,10 +152,9 @@ class Group(NamedTuple):
                 query = (rows.start + first) // self.group_size
                 yield head, slice(first, None, self.group_size), slice(query, query + count)
 
-    def _offsets(self, rows: slice, keys: slice) -> Array:
-        """key − query of each element of a tile."""
-        queries = np.arange(rows.start, rows.stop) // self.group_size
-        return np.arange(keys.start, keys.stop) - queries[:, None]
+    def _queries(self, rows: slice) -> Array:
+        """The query of each row, (rows, 1)."""
+        return (np.arange(rows.start, rows.stop) // self.group_size)[:, None]
 
 
 def groups(problem: Problem, operands: Mapping[str, Any] = NO_OPERANDS) -> Iterator[Group]:
@@ -179,14 +198,6 @@ def _in_full(problem: Problem, x: Array | None) -> Array | None:
 def _lengths(batch: int, longest: int, lengths: Array | None) -> list[int]:
     """The length of each sequence; lengths that cannot be are taken for the nearest that can."""
     return [longest] * batch if lengths is None else np.clip(lengths, 0, longest).tolist()
-
-
-def readable(x: Array, hidden: Array | None) -> Array:
-    """A block of K or V with zeros for the keys that no row of the tile sees."""
-    if hidden is None:
-        return x
-    unseen = hidden.all(axis=0, keepdims=True).T
-    return np.where(unseen, 0, x) if unseen.any() else x
 
 
 def _shape(rows: slice, keys: slice) -> tuple[int, int]:

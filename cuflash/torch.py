@@ -22,7 +22,7 @@ from cuflash.checks_backward import (
     lse_shape,
     named_backward,
 )
-from cuflash.modifiers import DIFFERENTIABLE, NO_MODIFIERS, NO_OPERANDS, OPERANDS, Modifiers, differentiable
+from cuflash.modifiers import DIFFERENTIABLE, NO_MODIFIERS, NO_OPERANDS, OPERANDS, Modifiers
 
 _FAKE = FakeTensors()
 
@@ -35,9 +35,6 @@ def attend(
     if not compiling:
         q, k, v = (x.resolve_neg() if x.is_neg() else x for x in (q, k, v))
     q, k, v = autocast(q, k, v)
-    slopes = operands.get("alibi_slopes")
-    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError("alibi_slopes requires grad, and has no gradient: pass alibi_slopes.detach()")
     modifiers = _flat(options.modifiers, operands, q.device)
     tensors = modifiers[_SCALARS:]
     if not compiling and _is_eager(q, k, v, *(x for x in tensors if x is not None)):
@@ -61,14 +58,21 @@ _SCHEMA = (
 
 
 def _flat(modifiers: Modifiers, operands: Mapping[str, Any], device: Any) -> tuple[Any, ...]:
-    if modifiers == NO_MODIFIERS and not operands:
+    if modifiers is NO_MODIFIERS and not operands:
         return ()
     tensors = dict(operands)
+    slopes = tensors.get("alibi_slopes")
+    _refuse_slopes(slopes is not None and slopes.requires_grad and torch.is_grad_enabled())
     if isinstance(seed := tensors.get("seed"), int):
         # As a tensor even so: a compiled graph is then the same for every seed.
         tensors["seed"] = torch.tensor(seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
     scalars = *modifiers.window, modifiers.softcap, modifiers.dropout_p
     return *scalars, *(tensors.get(name) for name in _MODIFIERS[_SCALARS:])
+
+
+def _refuse_slopes(need_gradient: bool) -> None:
+    if need_gradient:
+        raise ValueError("alibi_slopes requires grad, and has no gradient: pass alibi_slopes.detach()")
 
 
 def _unflat(flat: tuple[Any, ...]) -> tuple[Modifiers, dict[str, Tensor]]:
@@ -147,7 +151,7 @@ def _(
     return q.new_empty(out_shape(problem, layout)), q.new_empty(lse_shape(problem), dtype=lse_dtype)
 
 
-def _backward(
+def _gradients(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -163,18 +167,25 @@ def _backward(
     wanted: str = "",
     *modifiers: Any,
 ) -> tuple[Tensor, ...]:
-    """Return dq, dk, dv, dbias and dsinks, of which the last two are empty unless ``wanted`` names them.
+    """Return dq, dk, dv and the gradients of the operands that ``wanted`` names, with spaces between.
 
-    ``wanted`` holds operands with spaces between.
     The other arguments are those of ``attention_forward`` and what it returned.
     """
     of_modifiers, operands = _unflat(modifiers)
     options = BackwardOptions(
         _causal(causal), scale, layout, deterministic, algorithm, of_modifiers, tuple(wanted.split())
     )
-    dq, dk, dv, *others = api_backward.differentiate(dout, q, k, v, out, lse, dlse, options, operands)
-    of = dict(zip(options.wanted, others, strict=True))
-    return dq, dk, dv, *(of[name] if name in of else q.new_empty(0) for name in DIFFERENTIABLE)
+    return api_backward.differentiate(dout, q, k, v, out, lse, dlse, options, operands)
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The same, always with dbias and dsinks: a schema has a fixed number of results, so some are empty."""
+    dq, dk, dv, *others = _gradients(*arguments)
+    of = dict(zip(arguments[_WANTED].split() if len(arguments) > _WANTED else (), others, strict=True))
+    return dq, dk, dv, *(of[name] if name in of else dq.new_empty(0) for name in DIFFERENTIABLE)
+
+
+_WANTED = 12  # where the operator takes it
 
 
 attention_backward = torch.library.custom_op(
@@ -234,27 +245,31 @@ def _keep(
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
-    names = _MODIFIERS[_SCALARS : _SCALARS + len(tensors)]
-    operands = {name: x for name, x in zip(names, tensors, strict=True) if x is not None}
-    needed = dict(zip(names, ctx.needs_input_grad[ctx.operands_at :], strict=False))
-    wanted = [name for name in differentiable(operands) if needed[name]]
+    wanted = []
+    if tensors:
+        needed = ctx.needs_input_grad[ctx.operands_at :]  # fewer where an operator was not given the last
+        wanted = [name for name, need in zip(_MODIFIERS[_SCALARS:], needed, strict=False) if need]
+        _refuse_slopes("alibi_slopes" in wanted)
     causal, scale, layout, algorithm = ctx.call
     given = [x for x in (dout, dlse) if x is not None]
     dout = torch.zeros_like(out) if dout is None else dout
     algorithm = algorithm if algorithm in BACKWARD_ALGORITHMS else "auto"
     deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, q, k, v, out, lse, dlse, causal, scale, layout, deterministic, algorithm)
-    if operands or any(ctx.scalars):
+    if tensors:
         arguments = (*arguments, " ".join(wanted), *ctx.scalars, *tensors)
     if torch._C._are_functorch_transforms_active():
         gradients = _AttentionBackward.apply(*arguments)
     elif torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_eager(*given):
         gradients = attention_backward(*arguments)
     else:
-        gradients = _backward(*arguments)
+        gradients = _gradients(*arguments)
     dq, dk, dv, *others = gradients
-    of = {name: x for name, x in zip(DIFFERENTIABLE, others, strict=True) if name in wanted}
-    return dq, dk, dv, *[None] * (len(ctx.needs_input_grad) - 3 - len(names)), *map(of.get, names)
+    if len(others) != len(wanted):  # an operator's, some of them empty
+        others = [x for name, x in zip(DIFFERENTIABLE, others, strict=True) if name in wanted]
+    of = dict(zip(wanted, others, strict=True))
+    every = dq, dk, dv, *[None] * (ctx.operands_at - 3), *map(of.get, _MODIFIERS[_SCALARS:])
+    return every[: len(ctx.needs_input_grad)]
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -326,7 +341,7 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, axes: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
         names = ("dout", "q", "k", "v", "out", "lse", "dlse", *[""] * 6, *_MODIFIERS)
-        wanted = arguments[12].split() if len(arguments) > 12 else ()
+        wanted = arguments[_WANTED].split() if len(arguments) > _WANTED else ()
         return _batched(_AttentionBackward, names[: len(arguments)], info.batch_size, axes, arguments, wanted)
 
 

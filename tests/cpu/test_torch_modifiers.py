@@ -85,6 +85,22 @@ def test_autograd_returns_what_attention_backward_does_and_only_what_is_needed()
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_window_of_nothing_but_the_diagonal_reaches_the_backward(compiled: bool) -> None:
+    torch._dynamo.reset()
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return cuflash.attention(q, k, v, window=(0, 0)).square().sum()
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    inputs = tensors()
+    dq, dk, dv = torch.autograd.grad(function(*inputs), inputs)
+    assert not dq.abs().gt(1e-12).any(), "one key: its probability is 1 whatever the query"
+    assert not dk.abs().gt(1e-12).any()
+    assert not dv[:, :2].any(), "keys before the first diagonal"
+    assert dv[:, 2:].all()
+
+
 @pytest.mark.parametrize("name", ["bias", "sinks"])
 def test_an_operand_that_requires_grad_is_enough(name: str) -> None:
     inputs = tensors(grad=False)
