@@ -132,6 +132,7 @@ def _families(gpu: Gpu | None, why_not: str) -> Rows:
         hopper = f"no: {gpu.name} has compute capability {_dotted(gpu.capability)}"
     return [
         ("cpu", "yes, for NumPy arrays and other CPU arrays"),
+        ("standard", f"{fa2} (needs cuBLAS besides what fa2 needs)"),
         ("fa2", f"{fa2} (needs NVRTC and an NVIDIA GPU of compute capability ≥ {minimum_capability()})"),
         ("hopper", f"{hopper} (needs compute capability {_dotted(config_hopper.CAPABILITY)}: H100, H200)"),
     ]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cuflash import jit, launch, launcher
+from cuflash import jit, launch, launcher, standard_backward
 from cuflash.arrays import ArrayInfo, GpuArrays
 from cuflash.checks import Request
 from cuflash.checks_backward import BackwardOptions, check_backward_call
 from cuflash.config_backward import BackwardConfigs, choose
 from cuflash.launch_backward import BackwardCalls, BackwardStrides, backward_calls
-from cuflash.layouts import padded, why_not_read
+from cuflash.layouts import padded, why_not_multiplied, why_not_read
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, MINIMUM_CAPABILITY
+from cuflash.standard_backward import StandardSteps
 
 _LSE_BYTES = 4
 _MAX_PLANS = 4096  # as in cuflash.plan
@@ -42,14 +44,41 @@ class Launches(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class FlashSteps:
+    """The three kernels of a flash backward, loaded on their device."""
+
+    calls: BackwardCalls
+    launches: Launches  # None where there is nothing to do
+
+    @property
+    def workspace_words(self) -> int:
+        """Words of 4 bytes that a call needs."""
+        return self.calls.workspace.words
+
+    def run(self, at: dict[str, int], workspace: int, nbytes: dict[str, int], stream: int) -> None:
+        """Queue one backward: addresses by argument name, gradients' included; dlse is 0 where not given."""
+        where = (workspace + 4 * offset for offset in self.calls.workspace[:4])
+        lse_log2, delta, dq_parts, turns = where
+        q, k, v, dout, out, lse, dlse = (at[x] for x in ("q", "k", "v", "dout", "out", "lse", "dlse"))
+        pointers = (
+            (dout, out, lse, dlse, lse_log2, delta, dq_parts, turns),
+            (q, k, v, dout, lse_log2, delta, dq_parts, turns, at["dk"], at["dv"]),
+            (dq_parts, at["dq"]),
+        )
+        for start, addresses in zip(self.launches, pointers, strict=True):
+            if start is not None:
+                start((), addresses, stream)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The kernels loaded on their device, and what else each call needs."""
 
     device: int
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of dq, dk, dv
+    nbytes: dict[str, int]  # of dq, dk, dv
     copied: dict[str, int]
-    calls: BackwardCalls
-    launches: Launches  # None where there is nothing to do
+    steps: FlashSteps | StandardSteps
     get_current_device: Callable[[], int]
 
 
@@ -84,27 +113,16 @@ def differentiate(gpu: GpuArrays, arrays: dict[str, Any], options: BackwardOptio
 def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, Any, Any]:
     dtype = arrays["q"].dtype
     dq, dk, dv = (gpu.empty(shape, dtype, plan.device) for shape in plan.shapes)
-    where = plan.calls.workspace
-    buffer = gpu.empty((where.words,), "float32", plan.device)
+    buffer = gpu.empty((plan.steps.workspace_words,), "float32", plan.device)
     inputs = {
         name: gpu.padded(x, plan.copied[name]) if name in plan.copied else x for name, x in arrays.items()
     }
     if not gpu.keeps_temporaries():
         _captured.append((buffer, inputs))
 
-    q, k, v, dout, out, lse = (gpu.pointer(inputs[name]) for name in ("q", "k", "v", "dout", "out", "lse"))
-    dlse = gpu.pointer(inputs["dlse"]) if "dlse" in inputs else 0
-    base = gpu.pointer(buffer)
-    lse_log2, delta, workspace, turns = (base + 4 * offset for offset in where[:4])
-    pointers = (
-        (dout, out, lse, dlse, lse_log2, delta, workspace, turns),
-        (q, k, v, dout, lse_log2, delta, workspace, turns, gpu.pointer(dk), gpu.pointer(dv)),
-        (workspace, gpu.pointer(dq)),
-    )
-    stream = gpu.stream(plan.device)
-    for start, addresses in zip(plan.launches, pointers, strict=True):
-        if start is not None:
-            start((), addresses, stream)
+    at = {name: gpu.pointer(x) for name, x in (inputs | {"dq": dq, "dk": dk, "dv": dv}).items()}
+    at.setdefault("dlse", 0)
+    plan.steps.run(at, gpu.pointer(buffer), plan.nbytes, gpu.stream(plan.device))
     return dq, dk, dv
 
 
@@ -122,18 +140,27 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
                 *capability
             )
         )
-    layouts = plan_backward_layouts(problem, infos, options.layout)
-    configs = choose(problem, capability, deterministic=options.deterministic, vector_out=layouts.vector_out)
-    l2_bytes = cuda.runtime.deviceGetAttribute(cuda.runtime.cudaDevAttrL2CacheSize, device)
-    calls = backward_calls(problem, configs, layouts.strides, l2_bytes)
+    is_standard = options.algorithm == "standard"
+    layouts = plan_backward_layouts(problem, infos, options.layout, for_cublas=is_standard)
+    arch = jit.architecture(capability)
+    steps: FlashSteps | StandardSteps
     with cuda.Device(device):
-        launches = _load(configs, calls, jit.architecture(capability))
+        if is_standard:
+            steps = standard_backward.load_steps(problem, arch, layouts.strides._asdict())
+        else:
+            configs = choose(
+                problem, capability, deterministic=options.deterministic, vector_out=layouts.vector_out
+            )
+            l2_bytes = cuda.runtime.deviceGetAttribute(cuda.runtime.cudaDevAttrL2CacheSize, device)
+            calls = backward_calls(problem, configs, layouts.strides, l2_bytes)
+            steps = FlashSteps(calls, _load(configs, calls, arch))
+    shapes = {name: infos[name].shape for name in ("q", "k", "v")}
     return Plan(
         device=device,
-        shapes=(infos["q"].shape, infos["k"].shape, infos["v"].shape),
+        shapes=(shapes["q"], shapes["k"], shapes["v"]),
+        nbytes={"d" + name: math.prod(shape) * ELEMENT_BYTES for name, shape in shapes.items()},
         copied=layouts.copied,
-        calls=calls,
-        launches=launches,
+        steps=steps,
         get_current_device=cuda.runtime.getDevice,
     )
 
@@ -152,14 +179,19 @@ def _load(configs: BackwardConfigs, calls: BackwardCalls, arch: str) -> Launches
     )
 
 
-def plan_backward_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> BackwardLayouts:
+def plan_backward_layouts(
+    problem: Problem, infos: dict[str, ArrayInfo], layout: str, *, for_cublas: bool = False
+) -> BackwardLayouts:
     """Decide what is read in place. ``infos`` as ``check_backward_call`` returns them."""
     copied: dict[str, int] = {}
     strides: dict[str, launch.Strides] = {}
     for name in ("dout", "q", "k", "v", "out"):
         info = infos[name]
         operand = launch.Operand(info.shape, info.strides)
-        if 0 not in info.shape and why_not_read(operand, info.pointer):
+        objection = why_not_read(operand, info.pointer)
+        if for_cublas:  # out is not read: dS follows from P and dP
+            objection = None if name == "out" else objection or why_not_multiplied(operand, layout)
+        if objection and 0 not in info.shape:
             operand = padded(info.shape)
             copied[name] = operand.shape[3]
         strides[name] = launch.kernel_strides(*operand, ELEMENT_BYTES, layout)

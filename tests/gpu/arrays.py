@@ -110,3 +110,33 @@ def check_extreme_logits(cp: Any, logit: float, algorithm: str) -> None:
     standard, _ = reference.standard_attention(q, k, v, scale=1.0)
     assert_within_contract(to_numpy(out), expected, standard, "out")
     np.testing.assert_allclose(to_numpy(lse), expected_lse, rtol=1e-6)
+
+
+def check_backward(
+    cp: Any,
+    problem: Problem,
+    inputs: Inputs,
+    causal: bool | str,
+    views: tuple[str, ...] = ("contiguous",) * 4,
+    *,
+    algorithm: str = "fa2",
+    with_dlse: bool = True,
+    deterministic: bool = False,
+    hold: Callable[..., None] = assert_within_contract,
+) -> None:
+    """Run forward and backward on q, k, v, dout in the given memory layouts and hold the gradients."""
+    q, k, v, dout = (VIEWS[view](cp, cp.asarray(x)) for view, x in zip(views, inputs[:4], strict=True))
+    options: dict[str, Any] = {"causal": causal, "scale": problem.scale, "algorithm": algorithm}
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
+    dlse = inputs.dlse if with_dlse else None
+    gradients = cuflash.attention_backward(
+        *(dout, q, k, v, out, lse),
+        dlse=None if dlse is None else cp.asarray(dlse),
+        deterministic=deterministic,
+        **options,
+    )
+    oracle: dict[str, Any] = {"causal_offset": problem.causal_offset, "scale": problem.scale, "dlse": dlse}
+    expected = reference.attention_backward(inputs.dout, *inputs[:3], **oracle)
+    standard = reference.standard_attention_backward(inputs.dout, *inputs[:3], **oracle)
+    for name, actual, want, allowed in zip(("dq", "dk", "dv"), gradients, expected, standard, strict=True):
+        hold(to_numpy(actual), want, allowed, name)
