@@ -56,10 +56,11 @@ def attention(
         Where to write the result; it is also what is returned. Of q's library, device and dtype, with any
         strides that do not make its elements overlap. It must not share memory with q, k or v. JAX arrays are
         immutable and cannot be ``out``.
-    algorithm : "auto", "hopper", "fa2", "standard" or "cpu"
+    algorithm : "auto", "hopper", "fa2", "fa1", "standard" or "cpu"
         The kernel family. "auto" takes the fastest that runs where the arrays are: never the CPU for arrays
-        on a GPU, always for arrays in host memory. A named one that cannot run raises. "standard" is there
-        to be compared with: it keeps the whole score matrix in memory. See ``explain``.
+        on a GPU, always for arrays in host memory. A named one that cannot run raises. "fa1", the first
+        FlashAttention (head_dim to 128), and "standard", which keeps the whole score matrix in memory, are
+        there to be compared with. See ``explain``.
 
     Returns
     -------

@@ -8,7 +8,7 @@ from cuflash.arrays import ArrayInfo, Native
 from cuflash.arrays.overlap import Footprint
 from cuflash.problem import Causal, Problem, make_problem
 
-GPU_ALGORITHMS = ("hopper", "fa2", "standard")
+GPU_ALGORITHMS = ("hopper", "fa2", "fa1", "standard")
 ALGORITHMS = ("auto", *GPU_ALGORITHMS, "cpu")
 _GPU_DTYPES = ("float16", "bfloat16")
 

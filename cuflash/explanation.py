@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from cuflash.config import Config
+from cuflash.config_fa1 import Fa1Config
 from cuflash.config_hopper import HopperConfig
 from cuflash.config_standard import SoftmaxConfig
 from cuflash.jit import Program
@@ -26,7 +27,7 @@ class Explanation:
     problem: Problem
     not_used: dict[str, str]  # every other family → why it does not run
     copies: dict[str, str] = field(default_factory=dict)  # arrays copied on each call → why
-    config: Config | HopperConfig | SoftmaxConfig | None = None
+    config: Config | HopperConfig | Fa1Config | SoftmaxConfig | None = None
     call: KernelCall | HopperCall | None = None
     program: Program | None = None  # registers, spills, the cubin and its path
     workspace_bytes: int = 0  # memory that the call takes and frees again
@@ -55,5 +56,5 @@ class Explanation:
         return "\n".join(f"{label:<10}{text}" for label, text in lines)
 
 
-def _fields(value: Problem | Config | HopperConfig | SoftmaxConfig) -> str:
+def _fields(value: Problem | Config | HopperConfig | Fa1Config | SoftmaxConfig) -> str:
     return ", ".join(f"{f.name}={getattr(value, f.name)}" for f in dataclasses.fields(value))

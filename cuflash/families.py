@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cuflash import config_hopper, jit, launch
+from cuflash import config_fa1, config_hopper, jit, launch, launch_fa1
 from cuflash.checks import Options, Request
 from cuflash.config import Config, choose
+from cuflash.config_fa1 import Fa1Config
 from cuflash.config_hopper import HopperConfig
 from cuflash.config_standard import SoftmaxConfig, choose_softmax
 from cuflash.launch import KernelCall
@@ -15,7 +16,7 @@ from cuflash.launch_standard import StandardForward, forward_calls
 from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts, standard_layouts
 from cuflash.resources import ELEMENT_BYTES, MINIMUM_CAPABILITY
 
-_TO_COMPARE_WITH = ("standard",)  # families that "auto" never takes
+_TO_COMPARE_WITH = ("fa1", "standard")  # families that "auto" never takes
 
 
 class Kernel(NamedTuple):
@@ -25,7 +26,7 @@ class Kernel(NamedTuple):
     not_used: dict[str, str]  # the other families → why they do not run
     arch: str
     layouts: Layouts
-    config: Config | HopperConfig | SoftmaxConfig | None = None
+    config: Config | HopperConfig | Fa1Config | SoftmaxConfig | None = None
     call: KernelCall | HopperCall | None = None
     program: jit.Program | None = None
     workspace_words: int | None = None  # of 4 bytes, also 0, if the kernel takes a workspace
@@ -65,7 +66,12 @@ def choose_kernel(request: Request, options: Options) -> Kernel:
     ValueError if their GPU is too old, or if ``options.algorithm`` names a family that cannot compute this.
     """
     gpu = Gpu.of(request.infos["q"].device)
-    objections = {"hopper": _why_not_hopper(request, options, gpu), "fa2": None, "standard": None}
+    objections = {
+        "hopper": _why_not_hopper(request, options, gpu),
+        "fa2": None,
+        "fa1": config_fa1.why_not(request.problem),
+        "standard": None,
+    }
     chosen = options.algorithm
     if chosen == "auto":
         chosen = "fa2" if objections["hopper"] else "hopper"
@@ -119,6 +125,18 @@ def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, st
     return Kernel("hopper", not_used, arch, layouts, config, call, jit.compile(config, arch))
 
 
+def _fa1(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:
+    problem, infos = request
+    arch = jit.architecture(gpu.capability)
+    layouts = fa2_layouts(problem, infos, options.layout)
+    if problem.is_empty:
+        return Kernel("fa1", not_used, arch, layouts)
+    config = config_fa1.choose(problem, gpu.capability, vector_out=layouts.vector_out)
+    q, k, v, out = (launch.kernel_strides(*operand, ELEMENT_BYTES, options.layout) for operand in layouts[:4])
+    call, words = launch_fa1.forward_call(problem, config, q, k, v, out)
+    return Kernel("fa1", not_used, arch, layouts, config, call, jit.compile(config, arch), words)
+
+
 def _standard(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:
     problem, infos = request
     arch = jit.architecture(gpu.capability)
@@ -133,7 +151,7 @@ def _standard(request: Request, options: Options, gpu: Gpu, not_used: dict[str, 
     return Kernel("standard", not_used, arch, layouts, config, standard.softmax, program, words, standard)
 
 
-_MAKERS = {"hopper": _hopper, "fa2": _fa2, "standard": _standard}
+_MAKERS = {"hopper": _hopper, "fa2": _fa2, "fa1": _fa1, "standard": _standard}
 
 
 def _why_not_hopper(request: Request, options: Options, gpu: Gpu) -> str | None:

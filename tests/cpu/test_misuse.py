@@ -88,7 +88,7 @@ def test_dtypes_that_differ() -> None:
         (ValueError, ["layout", "bshd", "bhsd"], {"layout": ["bshd"]}),
         (
             ValueError,
-            ["algorithm", "auto", "hopper", "fa2", "standard", "cpu", "'fa3'"],
+            ["algorithm", "auto", "hopper", "fa2", "fa1", "standard", "cpu", "'fa3'"],
             {"algorithm": "fa3"},
         ),
         (ValueError, ["algorithm", "None"], {"algorithm": None}),
