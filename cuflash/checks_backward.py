@@ -8,7 +8,7 @@ from cuflash.arrays import Native
 from cuflash.checks import Request, check_algorithm, out_shape
 from cuflash.problem import Causal, Problem, make_problem
 
-BACKWARD_ALGORITHMS = ("auto", "fa2", "standard", "cpu")
+BACKWARD_ALGORITHMS = ("auto", "fa2", "fa1", "standard", "cpu")
 
 
 class BackwardOptions(NamedTuple):

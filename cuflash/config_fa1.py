@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cuflash.config_backward import PostprocessConfig, PreprocessConfig
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
 from cuflash.stub import translation_unit
@@ -66,8 +67,63 @@ class Fa1Config:
         return translation_unit(self, self.kernel)
 
 
+@dataclass(frozen=True, slots=True)
+class Fa1BackwardConfig:
+    """Compile-time constants of one main program of the backward (``kernels_cu/fa1/backward.cu``)."""
+
+    dtype: str
+    head_dim: int  # of Q and K, padded
+    head_dim_v: int  # of V and O, padded
+    block_m: int  # query rows of a step
+    block_n: int  # keys of a pass, which the warps split
+    warps: int
+    k_in_registers: bool  # a warp holds its rows of K for a whole pass
+    v_in_registers: bool
+    min_blocks_per_sm: int  # __launch_bounds__: caps the registers
+    spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack under that cap
+    causal: bool
+    vector_out: bool  # rows of dK and dV are 16-byte aligned, so they are stored 16 bytes at a time
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa1/backward.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa1_backward"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of one thread block, as the kernel maps it."""
+        both = self.head_dim + self.head_dim_v
+        k_and_v = self.block_n * both * ELEMENT_BYTES
+        q_and_dout = 2 * self.block_m * both * ELEMENT_BYTES
+        ds = self.block_m * self.block_n * ELEMENT_BYTES
+        partial_dq = self.warps * self.block_m * self.head_dim * 4
+        lse_and_delta = 2 * 2 * self.block_m * 4
+        return k_and_v + q_and_dout + ds + partial_dq + lse_and_delta
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
+        return translation_unit(self, self.kernel)
+
+
+class Fa1BackwardConfigs(NamedTuple):
+    """The three programs of one backward, in launch order; the first and the last are FlashAttention-2's."""
+
+    preprocess: PreprocessConfig
+    main: Fa1BackwardConfig
+    postprocess: PostprocessConfig
+
+
 class Tile(NamedTuple):
-    """Tile shape and resources of one table row; the fields mean what they do in ``Fa1Config``."""
+    """Tile shape and resources of one table row; the fields mean what they do in the Configs."""
 
     block_m: int
     block_n: int
@@ -91,8 +147,24 @@ _TILES = {
         (128, Tile(16, 128, 4, True, True, 1)),
     ),
     99 * 1024: (  # sm_86, sm_89, sm_120
-        (64, Tile(16, 256, 4, True, True, 1)),
+        (64, Tile(16, 256, 4, False, True, 1)),
         (128, Tile(16, 64, 4, True, True, 1)),
+    ),
+}
+# FlashAttention-1's shapes again, with eight warps where shared memory allows. Beside dK, dV, K and V a few
+# bytes of what only the passes need are spilled, none of them in the loop over query blocks.
+_BACKWARD_TILES = {
+    227 * 1024: (  # sm_90, sm_100
+        (64, Tile(16, 256, 8, True, True, 1, spill_bytes=72)),
+        (128, Tile(16, 128, 8, True, True, 1, spill_bytes=56)),
+    ),
+    163 * 1024: (  # sm_80
+        (64, Tile(16, 256, 8, True, True, 1, spill_bytes=96)),
+        (128, Tile(16, 128, 8, True, True, 1, spill_bytes=56)),
+    ),
+    99 * 1024: (  # sm_86, sm_89, sm_120
+        (64, Tile(16, 128, 4, True, True, 1, spill_bytes=72)),
+        (128, Tile(16, 64, 4, True, True, 1, spill_bytes=56)),
     ),
 }
 
@@ -119,6 +191,24 @@ def choose(problem: Problem, capability: tuple[int, int], *, vector_out: bool) -
         vector_out=vector_out,
         **tile._asdict(),
     )
+
+
+def choose_backward(problem: Problem, capability: tuple[int, int], *, vector_out: bool) -> Fa1BackwardConfigs:
+    """The backward's Configs, as ``cuflash.config_backward.choose``."""
+    head_dim, head_dim_v = _padded(problem.head_dim), _padded(problem.head_dim_v)
+    table = _BACKWARD_TILES[shared_memory_per_block(capability)]
+    tile = next(tile for bound, tile in table if max(head_dim, head_dim_v) <= bound)
+    main = Fa1BackwardConfig(
+        dtype=problem.dtype,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        causal=problem.is_causal,
+        vector_out=vector_out,
+        **tile._asdict(),
+    )
+    # The kernel adds to dQ four floats at a time, as FlashAttention-2's does where it reduces vectors.
+    postprocess = PostprocessConfig(main.dtype, main.head_dim, main.block_m, True, vector_out)
+    return Fa1BackwardConfigs(PreprocessConfig(main.dtype, main.head_dim, main.block_m), main, postprocess)
 
 
 def _padded(head_dim: int) -> int:

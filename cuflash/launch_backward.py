@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash.config_backward import BackwardConfigs
+from cuflash.config_fa1 import Fa1BackwardConfigs
 from cuflash.launch import LOG2_E, KernelCall, Strides, check_ranges
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
@@ -75,20 +76,52 @@ class BackwardCalls:
 def backward_calls(
     problem: Problem, configs: BackwardConfigs, strides: BackwardStrides, l2_bytes: int
 ) -> BackwardCalls:
-    """The launches of the backward of ``problem`` on a GPU with ``l2_bytes`` of L2 cache.
+    """The launches of the fa2 backward of ``problem`` on a GPU with ``l2_bytes`` of L2 cache.
 
     Queries are counted from the first that sees a key: those before it are not read, and get zeros.
     ValueError where a size does not fit the kernels' 32-bit fields, or scale float32.
     """
     check_ranges(problem)
+    main, s = configs.main, strides
+    n_blocks = -(-problem.seqlen_k // main.block_n)
+    first_row = first_visible_row(problem)
+    main_call = kernel_call(
+        "k",
+        problem.batch * problem.heads_kv * n_blocks,
+        main.threads,
+        main.shared_bytes,
+        BACKWARD_PARAMS,
+        *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
+        *(first_row, problem.seqlen_q - first_row, problem.seqlen_k, problem.seqlen_k_visible),
+        *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
+        problem.batch * problem.heads_kv,
+        *(problem.head_dim, problem.head_dim_v),
+        (problem.causal_offset or 0) + first_row,
+        *(query_blocks(problem, main.block_m), n_blocks, heads_per_wave(problem, l2_bytes)),
+        *(problem.scale * LOG2_E, problem.scale),
+    )
+    return with_passes(problem, configs, strides, main_call, main.warps if main.deterministic else 0)
+
+
+def query_blocks(problem: Problem, block_m: int) -> int:
+    """Blocks of ``block_m`` queries, counted from the first that sees a key."""
+    return -(-(problem.seqlen_q - first_visible_row(problem)) // block_m)
+
+
+def with_passes(
+    problem: Problem,
+    configs: BackwardConfigs | Fa1BackwardConfigs,
+    strides: BackwardStrides,
+    main_call: KernelCall | None,
+    turns_per_block: int,
+) -> BackwardCalls:
+    """``main_call`` between the launches that prepare its workspace and take dQ out of it."""
     preprocess, main, postprocess = configs
     first_row = first_visible_row(problem)
     rows = problem.seqlen_q - first_row
-    m_blocks = -(-rows // main.block_m)
+    m_blocks = query_blocks(problem, main.block_m)
     dq_blocks = -(-problem.seqlen_q // main.block_m)
-    n_blocks = -(-problem.seqlen_k // main.block_n)
     heads = problem.batch * problem.heads_q
-    turns_per_block = main.warps if main.deterministic else 0
 
     blocks = heads * m_blocks
     vector_words = blocks * main.block_m
@@ -99,7 +132,7 @@ def backward_calls(
 
     s = strides
     return BackwardCalls(
-        _call(
+        kernel_call(
             "q",
             heads * m_blocks,
             preprocess.threads,
@@ -108,22 +141,8 @@ def backward_calls(
             *(s.dout, s.out, s.lse, s.dlse),
             *(first_row, rows, problem.heads_q, problem.head_dim_v, m_blocks, turns_per_block),
         ),
-        _call(
-            "k",
-            problem.batch * problem.heads_kv * n_blocks,
-            main.threads,
-            main.shared_bytes,
-            BACKWARD_PARAMS,
-            *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
-            *(first_row, rows, problem.seqlen_k, problem.seqlen_k_visible),
-            *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
-            problem.batch * problem.heads_kv,
-            *(problem.head_dim, problem.head_dim_v),
-            (problem.causal_offset or 0) + first_row,
-            *(m_blocks, n_blocks, heads_per_wave(problem, l2_bytes)),
-            *(problem.scale * LOG2_E, problem.scale),
-        ),
-        _call(
+        main_call,
+        kernel_call(
             "q",
             heads * dq_blocks,
             postprocess.threads,
@@ -158,9 +177,10 @@ def heads_per_wave(problem: Problem, l2_bytes: int) -> int:
     return max(1, min(problem.batch * problem.heads_kv, fitting))
 
 
-def _call(
+def kernel_call(
     name: str, blocks: int, threads: int, shared_bytes: int, dtype: np.dtype, *values: Any
 ) -> KernelCall | None:
+    """One launch of ``blocks`` thread blocks, None if there are none; ``name`` is the array to split."""
     if blocks == 0:
         return None
     if blocks > _MAX_GRID:

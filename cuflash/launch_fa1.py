@@ -1,4 +1,4 @@
-"""From a Problem and a Config to one launch of a FlashAttention-1 kernel. Pure: no GPU, no CuPy."""
+"""From a Problem and Configs to the launches of the FlashAttention-1 kernels. Pure: no GPU, no CuPy."""
 
 from __future__ import annotations
 
@@ -6,31 +6,37 @@ from typing import Any
 
 import numpy as np
 
-from cuflash.config_fa1 import Fa1Config
+from cuflash.config_fa1 import Fa1BackwardConfigs, Fa1Config
 from cuflash.launch import LOG2_E, KernelCall, Strides, check_ranges, kernel_scale
+from cuflash.launch_backward import (
+    BackwardCalls,
+    BackwardStrides,
+    first_visible_row,
+    kernel_call,
+    query_blocks,
+    with_passes,
+)
 from cuflash.problem import Problem
 
 _STRIDES = np.dtype([("batch", np.int64), ("row", np.int64), ("head", np.int64)], align=True)
-# ForwardParams in kernels_cu/fa1/forward.cu
-FORWARD_PARAMS = np.dtype(
-    [
-        ("q", _STRIDES),
-        ("k", _STRIDES),
-        ("v", _STRIDES),
-        ("out", _STRIDES),
-        ("seqlen_q", np.int32),
-        ("seqlen_k", np.int32),
-        ("heads_q", np.int32),
-        ("group_size", np.int32),
-        ("head_dim", np.int32),
-        ("head_dim_v", np.int32),
-        ("causal_offset", np.int32),
-        ("m_blocks", np.int32),
-        ("n_blocks", np.int32),
-        ("scale_log2", np.float32),
-        ("scale", np.float32),
-    ],
-    align=True,
+
+
+def _params(strides: str, ints: str) -> np.dtype:
+    fields: list[tuple[str, Any]] = [(name, _STRIDES) for name in strides.split()]
+    fields += [(name, np.dtype(np.int32)) for name in ints.split()]
+    fields += [(name, np.dtype(np.float32)) for name in ("scale_log2", "scale")]
+    return np.dtype(fields, align=True)
+
+
+# ForwardParams and BackwardParams in kernels_cu/fa1/
+FORWARD_PARAMS = _params(
+    "q k v out",
+    "seqlen_q seqlen_k heads_q group_size head_dim head_dim_v causal_offset m_blocks n_blocks",
+)
+BACKWARD_PARAMS = _params(
+    "q k v dout dk dv",
+    "first_row seqlen_q seqlen_k seqlen_k_visible heads_kv group_size head_dim head_dim_v causal_offset "
+    "m_blocks n_blocks",
 )
 _MAX_GRID = 2**31 - 1
 
@@ -71,3 +77,29 @@ def forward_call(
     )[()]
     floats = heads * m_blocks * config.workspace_floats if n_blocks > 1 else 0
     return KernelCall((heads,), (config.threads,), config.shared_bytes, params), floats
+
+
+def backward_calls(problem: Problem, configs: Fa1BackwardConfigs, strides: BackwardStrides) -> BackwardCalls:
+    """The launches of the backward of ``problem``, with queries counted as ``cuflash.launch_backward`` does.
+
+    ValueError where a size does not fit the kernels' 32-bit fields, or scale float32.
+    """
+    check_ranges(problem)
+    main, s = configs.main, strides
+    first_row = first_visible_row(problem)
+    n_blocks = -(-problem.seqlen_k // main.block_n)
+    main_call = kernel_call(
+        "k",
+        problem.batch * problem.heads_kv if n_blocks else 0,
+        main.threads,
+        main.shared_bytes,
+        BACKWARD_PARAMS,
+        *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
+        *(first_row, problem.seqlen_q - first_row, problem.seqlen_k, problem.seqlen_k_visible),
+        *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
+        *(problem.head_dim, problem.head_dim_v),
+        (problem.causal_offset or 0) + first_row,
+        *(query_blocks(problem, main.block_m), n_blocks),
+        *(problem.scale * LOG2_E, problem.scale),
+    )
+    return with_passes(problem, configs, strides, main_call, turns_per_block=0)

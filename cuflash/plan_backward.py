@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cuflash import jit, launch, launcher, standard_backward
+from cuflash import config_fa1, jit, launch, launch_fa1, launcher, standard_backward
 from cuflash.arrays import ArrayInfo, GpuArrays
 from cuflash.checks import Request
 from cuflash.checks_backward import BackwardOptions, check_backward_call
@@ -49,6 +49,7 @@ class FlashSteps:
 
     calls: BackwardCalls
     launches: Launches  # None where there is nothing to do
+    takes_turns: bool  # the main kernel can be told to sum dQ in a fixed order
 
     @property
     def workspace_words(self) -> int:
@@ -59,10 +60,11 @@ class FlashSteps:
         """Queue one backward: addresses by argument name, gradients' included; dlse is 0 where not given."""
         where = (workspace + 4 * offset for offset in self.calls.workspace[:4])
         lse_log2, delta, dq_parts, turns = where
+        main_turns = (turns,) if self.takes_turns else ()
         q, k, v, dout, out, lse, dlse = (at[x] for x in ("q", "k", "v", "dout", "out", "lse", "dlse"))
         pointers = (
             (dout, out, lse, dlse, lse_log2, delta, dq_parts, turns),
-            (q, k, v, dout, lse_log2, delta, dq_parts, turns, at["dk"], at["dv"]),
+            (q, k, v, dout, lse_log2, delta, dq_parts, *main_turns, at["dk"], at["dv"]),
             (dq_parts, at["dq"]),
         )
         for start, addresses in zip(self.launches, pointers, strict=True):
@@ -127,18 +129,21 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, Any, 
 
 
 def make_plan(request: Request, options: BackwardOptions) -> Plan:
-    """Choose, compile and load the kernels for GPU arrays that passed the checks."""
+    """Choose, compile and load the kernels for GPU arrays that passed the checks.
+
+    ValueError if their GPU is too old, or if ``options.algorithm`` names a family that cannot compute this.
+    """
     from cupy import cuda
 
     problem, infos = request
     device = infos["q"].device
     assert device is not None
+    if options.algorithm == "fa1" and (objection := config_fa1.why_not(problem)):
+        raise ValueError(f'algorithm="fa1" cannot compute this: {objection}; use "auto"')
     capability = divmod(int(cuda.Device(device).compute_capability), 10)
     if capability < MINIMUM_CAPABILITY:
         raise ValueError(
-            "q is on a GPU of compute capability {}.{}; the fa2 kernels run on 8.0 and newer".format(
-                *capability
-            )
+            "q is on a GPU of compute capability {}.{}; the kernels run on 8.0 and newer".format(*capability)
         )
     is_standard = options.algorithm == "standard"
     layouts = plan_backward_layouts(problem, infos, options.layout, for_cublas=is_standard)
@@ -147,13 +152,17 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
     with cuda.Device(device):
         if is_standard:
             steps = standard_backward.load_steps(problem, arch, layouts.strides._asdict())
+        elif options.algorithm == "fa1":
+            fa1_configs = config_fa1.choose_backward(problem, capability, vector_out=layouts.vector_out)
+            calls = launch_fa1.backward_calls(problem, fa1_configs, layouts.strides)
+            steps = FlashSteps(calls, _load(fa1_configs, calls, arch), takes_turns=False)
         else:
             configs = choose(
                 problem, capability, deterministic=options.deterministic, vector_out=layouts.vector_out
             )
             l2_bytes = cuda.runtime.deviceGetAttribute(cuda.runtime.cudaDevAttrL2CacheSize, device)
             calls = backward_calls(problem, configs, layouts.strides, l2_bytes)
-            steps = FlashSteps(calls, _load(configs, calls, arch))
+            steps = FlashSteps(calls, _load(configs, calls, arch), takes_turns=True)
     shapes = {name: infos[name].shape for name in ("q", "k", "v")}
     return Plan(
         device=device,
@@ -165,7 +174,9 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
     )
 
 
-def _load(configs: BackwardConfigs, calls: BackwardCalls, arch: str) -> Launches:
+def _load(
+    configs: BackwardConfigs | config_fa1.Fa1BackwardConfigs, calls: BackwardCalls, arch: str
+) -> Launches:
     def load(config: jit.KernelConfig, call: launch.KernelCall | None, addresses: int) -> Any:
         if call is None:
             return None
@@ -174,7 +185,7 @@ def _load(configs: BackwardConfigs, calls: BackwardCalls, arch: str) -> Launches
 
     return Launches(
         load(configs.preprocess, calls.preprocess, 8),
-        load(configs.main, calls.main, 10),
+        load(configs.main, calls.main, 10 if isinstance(configs, BackwardConfigs) else 9),
         load(configs.postprocess, calls.postprocess, 2),
     )
 
