@@ -25,8 +25,8 @@
 //           Tiles are swizzled (core/layout.cuh), partial O lies in fragments: no bank is hit twice.
 // Registers K of a warp: kWarpKeys·D/64 a thread, V: kWarpKeys·Dv/64, where the Config keeps them in registers (else
 //           they are read from shared memory for each query block); S: kMTiles·kWarpKeys/2, O: kMTiles·Dv/2.
-// Barriers  three to a K/V block, two to a query block. The second also says that Q[i + 1] has landed, and the first that
-//           partial O and sums of the block before it have been read.
+// Barriers  one to a K/V block, when it has landed; two to a query block. The second also says that Q[i + 1] has landed, and
+//           the first that partial O and sums of the block before it have been read.
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > row + causal_offset get −inf. Rows and columns outside the tensors
 //           are loaded as zeros. A row that sees no key gives out = 0, lse = −inf.
 // Numerics  S, sums and O in float32; P rounded to Element for the second product; m is the exact running maximum.
@@ -143,7 +143,7 @@ fa1_forward(const Element* __restrict__ q,   // (batch, seqlen_q, heads_q, head_
     const bool first_pass = n_block == 0;
     const int m_begin = !first_pass && Config::kCausal ? max(0, block_key - params.causal_offset) / kBlockM : 0;
 
-    __syncthreads();  // everybody is done with the K, V and Q of the pass before
+    // Nobody reads K, V or Q of the pass before any more: its last barrier came after.
     load_tile<kBlockN, kHeadDim, kThreads>(k_smem, k + block_key * params.k.row, params.k.row,
                                            params.seqlen_k - block_key, params.head_dim, threadIdx.x);
     load_tile<kBlockN, kHeadDimV, kThreads>(v_smem, v + block_key * params.v.row, params.v.row,

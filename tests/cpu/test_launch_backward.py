@@ -134,7 +134,7 @@ def test_a_wave_of_causal_heads_fits_the_budget_of_l2() -> None:
 def test_sizes_and_scales_beyond_the_kernels_fields_are_refused() -> None:
     with pytest.raises(ValueError, match=r"k has sequence length 2147483648"):
         calls_of(problem_of(1, 1 << 31))
-    with pytest.raises(ValueError, match=r"q needs 2147483648 thread blocks .*2147483647"):
+    with pytest.raises(ValueError, match=r"k needs 2147483648 thread blocks .*2147483647"):
         calls_of(problem_of(1, 1, batch=1 << 31, hq=1, hkv=1))
     with pytest.raises(ValueError, match=r"scale 3e\+38"):
         calls_of(problem_of(scale=3e38))

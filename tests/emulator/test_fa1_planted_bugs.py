@@ -20,10 +20,10 @@ GROUPED = Call(batch=2, heads=(4, 2))
 WIDE = Call(seqlens=(70, 300), head_dims=(128, 128), heads=(1, 1))
 
 FORWARD_BUGS = [
-    Bug("no barrier before K and V of the next pass", FORWARD,
-        "    __syncthreads();  // everybody is done with the K, V and Q of the pass before\n", "", "race", PASSES),
     Bug("no wait for K and V", FORWARD,
         "    cp_async_wait_group<0>();\n    __syncthreads();\n    const unsigned warp_k_smem", "    __syncthreads();\n    const unsigned warp_k_smem", "race", PASSES),
+    Bug("no barrier after K and V have arrived", FORWARD,
+        "    cp_async_wait_group<0>();\n    __syncthreads();\n    const unsigned warp_k_smem", "    cp_async_wait_group<0>();\n    const unsigned warp_k_smem", "race", PASSES),
     Bug("no wait for the next Q", FORWARD,
         "      cp_async_wait_group<0>();  // Q[i + 1]\n", "", "race", PASSES),
     Bug("the next Q over the one in use", FORWARD,
