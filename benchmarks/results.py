@@ -1,11 +1,12 @@
 """Results files: what they hold, checked when they are written and when they are read.
 
 ``benchmarks/results/<gpu>-<topic>.json`` holds "gpu", "date", "commit", "command", "versions", "method" and
-"rows". A row names its problem (``PROBLEM``), then what was measured: ``SPEED`` for kernels, with "peers" in
-TFLOP/s, "peer_errors" for those that could not run, "row_error" (the largest relative error against SDPA, of
-an output row or of 64 rows of a gradient) and, where asked for, "burst" (the same figures from single calls).
-Rows of the directions in ``TIMES`` hold the fields named there instead. A "train" row is of one attention; it
-holds "error" alone if that could not run, and of a whole run also ``CURVE``: "losses", means of "loss_every"
+"rows"; where points could not be measured, also "skipped" (point → reason). A row names its problem
+(``PROBLEM``), then what was measured: ``SPEED`` for kernels, with "peers" in TFLOP/s, "peer_errors" for those
+that could not run, "row_error" (the largest relative error against SDPA, of an output row or of 64 rows of a
+gradient) and, where asked for, "burst" (the same figures from single calls). Rows of the directions in
+``TIMES`` hold the fields named there instead. A "train" row is of one attention; it holds "error" alone if
+that could not run, and of a whole run also ``CURVE``: "losses", means of "loss_every"
 steps.
 """
 
@@ -159,3 +160,7 @@ class Recorder:
     def add(self, row: Row) -> None:
         self._results["rows"].append(row)
         save(self.path, self._results)
+
+    def skip(self, point: str, reason: str) -> None:
+        """Note a point that cannot be measured on this GPU; it is written with the next row."""
+        self._results.setdefault("skipped", {})[point] = reason

@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from benchmarks import machine
 from benchmarks.options import add_options, topic, workloads
+from benchmarks.peers import DoesNotFitError
 from benchmarks.results import TIMES, Recorder, Row
 from benchmarks.tables import candidate_label
 from benchmarks.workload import Workload
@@ -132,11 +133,17 @@ BENCHMARKS = {
 
 
 def _record(points: Iterable[Point], measure: Callable[[Point], list[Row]], into: Recorder) -> int:
-    """Measure and record each point; one that fails is named, leaves no row, and does not stop the others."""
+    """Measure and record each point; one that fails is named, leaves no row, and does not stop the others.
+
+    One whose score matrix does not fit in memory is named too, and no failure.
+    """
     failed = 0
     for point in points:
         try:
             rows = measure(point)
+        except DoesNotFitError as error:
+            into.skip(str(point), str(error))
+            print(f"{point}: SKIPPED: {error}", flush=True)
         except Exception as error:  # whatever a kernel under test can do wrong
             failed += 1
             print(f"{point}: FAILED {type(error).__name__}: {error}", flush=True)
