@@ -63,7 +63,28 @@ TRAIN: dict[str, tuple[type, ...]] = {
     "peak_gb": (float, type(None)),  # most memory allocated at once; null where the framework does not say
 }
 CURVE: dict[str, tuple[type, ...]] = {"losses": (list,), "loss_every": (int,)}
-TIMES = {"host": HOST, "call": CALL, "train": TRAIN}  # directions whose rows hold no speeds of kernels
+MEMORY: dict[str, tuple[type, ...]] = {
+    "extra_mb": (float,),  # most that a call had allocated at once, beyond its inputs and outputs
+    "arrays_mb": (float,),  # its inputs and outputs
+}
+MATMUL: dict[str, tuple[type, ...]] = {
+    "ms": (float,),
+    "tflops": (float,),
+}  # M × K by K × N: benchmarks/matmul.py
+INSTRUCTIONS: dict[str, tuple[type, ...]] = {  # of a main loop's body
+    "mma": (int,),
+    "other": (int,),
+    "other_per_mma": (float,),
+}
+# Directions whose rows hold no speeds of attention kernels.
+TIMES = {
+    "host": HOST,
+    "call": CALL,
+    "train": TRAIN,
+    "memory": MEMORY,
+    "matmul": MATMUL,
+    "instructions": INSTRUCTIONS,
+}
 DIRECTIONS = ("forward", "backward", "decode", *TIMES)
 
 

@@ -7,6 +7,9 @@ python -m benchmarks.run jax-call                        cost of a call in JAX: 
 python -m benchmarks.run tiles                           candidate tiles of FA2 forward, against SDPA's flash
 python -m benchmarks.run train                           loss curves of a small GPT, with each attention
 python -m benchmarks.run gpt2                            steps of GPT-2, with each attention
+python -m benchmarks.run memory                          memory beyond inputs and outputs, by each family
+python -m benchmarks.run matmul                          the rate of large matrix products
+python -m benchmarks.run instructions                    what main loops issue for each matrix instruction
 
 Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps; the other
 options are forward's and backward's.
@@ -121,6 +124,43 @@ def _gpt2(options: argparse.Namespace, command: str) -> int:
     return _record(train.POINTS, train.measure_steps, recorder)
 
 
+def _memory(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("memory", reason)
+    from benchmarks import memory
+
+    header = machine.header(command, options.commit, memory.METHOD)
+    return _record(memory.POINTS, memory.measure, Recorder(options.results_dir, memory.TOPIC, header))
+
+
+def _matmul(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("matmul", reason)
+    from benchmarks import matmul
+
+    def measure(product: matmul.Product) -> list[Row]:
+        return matmul.measure(product, budget_ms=options.budget_ms)
+
+    header = machine.header(command, options.commit, matmul.METHOD)
+    return _record(matmul.PRODUCTS, measure, Recorder(options.results_dir, matmul.TOPIC, header))
+
+
+def _instructions(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_cupy():
+        return _skip("instructions", reason)
+    from benchmarks import instructions
+    from cuflash import info
+
+    capability = info.find_gpu().capability
+
+    def measure(kernel: instructions.Kernel) -> list[Row]:
+        return instructions.measure(kernel, capability)
+
+    header = machine.header(command, options.commit, instructions.METHOD)
+    recorder = Recorder(options.results_dir, instructions.TOPIC, header)
+    return _record(instructions.KERNELS, measure, recorder)
+
+
 BENCHMARKS = {
     "forward": _speed,
     "backward": _speed,
@@ -129,6 +169,9 @@ BENCHMARKS = {
     "tiles": _tiles,
     "train": _train,
     "gpt2": _gpt2,
+    "memory": _memory,
+    "matmul": _matmul,
+    "instructions": _instructions,
 }
 
 
