@@ -38,7 +38,7 @@ def test_random_problems_in_any_memory_layout_stay_within_the_numerics_contract(
     cp, seed, batch, seqlens, heads, head_dims, dtype, causal, views, with_dlse
 ):
     problem, inputs = make_inputs(seed, batch, seqlens, heads, head_dims, dtype, causal)
-    check_forward(cp, problem, inputs, causal, views[:3], "standard")
+    check_forward(cp, problem, inputs, causal, views[:3], "standard", with_allowance=True)
     check_backward(
         *(cp, problem, inputs, causal, views),
         algorithm="standard",

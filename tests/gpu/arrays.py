@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numerics import Inputs, assert_within_contract, random_inputs
 
@@ -87,8 +88,14 @@ def check_forward(
     causal: bool | str,
     views: tuple[str, ...] = ("contiguous",) * 3,
     algorithm: str = "fa2",
+    *,
+    with_allowance: bool = False,
 ) -> None:
-    """Run the GPU kernel on ``inputs`` in the given memory layouts and hold out and lse to the contract."""
+    """Run the GPU kernel on ``inputs`` in the given memory layouts and hold out and lse to the contract.
+
+    ``with_allowance`` is for the standard family on random problems: it rounds its scores as the yardstick does,
+    whose roundings may happen to cancel. It may be off by half a unit in the last place of the input dtype more.
+    """
     q, k, v = (VIEWS[view](cp, cp.asarray(x)) for view, x in zip(views, inputs[:3], strict=True))
     out, lse = cuflash.attention(
         q, k, v, causal=causal, scale=problem.scale, return_lse=True, algorithm=algorithm
@@ -96,8 +103,10 @@ def check_forward(
     options = {"causal_offset": problem.causal_offset, "scale": problem.scale}
     expected = reference.attention(*inputs[:3], **options)
     standard = reference.standard_attention(*inputs[:3], **options)
-    assert_within_contract(to_numpy(out), expected[0], standard[0], "out")
-    assert_within_contract(to_numpy(lse), expected[1], standard[1], "lse")
+    half_ulp = float(ml_dtypes.finfo(inputs.q.dtype).eps) / 2 if with_allowance else 0.0
+    for name, actual, want, allowed in zip(("out", "lse"), (out, lse), expected, standard, strict=True):
+        allowance = half_ulp * np.abs(want, where=np.isfinite(want), out=np.zeros_like(want)).max(initial=0.0)
+        assert_within_contract(to_numpy(actual), want, allowed, name, allowance)
 
 
 def check_extreme_logits(cp: Any, logit: float, algorithm: str) -> None:

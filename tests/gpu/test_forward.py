@@ -71,7 +71,8 @@ def test_random_problems_in_any_memory_layout_stay_within_the_numerics_contract_
     algorithm, seed, batch, seqlens, heads, head_dims, dtype, causal, scale, views
 ):
     problem, inputs = make_inputs(seed, batch, seqlens, heads, head_dims, dtype, causal, scale)
-    check_forward(cp, problem, inputs, causal, views, algorithm=algorithm)
+    with_allowance = algorithm == "standard"
+    check_forward(cp, problem, inputs, causal, views, algorithm=algorithm, with_allowance=with_allowance)
 
 
 @pytest.mark.parametrize("head_dim", [59, 111, 1, 3])
