@@ -93,8 +93,8 @@ def check_forward(
 ) -> None:
     """Run the GPU kernel on ``inputs`` in the given memory layouts and hold out and lse to the contract.
 
-    ``with_allowance`` is for the standard family on random problems: it rounds its scores as the yardstick does,
-    whose roundings may happen to cancel. It may be off by half a unit in the last place of the input dtype more.
+    ``with_allowance`` is for the standard family on random problems: it rounds its scores as the yardstick
+    does, whose roundings may happen to cancel. It may be off by half a unit in the input dtype's last place.
     """
     q, k, v = (VIEWS[view](cp, cp.asarray(x)) for view, x in zip(views, inputs[:3], strict=True))
     out, lse = cuflash.attention(
