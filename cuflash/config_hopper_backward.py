@@ -38,6 +38,7 @@ class HopperBackwardConfig:
     helper_registers: int  # a thread, by setmaxnreg
     main_registers: int
     spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack
+    dynamic_blocks: bool  # key blocks are taken from an atomic counter, not every grid-th
     causal: bool
     deterministic: bool  # dQ is summed in a fixed order
 
@@ -72,8 +73,9 @@ class HopperBackwardConfig:
         )
         lse_and_delta = 2 * self.block_m * 4
         ds = self._tile_bytes(self.block_m, self.block_n)
-        barriers = _BARRIER_BYTES * (3 * self.stages + 2 * _DS_STAGES + 2)  # q, dout, ds; k and v
-        return k_and_v + self.stages * (q_and_dout + lse_and_delta) + _DS_STAGES * ds + barriers
+        barriers = _BARRIER_BYTES * (3 * self.stages + 2 * _DS_STAGES + 4)  # q, dout, ds; k and v
+        block_slot = 8
+        return k_and_v + self.stages * (q_and_dout + lse_and_delta) + _DS_STAGES * ds + barriers + block_slot
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
@@ -111,8 +113,28 @@ class Tile(NamedTuple):
 # the launch allocates, 3 · 168.
 TILES = (
     Tile(64, 64, 128, 2, dq_warpgroup=False, dq_columns=64, helper_registers=40, main_registers=232),
-    Tile(96, 96, 64, 3, dq_warpgroup=True, dq_columns=96, helper_registers=88, main_registers=208),
-    Tile(128, 128, 64, 3, dq_warpgroup=True, dq_columns=64, helper_registers=72, main_registers=216),
+    Tile(
+        96,
+        96,
+        64,
+        3,
+        dq_warpgroup=True,
+        dq_columns=96,
+        helper_registers=88,
+        main_registers=208,
+        spill_bytes=28,
+    ),
+    Tile(
+        128,
+        128,
+        64,
+        3,
+        dq_warpgroup=True,
+        dq_columns=64,
+        helper_registers=72,
+        main_registers=216,
+        spill_bytes=136,
+    ),
 )
 
 # Whether "auto" takes these kernels where they can compute a backward. Not before they have run on a GPU.
@@ -149,6 +171,7 @@ def make_config(tile: Tile, *, dtype: str, causal: bool, deterministic: bool = F
     return HopperBackwardConfig(
         dtype=dtype,
         block_n=MAIN_ROWS * _MAIN_WARPGROUPS,
+        dynamic_blocks=causal,
         causal=causal,
         deterministic=deterministic,
         **tile._asdict(),

@@ -73,7 +73,13 @@ def _hopper(
     layouts = hopper_backward_layouts(problem, infos, options.layout)
     configs = config_hopper_backward.choose_hopper(problem, deterministic=options.deterministic)
     calls = hopper_backward_calls(
-        problem, configs, layouts.strides, layouts.operands, options.layout, gpu.l2_bytes
+        problem,
+        configs,
+        layouts.strides,
+        layouts.operands,
+        options.layout,
+        multiprocessors=gpu.multiprocessors,
+        l2_bytes=gpu.l2_bytes,
     )
     return BackwardKernels("hopper", not_used, layouts, configs, calls)
 

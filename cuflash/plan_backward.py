@@ -6,10 +6,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cuflash import jit, launch, launcher
+from cuflash import jit, launch, launcher, tile_counters
 from cuflash.arrays import GpuArrays
 from cuflash.checks import Request
 from cuflash.checks_backward import BackwardOptions, check_backward_call
+from cuflash.config_hopper_backward import HopperBackwardConfig
 from cuflash.families import Gpu
 from cuflash.families_backward import BackwardKernels, choose_backward
 from cuflash.launch_backward import BackwardCalls
@@ -41,6 +42,7 @@ class Plan:
     calls: BackwardCalls
     launches: Launches  # None where there is nothing to do
     encoders: tuple[Encoder, ...]  # of calls.maps
+    takes_blocks: bool  # the main kernel needs a counter
     get_current_device: Callable[[], int]
 
 
@@ -98,7 +100,10 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, Any, 
     if main is not None and plan.encoders:
         maps = plan.calls.maps
         encoded = [encode(at[m.name] + m.offset) for encode, m in zip(plan.encoders, maps, strict=True)]
-        main(encoded, summed, stream)
+        counter = 0
+        if plan.takes_blocks:
+            counter = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
+        main(encoded, (*summed, counter), stream)
     elif main is not None:
         main((), (at["q"], at["k"], at["v"], at["dout"], *summed, at["dk"], at["dv"]), stream)
     if postprocess is not None:
@@ -120,6 +125,10 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
     kernels = choose_backward(request, options, gpu)
     with cuda.Device(device):
         launches = _load(kernels, jit.architecture(gpu.capability))
+        main = kernels.configs.main
+        takes_blocks = isinstance(main, HopperBackwardConfig) and main.dynamic_blocks
+        if takes_blocks:
+            tile_counters.prepare(device)
     operands = kernels.layouts.operands
     return Plan(
         device=device,
@@ -128,6 +137,7 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
         calls=kernels.calls,
         launches=launches,
         encoders=tuple(Encoder(m.map) for m in kernels.calls.maps),
+        takes_blocks=takes_blocks,
         get_current_device=cuda.runtime.getDevice,
     )
 
@@ -143,6 +153,6 @@ def _load(kernels: BackwardKernels, arch: str) -> Launches:
 
     return Launches(
         load(configs.preprocess, calls.preprocess, 8),
-        load(configs.main, calls.main, 4 if calls.maps else 10, len(calls.maps)),
+        load(configs.main, calls.main, 5 if calls.maps else 10, len(calls.maps)),
         load(configs.postprocess, calls.postprocess, 2),
     )

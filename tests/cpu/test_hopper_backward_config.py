@@ -35,7 +35,15 @@ def calls_of(problem, *, deterministic=False, layout="bshd"):
     operands = {"q": q, "k": k, "v": v, "dout": dout, "dk": k, "dv": v}
     strides = BackwardStrides(*(Strides(10 * i, 10 * i + 1, 10 * i + 2) for i in range(10)))
     configs = choose_hopper(problem, deterministic=deterministic)
-    return configs, hopper_backward_calls(problem, configs, strides, operands, layout, H100.l2_bytes)
+    return configs, hopper_backward_calls(
+        problem,
+        configs,
+        strides,
+        operands,
+        layout,
+        multiprocessors=H100.multiprocessors,
+        l2_bytes=H100.l2_bytes,
+    )
 
 
 # --- choice and resources -----------------------------------------------------------------------------------
