@@ -73,7 +73,7 @@ class HopperBackwardConfig:
         )
         lse_and_delta = 2 * self.block_m * 4
         ds = self._tile_bytes(self.block_m, self.block_n)
-        barriers = _BARRIER_BYTES * (3 * self.stages + 2 * _DS_STAGES + 4)  # q, dout, ds; k and v
+        barriers = _BARRIER_BYTES * (3 * self.stages + 2 * _DS_STAGES + 3)  # q, dout, ds; k and v
         block_slot = 8
         return k_and_v + self.stages * (q_and_dout + lse_and_delta) + _DS_STAGES * ds + barriers + block_slot
 
@@ -122,7 +122,7 @@ TILES = (
         dq_columns=96,
         helper_registers=88,
         main_registers=208,
-        spill_bytes=28,
+        spill_bytes=40,
     ),
     Tile(
         128,
@@ -133,7 +133,7 @@ TILES = (
         dq_columns=64,
         helper_registers=72,
         main_registers=216,
-        spill_bytes=136,
+        spill_bytes=160,
     ),
 )
 

@@ -95,7 +95,7 @@ using QRing = Ring<kStages, QTile::kBytes>;
 using DoutRing = FilledRing<kStages, DoutTile::kBytes>;  // emptied with Q
 using DsRing = Ring<kDsStages, DsTile::kBytes>;
 using KRing = Ring<1, KTile::kBytes>;
-using VRing = Ring<1, VTile::kBytes>;
+using VRing = FilledRing<1, VTile::kBytes>;  // emptied with K
 using Workspace = DqWorkspace<kBlockM, kHeadDim, true>;
 
 constexpr int kVOffset = KTile::kBytes;  // K is at 0
@@ -188,7 +188,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   const DoutRing dout_ring{k_smem + kDoutOffset, q_ring.barriers_smem + QRing::kBarrierBytes};
   const DsRing ds_ring{{k_smem + kDsOffset, dout_ring.barriers_smem + DoutRing::kBarrierBytes}};
   const KRing k_ring{{k_smem, k_smem + kKvBarriersOffset}};
-  const VRing v_ring{{v_smem, k_ring.barriers_smem + KRing::kBarrierBytes}};
+  const VRing v_ring{v_smem, k_ring.barriers_smem + KRing::kBarrierBytes};
   int* const block_slot = reinterpret_cast<int*>(smem + kBlockSlotOffset);  // index of the key block that K is of
 
   if (threadIdx.x == 0) {
@@ -196,7 +196,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     dout_ring.init();
     ds_ring.init(4, 4 * kMainWarpgroups);
     k_ring.init(4 * kMainWarpgroups + (kDqWarpgroup ? 4 : 0));
-    v_ring.init(4 * kMainWarpgroups);
+    v_ring.init();
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -237,8 +237,8 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     unsigned use = 0;    // … and the visits whose loads have started, its own too
     int to_come = 0;     // its visits whose loads have not
     int index = blockIdx.x;
-    KeyBlock loading;
-    QueryBlock to_load;
+    KeyBlock loading = {};
+    QueryBlock to_load = {};
     // Late, to balance the load, but before the block is needed: the counter takes its time to answer.
     const auto claim_block = [&] {
       if constexpr (Config::kDynamicBlocks) index = gridDim.x + atomicInc(blocks_taken, params.key_blocks - 1);
@@ -274,7 +274,6 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
         mbarrier_arrive_expect_tx(k_ring.full(block), KTile::kBytes);
         KTile::load(k_smem, &k_map, k_ring.full(block), loading.first_key, loading.head, loading.batch);
         load_q();
-        v_ring.wait_empty(v_use);
         mbarrier_arrive_expect_tx(v_ring.full(v_use), VTile::kBytes);
         VTile::load(v_smem, &v_map, v_ring.full(v_use), loading.first_key, loading.head, loading.batch);
         load_dout();
@@ -479,7 +478,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     pin_registers(acc_dv);
     pin_registers(acc_dk);
     arrive(k_ring.empty(block));
-    if (keys.visits > 0) arrive(v_ring.empty(v_use++));
+    if (keys.visits > 0) ++v_use;
 
     // Epilogue: dV and dK into this warpgroup's panels of dS, once nobody multiplies by it any more. Meanwhile the next
     // K and V are on their way.
