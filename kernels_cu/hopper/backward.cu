@@ -49,19 +49,17 @@
 //           (cuflash/config_hopper_backward.py).
 // Speed     docs/hopper-backward.md.
 // Sibling   fa2/backward.cu: P and dS pass between warps through shared memory, and dQ is everybody's work.
-#include "core/dq_workspace.cuh"
 #include "core/mask_transposed.cuh"
 #include "core/turn.cuh"
+#include "hopper/gradient_products.cuh"
 #include "hopper/key_block.cuh"
 #include "hopper/pipeline.cuh"
-#include "hopper/products.cuh"
 #include "hopper/store_gradient.cuh"
 #include "hopper/tile.cuh"
 #include "hopper/transposed.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/reduce.cuh"
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/shared_memory.cuh"
 #include "ptx/tma.cuh"
@@ -80,10 +78,7 @@ constexpr int kMainWarpgroups = 2;
 constexpr int kWarpgroupThreads = 4 * kWarpSize;
 constexpr int kThreads = (1 + kMainWarpgroups) * kWarpgroupThreads;
 constexpr int kNTiles = kBlockM / 8;
-constexpr int kDqParts = kBlockM / 64 * (kHeadDim / kDqColumns);  // products of 64 rows that make a block of dQ
 static_assert(kBlockN == 64 * kMainWarpgroups && kBlockM % 64 == 0, "whole wgmma tiles");
-static_assert(kHeadDim % kDqColumns == 0 && (kDqColumns % 64 == 0 || kDqColumns == kHeadDim), "parts are whole panels");
-static_assert(kDqWarpgroup || kDqParts == kMainWarpgroups, "a part of dQ for each main warpgroup");
 static_assert(kStages >= 2, "a visit's tiles land while another's are in use");
 
 using QTile = PanelTile<kBlockM, kHeadDim>;
@@ -94,7 +89,8 @@ using DsTile = PanelTile<kBlockM, kBlockN>;
 using QRing = Ring<kStages, QTile::kBytes>;
 using DoutRing = FilledRing<kStages, DoutTile::kBytes>;  // emptied with Q
 using DsRing = Ring<kDsStages, DsTile::kBytes>;
-using Workspace = DqWorkspace<kBlockM, kHeadDim, true>;
+using Part = DqPart<Element, kBlockM, kHeadDim, kBlockN, kDqColumns>;
+static_assert(kDqWarpgroup || Part::kParts == kMainWarpgroups, "a part of dQ for each main warpgroup");
 
 constexpr int kVOffset = KTile::kBytes;  // K is at 0
 constexpr int kQOffset = kVOffset + VTile::kBytes;
@@ -109,58 +105,6 @@ constexpr int kVFullOffset = kKFullOffset + 8;
 static_assert(kVFullOffset + 8 == Config::kSharedBytes, "the host's map is the same");
 
 enum Barrier { kDsStored = 1, kStaged };
-
-// acc = A Bᵀ: 64 keys of K or V, from a_smem on, and all queries of Q or dO. Started, not waited for.
-template <class ATile, class BTile, int kColumns>
-__device__ __forceinline__ void start_transposed(float (&acc)[kNTiles][4], unsigned a_smem, unsigned b_smem) {
-  wgmma_fence();
-#pragma unroll
-  for (int k16 = 0; k16 < kColumns / 16; ++k16) {
-    wgmma_k_major(Element{}, acc, ATile::k_major(a_smem, k16), BTile::k_major(b_smem, k16), k16 > 0);
-  }
-  wgmma_commit_group();
-}
-
-// acc += Pᵀ dO or dSᵀ Q: 64 keys. Started, not waited for.
-template <class Tile, int kDTiles>
-__device__ __forceinline__ void start_gradient(float (&acc)[kDTiles][4], const unsigned (&reg)[kNTiles / 2][4],
-                                               unsigned tile_smem) {
-  wgmma_fence();
-#pragma unroll
-  for (int k16 = 0; k16 < kBlockM / 16; ++k16) {
-    wgmma_n_major(Element{}, acc, reg[k16], Tile::n_major(tile_smem, k16));
-  }
-  wgmma_commit_group();
-}
-
-// One part of dQ = dS K: 64 queries and kDqColumns columns.
-struct DqPart {
-  int row, column;
-
-  static __device__ __forceinline__ DqPart at(int part) {
-    constexpr int kColumnParts = kHeadDim / kDqColumns;
-    return {part / kColumnParts * 64, part % kColumnParts * kDqColumns};
-  }
-
-  // Started, not waited for.
-  __device__ __forceinline__ void start(float (&acc)[kDqColumns / 8][4], unsigned ds_smem, unsigned k_smem) const {
-    const unsigned a_smem = ds_smem + row * kPanelRowBytes;
-    const unsigned b_smem = k_smem + column / kPanelColumns * KTile::kPanelBytes;
-    wgmma_fence();
-#pragma unroll
-    for (int k16 = 0; k16 < kBlockN / 16; ++k16) {
-      wgmma_k_n_major(Element{}, acc, DsTile::k_major(a_smem, k16), KTile::n_major(b_smem, k16), k16 > 0);
-    }
-    wgmma_commit_group();
-  }
-
-  // Adds a warp's 16 queries to a block of the workspace.
-  __device__ __forceinline__ void add(float* block, const float (&acc)[kDqColumns / 8][4], int warp, int lane) const {
-    float* const target = block + Workspace::index(row / 16 + warp, column / 8, lane, 0);
-#pragma unroll
-    for (int d = 0; d < kDqColumns / 8; ++d) red_add_v4_f32(target + Workspace::index(0, d, 0, 0), acc[d]);
-  }
-};
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_q, seqlen_q, head_dim)
@@ -207,8 +151,8 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
 
   // Adds a part of a visit's dQ; `adder` numbers the warps that add to one query block.
   constexpr int kAdders = kDqWarpgroup ? 4 : 4 * kMainWarpgroups;
-  const auto add_dq = [&](const DqPart& part, const float (&acc_dq)[kDqColumns / 8][4], const QueryBlock& at) {
-    part.add(workspace + block_index(at) * Workspace::kBlock, acc_dq, warp, lane);
+  const auto add_dq = [&](const Part& part, const float (&acc_dq)[kDqColumns / 8][4], const QueryBlock& at) {
+    part.add(workspace + block_index(at) * Part::Workspace::kBlock, acc_dq, warp, lane);
   };
   const auto turn_of = [&](const QueryBlock& at, int adder) { return turns + block_index(at) * kAdders + adder; };
 
@@ -260,13 +204,13 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       __syncwarp();
       ds_ring.wait_full(visit);  // and K has landed, as its storers know
 #pragma unroll
-      for (int i = 0; i < kDqParts; ++i) {
-        const DqPart part = DqPart::at(i);
+      for (int i = 0; i < Part::kParts; ++i) {
+        const Part part = Part::at(i);
         float acc_dq[kDqColumns / 8][4];
         part.start(acc_dq, ds_ring.slot(visit), k_smem);
         wgmma_wait_group<0>();
         pin_registers(acc_dq);
-        if (i == kDqParts - 1 && lane == 0) mbarrier_arrive(ds_ring.empty(visit));
+        if (i == Part::kParts - 1 && lane == 0) mbarrier_arrive(ds_ring.empty(visit));
         if (Config::kDeterministic && i == 0) wait_for_turn(turn_of(at, warp), keys.n_block);
         add_dq(part, acc_dq, at);
       }
@@ -286,10 +230,10 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   QueryBlock at = keys.first();
 
   const auto start_s = [&](float (&acc_s)[kNTiles][4], unsigned visit) {
-    start_transposed<KTile, QTile, kHeadDim>(acc_s, my_k_smem, q_ring.slot(visit));
+    start_transposed<Element, KTile, QTile, kHeadDim>(acc_s, my_k_smem, q_ring.slot(visit));
   };
   const auto start_dp = [&](float (&acc_dp)[kNTiles][4], unsigned visit) {
-    start_transposed<VTile, DoutTile, kHeadDimV>(acc_dp, my_v_smem, dout_ring.slot(visit));
+    start_transposed<Element, VTile, DoutTile, kHeadDimV>(acc_dp, my_v_smem, dout_ring.slot(visit));
   };
   // From the scores of a visit to its P.
   const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned visit, int m_block) {
@@ -325,7 +269,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
         float acc_dp[kNTiles][4];
         dout_ring.wait_full(visit);
         start_dp(acc_dp, visit);
-        start_gradient<DoutTile>(acc_dv, p_reg, dout_ring.slot(visit));
+        start_gradient<Element, DoutTile, kHeadDimV>(acc_dv, p_reg, dout_ring.slot(visit));
         wgmma_wait_group<1>();
         pin_registers(acc_dp);
         differentiate<Element>(acc_dp, p_reg, delta_of(visit));
@@ -346,7 +290,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       float acc_s[1][kNTiles][4];
       q_ring.wait_full(next);
       start_s(acc_s[0], next);
-      start_gradient<QTile>(acc_dk, ds_reg, q_ring.slot(visit));
+      start_gradient<Element, QTile, kHeadDim>(acc_dk, ds_reg, q_ring.slot(visit));
       wgmma_wait_group<1>();
       pin_registers(acc_s[0]);
       probabilities(acc_s, next, at.m_block);
@@ -357,7 +301,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       round_operand<Element>(p_reg, acc_s[0]);
     }
   } else {
-    const DqPart part = DqPart::at(warpgroup);
+    const Part part = Part::at(warpgroup);
     const int adder = 4 * warpgroup + warp;
     if (visits > 0) {
       mbarrier_wait(k_full, 0);
@@ -382,12 +326,12 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       }
       // Two slots and one meeting a visit: who stores here has met those who read this slot last.
       store_transposed<DsTile>(ds_ring.slot(visit), ds_reg, warp_row);
-      start_gradient<DoutTile>(acc_dv, p_reg, dout_ring.slot(visit));
+      start_gradient<Element, DoutTile, kHeadDimV>(acc_dv, p_reg, dout_ring.slot(visit));
       fence_proxy_async_shared();
       bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);
       float acc_dq[kDqColumns / 8][4];
       part.start(acc_dq, ds_ring.slot(visit), k_smem);
-      start_gradient<QTile>(acc_dk, ds_reg, q_ring.slot(visit));
+      start_gradient<Element, QTile, kHeadDim>(acc_dk, ds_reg, q_ring.slot(visit));
       wgmma_wait_group<1>();
       pin_registers(acc_dq);
       if constexpr (Config::kDeterministic) wait_for_turn(turn_of(at, adder), keys.n_block);
