@@ -95,7 +95,7 @@ def why_not_hopper(request: Request, algorithm: str, layout: str, gpu: Gpu) -> s
     if reason := config_hopper_backward.why_not(problem, gpu.capability):
         return reason
     if algorithm == "auto":
-        if not config_hopper_backward.CHOSEN_BY_AUTO:
+        if not config_hopper_backward.chosen_by_auto(problem):
             return 'it has to be asked for with algorithm="hopper"'
         copied_by_both = _operands(infos, *_FA2).copies
         for name, reason in _operands(infos, *_HOPPER).copies.items():

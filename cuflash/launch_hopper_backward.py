@@ -60,7 +60,7 @@ def hopper_backward_calls(
     key_blocks = problem.batch * problem.heads_kv * n_blocks
     call = kernel_call(
         "k",
-        min(key_blocks, multiprocessors),
+        min(key_blocks, multiprocessors) if main.is_persistent else key_blocks,
         main.threads,
         main.shared_bytes,
         HOPPER_BACKWARD_PARAMS,

@@ -10,6 +10,7 @@ from cuflash import jit, launch, launcher, tile_counters
 from cuflash.arrays import GpuArrays
 from cuflash.checks import Request
 from cuflash.checks_backward import BackwardOptions, check_backward_call
+from cuflash.config_backward import BackwardConfig
 from cuflash.config_hopper_backward import HopperBackwardConfig
 from cuflash.families import Gpu
 from cuflash.families_backward import BackwardKernels, choose_backward
@@ -42,7 +43,8 @@ class Plan:
     calls: BackwardCalls
     launches: Launches  # None where there is nothing to do
     encoders: tuple[Encoder, ...]  # of calls.maps
-    takes_blocks: bool  # the main kernel needs a counter
+    is_persistent: bool  # the main kernel takes the address of a counter, …
+    takes_blocks: bool  # … and needs it
     get_current_device: Callable[[], int]
 
 
@@ -100,10 +102,11 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, Any, 
     if main is not None and plan.encoders:
         maps = plan.calls.maps
         encoded = [encode(at[m.name] + m.offset) for encode, m in zip(plan.encoders, maps, strict=True)]
-        counter = 0
         if plan.takes_blocks:
             counter = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
-        main(encoded, (*summed, counter), stream)
+            main(encoded, (*summed, counter), stream)
+        else:
+            main(encoded, (*summed, 0) if plan.is_persistent else summed, stream)
     elif main is not None:
         main((), (at["q"], at["k"], at["v"], at["dout"], *summed, at["dk"], at["dv"]), stream)
     if postprocess is not None:
@@ -126,6 +129,7 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
     with cuda.Device(device):
         launches = _load(kernels, jit.architecture(gpu.capability))
         main = kernels.configs.main
+        is_persistent = isinstance(main, HopperBackwardConfig)
         takes_blocks = isinstance(main, HopperBackwardConfig) and main.dynamic_blocks
         if takes_blocks:
             tile_counters.prepare(device)
@@ -137,6 +141,7 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
         calls=kernels.calls,
         launches=launches,
         encoders=tuple(Encoder(m.map) for m in kernels.calls.maps),
+        is_persistent=is_persistent,
         takes_blocks=takes_blocks,
         get_current_device=cuda.runtime.getDevice,
     )
@@ -151,8 +156,12 @@ def _load(kernels: BackwardKernels, arch: str) -> Launches:
         function = jit.load(jit.compile(config, arch), call.shared_bytes)
         return launcher.Launcher(function, call, maps=maps, addresses=addresses)
 
+    if isinstance(configs.main, BackwardConfig):
+        main_addresses = 10
+    else:
+        main_addresses = 5 if configs.main.is_persistent else 4
     return Launches(
         load(configs.preprocess, calls.preprocess, 8),
-        load(configs.main, calls.main, 5 if calls.maps else 10, len(calls.maps)),
+        load(configs.main, calls.main, main_addresses, len(calls.maps)),
         load(configs.postprocess, calls.postprocess, 2),
     )

@@ -49,19 +49,17 @@
 //           (cuflash/config_hopper_backward.py).
 // Speed     docs/hopper-backward.md.
 // Sibling   fa2/backward.cu: P and dS pass between warps through shared memory, and dQ is everybody's work.
-#include "core/dq_workspace.cuh"
 #include "core/mask_transposed.cuh"
 #include "core/turn.cuh"
+#include "hopper/gradient_products.cuh"
 #include "hopper/key_block.cuh"
 #include "hopper/pipeline.cuh"
-#include "hopper/products.cuh"
 #include "hopper/store_gradient.cuh"
 #include "hopper/tile.cuh"
 #include "hopper/transposed.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/reduce.cuh"
 #include "ptx/setmaxnreg.cuh"
 #include "ptx/shared_memory.cuh"
 #include "ptx/tma.cuh"
@@ -80,10 +78,7 @@ constexpr int kMainWarpgroups = 2;
 constexpr int kWarpgroupThreads = 4 * kWarpSize;
 constexpr int kThreads = (1 + kMainWarpgroups) * kWarpgroupThreads;
 constexpr int kNTiles = kBlockM / 8;
-constexpr int kDqParts = kBlockM / 64 * (kHeadDim / kDqColumns);  // products of 64 rows that make a block of dQ
 static_assert(kBlockN == 64 * kMainWarpgroups && kBlockM % 64 == 0, "whole wgmma tiles");
-static_assert(kHeadDim % kDqColumns == 0 && (kDqColumns % 64 == 0 || kDqColumns == kHeadDim), "parts are whole panels");
-static_assert(kDqWarpgroup || kDqParts == kMainWarpgroups, "a part of dQ for each main warpgroup");
 static_assert(kStages >= 2, "a visit's tiles land while another's are in use");
 
 using QTile = PanelTile<kBlockM, kHeadDim>;
@@ -96,7 +91,8 @@ using DoutRing = FilledRing<kStages, DoutTile::kBytes>;  // emptied with Q
 using DsRing = Ring<kDsStages, DsTile::kBytes>;
 using KRing = Ring<1, KTile::kBytes>;
 using VRing = FilledRing<1, VTile::kBytes>;  // emptied with K
-using Workspace = DqWorkspace<kBlockM, kHeadDim, true>;
+using Part = DqPart<Element, kBlockM, kHeadDim, kBlockN, kDqColumns>;
+static_assert(kDqWarpgroup || Part::kParts == kMainWarpgroups, "a part of dQ for each main warpgroup");
 
 constexpr int kVOffset = KTile::kBytes;  // K is at 0
 constexpr int kQOffset = kVOffset + VTile::kBytes;
@@ -115,58 +111,6 @@ constexpr bool kStagedTogether = VTile::kPanels + KTile::kPanels <= kDsStages;
 static_assert(VTile::kPanels <= kDsStages && KTile::kPanels <= kDsStages, "a slot for each panel");
 
 enum Barrier { kDsStored = 1, kStaged };
-
-// acc = A Bᵀ: 64 keys of K or V, from a_smem on, and all queries of Q or dO. Started, not waited for.
-template <class ATile, class BTile, int kColumns>
-__device__ __forceinline__ void start_transposed(float (&acc)[kNTiles][4], unsigned a_smem, unsigned b_smem) {
-  wgmma_fence();
-#pragma unroll
-  for (int k16 = 0; k16 < kColumns / 16; ++k16) {
-    wgmma_k_major(Element{}, acc, ATile::k_major(a_smem, k16), BTile::k_major(b_smem, k16), k16 > 0);
-  }
-  wgmma_commit_group();
-}
-
-// acc += Pᵀ dO or dSᵀ Q: 64 keys. Started, not waited for.
-template <class Tile, int kDTiles>
-__device__ __forceinline__ void start_gradient(float (&acc)[kDTiles][4], const unsigned (&reg)[kNTiles / 2][4],
-                                               unsigned tile_smem) {
-  wgmma_fence();
-#pragma unroll
-  for (int k16 = 0; k16 < kBlockM / 16; ++k16) {
-    wgmma_n_major(Element{}, acc, reg[k16], Tile::n_major(tile_smem, k16));
-  }
-  wgmma_commit_group();
-}
-
-// One part of dQ = dS K: 64 queries and kDqColumns columns.
-struct DqPart {
-  int row, column;
-
-  static __device__ __forceinline__ DqPart at(int part) {
-    constexpr int kColumnParts = kHeadDim / kDqColumns;
-    return {part / kColumnParts * 64, part % kColumnParts * kDqColumns};
-  }
-
-  // Started, not waited for.
-  __device__ __forceinline__ void start(float (&acc)[kDqColumns / 8][4], unsigned ds_smem, unsigned k_smem) const {
-    const unsigned a_smem = ds_smem + row * kPanelRowBytes;
-    const unsigned b_smem = k_smem + column / kPanelColumns * KTile::kPanelBytes;
-    wgmma_fence();
-#pragma unroll
-    for (int k16 = 0; k16 < kBlockN / 16; ++k16) {
-      wgmma_k_n_major(Element{}, acc, DsTile::k_major(a_smem, k16), KTile::n_major(b_smem, k16), k16 > 0);
-    }
-    wgmma_commit_group();
-  }
-
-  // Adds a warp's 16 queries to a block of the workspace.
-  __device__ __forceinline__ void add(float* block, const float (&acc)[kDqColumns / 8][4], int warp, int lane) const {
-    float* const target = block + Workspace::index(row / 16 + warp, column / 8, lane, 0);
-#pragma unroll
-    for (int d = 0; d < kDqColumns / 8; ++d) red_add_v4_f32(target + Workspace::index(0, d, 0, 0), acc[d]);
-  }
-};
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_q, seqlen_q, head_dim)
@@ -224,8 +168,8 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
 
   // Adds a part of a visit's dQ; `adder` numbers the warps that add to one query block.
   constexpr int kAdders = kDqWarpgroup ? 4 : 4 * kMainWarpgroups;
-  const auto add_dq = [&](const DqPart& part, const float (&acc_dq)[kDqColumns / 8][4], long long query_block) {
-    part.add(workspace + query_block * Workspace::kBlock, acc_dq, warp, lane);
+  const auto add_dq = [&](const Part& part, const float (&acc_dq)[kDqColumns / 8][4], long long query_block) {
+    part.add(workspace + query_block * Part::Workspace::kBlock, acc_dq, warp, lane);
   };
   const auto turn_of = [&](long long query_block, int adder) { return turns + query_block * kAdders + adder; };
 
@@ -317,13 +261,13 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
         ds_ring.wait_full(ds_use);
         const long long query_block = block_index(keys, at);
 #pragma unroll
-        for (int i = 0; i < kDqParts; ++i) {
-          const DqPart part = DqPart::at(i);
+        for (int i = 0; i < Part::kParts; ++i) {
+          const Part part = Part::at(i);
           float acc_dq[kDqColumns / 8][4];
           part.start(acc_dq, ds_ring.slot(ds_use), k_smem);
           wgmma_wait_group<0>();
           pin_registers(acc_dq);
-          if (i == kDqParts - 1) {
+          if (i == Part::kParts - 1) {
             arrive(ds_ring.empty(ds_use));
             if (visit == keys.visits - 1) leave_k();  // before the last adds: the next block's loads take longer
           }
@@ -354,10 +298,10 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     unsigned p_reg[kNTiles / 2][4], ds_reg[kNTiles / 2][4];
 
     const auto start_s = [&](float (&acc_s)[kNTiles][4], unsigned use) {
-      start_transposed<KTile, QTile, kHeadDim>(acc_s, my_k_smem, q_ring.slot(use));
+      start_transposed<Element, KTile, QTile, kHeadDim>(acc_s, my_k_smem, q_ring.slot(use));
     };
     const auto start_dp = [&](float (&acc_dp)[kNTiles][4], unsigned use) {
-      start_transposed<VTile, DoutTile, kHeadDimV>(acc_dp, my_v_smem, dout_ring.slot(use));
+      start_transposed<Element, VTile, DoutTile, kHeadDimV>(acc_dp, my_v_smem, dout_ring.slot(use));
     };
     // Whether one of the block's queries does not see one of this warpgroup's keys. A visit with a mask has code of its
     // own: a branch around the mask would keep ptxas from moving exponentials past the next wait.
@@ -394,7 +338,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
           float acc_dp[kNTiles][4];
           dout_ring.wait_full(use);
           start_dp(acc_dp, use);
-          start_gradient<DoutTile>(acc_dv, p_reg, dout_ring.slot(use));
+          start_gradient<Element, DoutTile, kHeadDimV>(acc_dv, p_reg, dout_ring.slot(use));
           wgmma_wait_group<1>();
           pin_registers(acc_dp);
           differentiate<Element>(acc_dp, p_reg, delta_of(use));
@@ -414,7 +358,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
         float acc_s[1][kNTiles][4];
         q_ring.wait_full(next);
         start_s(acc_s[0], next);
-        start_gradient<QTile>(acc_dk, ds_reg, q_ring.slot(use));
+        start_gradient<Element, QTile, kHeadDim>(acc_dk, ds_reg, q_ring.slot(use));
         wgmma_wait_group<1>();
         pin_registers(acc_s[0]);
         probabilities(acc_s, next, next_masked);
@@ -430,7 +374,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
         else finish_visit(use, Constant<false>{});
       }
     } else {
-      const DqPart part = DqPart::at(warpgroup);
+      const Part part = Part::at(warpgroup);
       const int adder = 4 * warpgroup + warp;
       if (use < end) v_ring.wait_full(v_use);
       const auto do_visit = [&](unsigned use, auto masked) {
@@ -452,12 +396,12 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
         }
         // Two slots and one meeting a visit: who stores here has met those who read this slot last.
         store_transposed<DsTile>(ds_ring.slot(use), ds_reg, warp_row);
-        start_gradient<DoutTile>(acc_dv, p_reg, dout_ring.slot(use));
+        start_gradient<Element, DoutTile, kHeadDimV>(acc_dv, p_reg, dout_ring.slot(use));
         fence_proxy_async_shared();
         bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);
         float acc_dq[kDqColumns / 8][4];
         part.start(acc_dq, ds_ring.slot(use), k_smem);
-        start_gradient<QTile>(acc_dk, ds_reg, q_ring.slot(use));
+        start_gradient<Element, QTile, kHeadDim>(acc_dk, ds_reg, q_ring.slot(use));
         wgmma_wait_group<1>();
         pin_registers(acc_dq);
         const long long query_block = block_index(keys, at);
