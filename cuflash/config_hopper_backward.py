@@ -214,19 +214,12 @@ def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
         return reason
     if problem.seqlen_q == 0:
         return "there is no query, and a tensor map cannot be empty"
-    if _tile(problem) is None:
-        widest = WIDE_TILES[-1]
-        return (
-            f"its backward takes a head_dim up to {widest.head_dim} and a head_dim_v up to "
-            f"{widest.head_dim_v}, not {problem.head_dim} and {problem.head_dim_v}"
-        )
     return None
 
 
 def choose_hopper(problem: Problem, *, deterministic: bool) -> HopperBackwardConfigs:
     """The Configs for the backward of a problem that ``why_not`` has no objection to."""
     tile = _tile(problem)
-    assert tile is not None
     # What TMA reads has rows that are multiples of 16 bytes; dQ, which it does not write, need not.
     vector_out = problem.head_dim * ELEMENT_BYTES % 16 == 0
     main = make_config(tile, dtype=problem.dtype, causal=problem.is_causal, deterministic=deterministic)
@@ -271,7 +264,6 @@ def chosen_by_auto(problem: Problem) -> bool:
     return WIDE_CHOSEN_BY_AUTO if isinstance(_tile(problem), WideTile) else CHOSEN_BY_AUTO
 
 
-def _tile(problem: Problem) -> Tile | WideTile | None:
+def _tile(problem: Problem) -> Tile | WideTile:
     tiles: tuple[Tile | WideTile, ...] = (*TILES, *WIDE_TILES)
-    fitting = (t for t in tiles if problem.head_dim <= t.head_dim and problem.head_dim_v <= t.head_dim_v)
-    return next(fitting, None)
+    return next(t for t in tiles if problem.head_dim <= t.head_dim and problem.head_dim_v <= t.head_dim_v)
