@@ -119,13 +119,12 @@ def _cupy_peak(inputs: Inputs, family: str, training: bool) -> int:
 
     q, k, v = (cupy.from_dlpack(x.detach()) for x in (inputs.q, inputs.k, inputs.v))
     dout = None if inputs.dout is None else cupy.from_dlpack(inputs.dout)
-    backward = "fa2" if family == "hopper" else family
 
     def run() -> tuple[Any, ...]:
         if not training:
             return (cuflash.attention(q, k, v, algorithm=family),)
         out, lse = cuflash.attention(q, k, v, return_lse=True, algorithm=family)
-        return out, *cuflash.attention_backward(dout, q, k, v, out, lse, algorithm=backward)
+        return out, *cuflash.attention_backward(dout, q, k, v, out, lse, algorithm=family)
 
     outputs = sum(x.nbytes for x in run())
     gc.collect()

@@ -5,9 +5,9 @@
 (``PROBLEM``), then what was measured: ``SPEED`` for kernels, with "peers" in TFLOP/s, "peer_errors" for those
 that could not run, "row_error" (the largest relative error against SDPA, of an output row or of 64 rows of a
 gradient) and, where asked for, "burst" (the same figures from single calls). Rows of the directions in
-``TIMES`` hold the fields named there instead. A "train" row is of one attention; it holds "error" alone if
-that could not run, and of a whole run also ``CURVE``: "losses", means of "loss_every"
-steps.
+``TIMES`` hold the fields named there instead. A "counters" row counts the kernel of the direction in
+"counted". A "train" row is of one attention; it holds "error" alone if that could not run, and of a whole run
+also ``CURVE``: "losses", means of "loss_every" steps.
 """
 
 from __future__ import annotations
@@ -62,6 +62,18 @@ TRAIN: dict[str, tuple[type, ...]] = {
     "tokens_per_s": (float,),
     "peak_gb": (float, type(None)),  # most memory allocated at once; null where the framework does not say
 }
+COUNTERS: dict[str, tuple[type, ...]] = {  # of one kernel, by ncu; in per cent but for the first and the last
+    "ms": (float,),
+    "sm_active": (float,),  # of the kernel's time, over all SMs
+    "tensor": (float,),  # cycles of the tensor cores
+    "exponentials": (float,),  # instructions of the pipe that computes them
+    "issue": (float,),  # cycles in which a scheduler issues an instruction
+    "occupancy": (float,),  # warps, of those that fit the SM
+    "shared_memory": (float,),  # accesses by load and store instructions; wgmma and TMA go past this counter
+    "l2": (float,),
+    "dram": (float,),
+    "instructions": (float,),  # of warps
+}
 CURVE: dict[str, tuple[type, ...]] = {"losses": (list,), "loss_every": (int,)}
 MEMORY: dict[str, tuple[type, ...]] = {
     "extra_mb": (float,),  # most that a call had allocated at once, beyond its inputs and outputs
@@ -81,6 +93,7 @@ TIMES = {
     "host": HOST,
     "call": CALL,
     "train": TRAIN,
+    "counters": COUNTERS,
     "memory": MEMORY,
     "matmul": MATMUL,
     "instructions": INSTRUCTIONS,

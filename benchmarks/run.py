@@ -4,6 +4,7 @@ python -m benchmarks.run forward                         the grid, against SDPA'
 python -m benchmarks.run backward --deterministic        the same of gradients; also deterministic ones
 python -m benchmarks.run host                            host time of a call, cold and warm first call
 python -m benchmarks.run jax-call                        cost of a call in JAX: buffer_callback, FFI, jax.nn
+python -m benchmarks.run counters                        how busy kernels keep the GPU, by ncu
 python -m benchmarks.run tiles                           candidate tiles of FA2 forward, against SDPA's flash
 python -m benchmarks.run train                           loss curves of a small GPT, with each attention
 python -m benchmarks.run gpt2                            steps of GPT-2, with each attention
@@ -89,6 +90,16 @@ def _jax_call(options: argparse.Namespace, command: str) -> int:
     return _record(jax_call.CONTENDERS, measure, Recorder(options.results_dir, jax_call.TOPIC, header))
 
 
+def _counters(options: argparse.Namespace, command: str) -> int:
+    from benchmarks import counters
+
+    if reason := machine.why_no_torch() or counters.why_not():
+        return _skip("counters", reason)
+    header = machine.header(command, options.commit, counters.METHOD)
+    recorder = Recorder(options.results_dir, options.topic or "counters", header)
+    return _record(["all"], lambda _: counters.measure(), recorder)
+
+
 def _tiles(options: argparse.Namespace, command: str) -> int:
     if reason := machine.why_no_torch():
         return _skip("tiles", reason)
@@ -166,6 +177,7 @@ BENCHMARKS = {
     "backward": _speed,
     "host": _host,
     "jax-call": _jax_call,
+    "counters": _counters,
     "tiles": _tiles,
     "train": _train,
     "gpt2": _gpt2,

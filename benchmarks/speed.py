@@ -65,13 +65,12 @@ def prepare(
     if algorithm == "standard":
         require_memory(inputs, standard_bytes_a_score(inputs))
     expected = reference(inputs)
+    explanation = cuflash.explain(inputs.q, inputs.k, inputs.v, causal=workload.causal, algorithm=algorithm)
     if workload.direction == "backward":
-        family = "fa2" if algorithm == "auto" else algorithm  # what "auto" takes to differentiate on a GPU
+        family = explanation.backward.split()[0]
         candidates = _backward(inputs, expected, algorithm, deterministic)
     else:
-        family = cuflash.explain(
-            inputs.q, inputs.k, inputs.v, causal=workload.causal, algorithm=algorithm
-        ).family
+        family = explanation.family
         candidates = [_forward(inputs, expected, algorithm)]
     peers, peer_errors = prepare_peers(peer_names, inputs, expected)
     torch.cuda.empty_cache()  # a peer that ran out of memory leaves its blocks behind

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import groupby
 
 from benchmarks.markdown import markdown, short_dtype
-from benchmarks.results import CALL, HOST, Row
+from benchmarks.results import CALL, COUNTERS, HOST, Row
 
 
 def _host_table(rows: list[Row]) -> list[str]:
@@ -31,6 +31,21 @@ def _call_table(rows: list[Row]) -> list[str]:
     head = ["attention by", "in command buffers", "launched singly"]
     body = [[row["features"]["by"], *(f"{row[name]:.3g}" for name in CALL)] for row in rows]
     return [f"µs a call under jax.jit, {short_dtype(rows[0])}, {problem}:", "", *markdown(head, body)]
+
+
+def _counters_table(rows: list[Row]) -> list[str]:
+    head = ["kernel", "d", "mask", "length", *(name.replace("_", " ") for name in COUNTERS)]
+    body = [
+        [
+            f"{row['family']} {row['counted']}",
+            str(row["head_dim"]),
+            "causal" if row["causal"] else "full",
+            str(row["seqlen_q"]),
+            *(f"{row[name]:.3g}" for name in COUNTERS),
+        ]
+        for row in rows
+    ]
+    return markdown(head, body)
 
 
 def _training_table(rows: list[Row]) -> list[str]:
@@ -138,6 +153,7 @@ def _instructions_table(rows: list[Row]) -> list[str]:
 TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "host": _host_table,
     "call": _call_table,
+    "counters": _counters_table,
     "train": _training_table,
     "memory": _memory_table,
     "matmul": _matmul_table,

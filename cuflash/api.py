@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import arrays, cpu, families, plan
+from cuflash import arrays, cpu, families, families_backward, plan
 from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
 from cuflash.checks import GPU_ALGORITHMS, Options, check_call, named, out_shape
 from cuflash.explanation import Explanation
@@ -126,8 +126,8 @@ def explain(
 
     Takes what ``attention`` takes and raises what it would raise. Returns an ``Explanation`` to print: the
     kernel family and why the others do not run, the tile configuration, registers and shared memory as the
-    compiler reports them, the cubin's path, and which arrays are copied. On a GPU the kernel is compiled if
-    need be.
+    compiler reports them, the cubin's path, which arrays are copied, and the family of the gradients. On a
+    GPU the kernel is compiled if need be.
     """
     options = Options(causal, scale, layout, return_lse, algorithm)
     native = arrays.common_framework(q, k, v, out)
@@ -144,6 +144,7 @@ def explain(
         )
 
     kernel = families.choose_kernel(request, options)
+    gpu = families.Gpu.of(device)
     return Explanation(
         kernel.family,
         f"cuda:{device} ({kernel.arch})",
@@ -153,6 +154,7 @@ def explain(
         kernel.config,
         kernel.call,
         kernel.program,
+        families_backward.explained(request, options, gpu),
         workspace_bytes=4 * (kernel.workspace_words or 0),
         products=kernel.standard.products if kernel.standard else 0,
     )

@@ -29,9 +29,10 @@ def attention_backward(
 ) -> tuple[Any, Any, Any]:
     """Gradients of ``attention``: dq, dk and dv of a loss, given its gradient with respect to out (and lse).
 
-    On a GPU the FlashAttention-2 backward pass (Dao, arXiv 2307.08691, Algorithm 2) as CUDA kernels; for
-    arrays in host memory the same algorithm in NumPy. The probabilities are recomputed from lse, so memory
-    stays linear in the sequence length; sums are in float32 (float64 for float64).
+    On a GPU the FlashAttention-2 backward pass (Dao, arXiv 2307.08691, Algorithm 2) as CUDA kernels, of which
+    Hopper has its own; for arrays in host memory the same algorithm in NumPy. The probabilities are
+    recomputed from lse, so memory stays linear in the sequence length; sums are in float32 (float64 for
+    float64).
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ def attention_backward(
         Whether two calls must agree bit for bit. dk and dv always do. On a GPU the parts of dq are added in
         float32 in the order in which thread blocks finish, unless this is True: they then wait for each
         other, which takes longer and no more memory to speak of.
-    algorithm : "auto", "fa2", "fa1", "standard" or "cpu"
+    algorithm : "auto", "hopper", "fa2", "fa1", "standard" or "cpu"
         The kernel family, as for ``attention``. "fa1" and "standard" always give the same bits.
 
     Returns

@@ -49,6 +49,11 @@ class BackwardConfig:
         return 32 * self.warps
 
     @property
+    def turns_per_block(self) -> int:
+        """Warps that add to one query block of dQ, each in its turn if deterministic."""
+        return self.warps if self.deterministic else 0
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of one thread block, as the kernel maps it."""
         both = self.head_dim + self.head_dim_v

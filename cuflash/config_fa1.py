@@ -99,6 +99,11 @@ class Fa1BackwardConfig:
         return 32 * self.warps
 
     @property
+    def turns_per_block(self) -> int:
+        """None: one thread block adds to a query block of dQ, always in the same order."""
+        return 0
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of one thread block, as the kernel maps it."""
         both = self.head_dim + self.head_dim_v

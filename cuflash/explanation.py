@@ -30,6 +30,7 @@ class Explanation:
     config: Config | HopperConfig | Fa1Config | SoftmaxConfig | None = None
     call: KernelCall | HopperCall | None = None
     program: Program | None = None  # registers, spills, the cubin and its path
+    backward: str = "cpu"  # the family that computes the gradients, and why not hopper
     workspace_bytes: int = 0  # memory that the call takes and frees again
     products: int = 0  # calls of cuBLAS, beside which ``call`` is only the softmax
 
@@ -37,6 +38,7 @@ class Explanation:
         lines = [("family", f"{self.family} on {self.device}"), ("problem", _fields(self.problem))]
         lines += [("not used", f"{family}: {reason}") for family, reason in self.not_used.items()]
         lines += [("copied", f"{name}: {reason}") for name, reason in self.copies.items()]
+        lines.append(("backward", self.backward))
         if self.problem.is_empty:
             lines.append(("launch", "none, the output is empty"))
         if self.config and self.call and self.program:

@@ -72,16 +72,23 @@ def choose_kernel(request: Request, options: Options) -> Kernel:
         "fa1": config_fa1.why_not(request.problem),
         "standard": None,
     }
-    chosen = options.algorithm
+    chosen, not_used = pick(options.algorithm, objections, "this")
+    return _MAKERS[chosen](request, options, gpu, not_used)
+
+
+def pick(asked_for: str, objections: dict[str, str | None], computation: str) -> tuple[str, dict[str, str]]:
+    """The family that runs, and why each other does not.
+
+    ``objections`` has every family on a GPU, and why it cannot run or "auto" should not take it. ValueError
+    if ``asked_for`` names one that cannot run this ``computation``.
+    """
+    chosen = asked_for
     if chosen == "auto":
         chosen = "fa2" if objections["hopper"] else "hopper"
     elif objections[chosen]:
-        raise ValueError(f'algorithm="{chosen}" cannot compute this: {objections[chosen]}; use "auto"')
-    return _MAKERS[chosen](request, options, gpu, _not_used(chosen, options.algorithm, objections))
-
-
-def _not_used(chosen: str, asked_for: str, objections: dict[str, str | None]) -> dict[str, str]:
-    """Every other family, and why it does not run."""
+        raise ValueError(
+            f'algorithm="{chosen}" cannot compute {computation}: {objections[chosen]}; use "auto"'
+        )
     reasons = {"cpu": "q, k and v are on a GPU"}
     for family, objection in objections.items():
         if family == chosen:
@@ -92,7 +99,7 @@ def _not_used(chosen: str, asked_for: str, objections: dict[str, str | None]) ->
             reasons[family] = objection or f"{chosen} is faster: {family} is there to be compared with"
         else:
             reasons[family] = objection or f"{chosen} can compute this, and is faster"
-    return reasons
+    return chosen, reasons
 
 
 def _fa2(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:

@@ -26,13 +26,7 @@ from jax.interpreters import ad, batching, mlir
 from cuflash import cpu, launch, plan, plan_backward
 from cuflash.arrays.jax import JaxAvals, XlaBuffers
 from cuflash.checks import GPU_ALGORITHMS, Options, check_call, out_shape
-from cuflash.checks_backward import (
-    BACKWARD_ALGORITHMS,
-    BackwardOptions,
-    check_backward_call,
-    lse_shape,
-    named_backward,
-)
+from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 
@@ -58,9 +52,8 @@ def _attention_fwd(q: Any, k: Any, v: Any, options: Options) -> tuple[tuple[Any,
 
 def _attention_bwd(options: Options, saved: Arrays, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
     dout, dlse = cotangents
-    algorithm = options.algorithm if options.algorithm in BACKWARD_ALGORITHMS else "auto"
     backward_options = BackwardOptions(
-        options.causal, options.scale, options.layout, _deterministic(), algorithm
+        options.causal, options.scale, options.layout, _deterministic(), options.algorithm
     )
     return tuple(_backward_p.bind(dout, *saved, dlse, options=backward_options))
 

@@ -9,33 +9,23 @@ import numpy as np
 
 from cuflash.config_backward import BackwardConfigs
 from cuflash.config_fa1 import Fa1BackwardConfigs
-from cuflash.launch import LOG2_E, KernelCall, Strides, check_ranges
+from cuflash.config_hopper_backward import HopperBackwardConfigs
+from cuflash.launch import LOG2_E, MAX_GRID, KernelCall, Strides, check_ranges, params_dtype
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
-
-_STRIDES = np.dtype([("batch", np.int64), ("row", np.int64), ("head", np.int64)], align=True)
-
-
-def _params(strides: str, ints: str, floats: str = "") -> np.dtype:
-    fields: list[tuple[str, Any]] = [(name, _STRIDES) for name in strides.split()]
-    fields += [(name, np.dtype(np.int32)) for name in ints.split()]
-    fields += [(name, np.dtype(np.float32)) for name in floats.split()]
-    return np.dtype(fields, align=True)
-
+from cuflash.tensor_map import TensorMap
 
 # PreprocessParams, BackwardParams and PostprocessParams in kernels_cu/fa2/backward*.cu
-PREPROCESS_PARAMS = _params(
+PREPROCESS_PARAMS = params_dtype(
     "dout out lse dlse", "first_row seqlen_q heads_q head_dim_v m_blocks turns_per_block"
 )
-BACKWARD_PARAMS = _params(
+BACKWARD_PARAMS = params_dtype(
     "q k v dout dk dv",
     "first_row seqlen_q seqlen_k seqlen_k_visible heads_kv group_size batch_heads head_dim head_dim_v "
     "causal_offset m_blocks n_blocks heads_per_wave",
     "scale_log2 scale",
 )
-POSTPROCESS_PARAMS = _params("dq", "first_row seqlen_q heads_q head_dim m_blocks dq_blocks", "scale")
-
-_MAX_GRID = 2**31 - 1
+POSTPROCESS_PARAMS = params_dtype("dq", "first_row seqlen_q heads_q head_dim m_blocks dq_blocks", "scale")
 
 
 class BackwardStrides(NamedTuple):
@@ -53,6 +43,9 @@ class BackwardStrides(NamedTuple):
     dv: Strides
 
 
+FlashConfigs = BackwardConfigs | Fa1BackwardConfigs | HopperBackwardConfigs
+
+
 class Workspace(NamedTuple):
     """Where in one buffer of 4-byte words each part starts: multiples of 16 bytes."""
 
@@ -63,6 +56,14 @@ class Workspace(NamedTuple):
     words: int  # of the whole buffer
 
 
+class MapOf(NamedTuple):
+    """A tensor map that a main kernel takes, of what lies ``offset`` bytes after the start of ``name``."""
+
+    name: str
+    map: TensorMap
+    offset: int
+
+
 @dataclass(frozen=True, slots=True)
 class BackwardCalls:
     """The launches of one backward, but for the pointers; None where there is nothing to do."""
@@ -71,6 +72,7 @@ class BackwardCalls:
     main: KernelCall | None
     postprocess: KernelCall | None
     workspace: Workspace
+    maps: tuple[MapOf, ...] = ()  # of main
 
 
 def backward_calls(
@@ -85,7 +87,7 @@ def backward_calls(
     main, s = configs.main, strides
     n_blocks = -(-problem.seqlen_k // main.block_n)
     first_row = first_visible_row(problem)
-    main_call = kernel_call(
+    call = kernel_call(
         "k",
         problem.batch * problem.heads_kv * n_blocks,
         main.threads,
@@ -100,7 +102,7 @@ def backward_calls(
         *(query_blocks(problem, main.block_m), n_blocks, heads_per_wave(problem, l2_bytes)),
         *(problem.scale * LOG2_E, problem.scale),
     )
-    return with_passes(problem, configs, strides, main_call, main.warps if main.deterministic else 0)
+    return with_passes(problem, configs, strides, call)
 
 
 def query_blocks(problem: Problem, block_m: int) -> int:
@@ -110,12 +112,12 @@ def query_blocks(problem: Problem, block_m: int) -> int:
 
 def with_passes(
     problem: Problem,
-    configs: BackwardConfigs | Fa1BackwardConfigs,
+    configs: FlashConfigs,
     strides: BackwardStrides,
     main_call: KernelCall | None,
-    turns_per_block: int,
+    maps: tuple[MapOf, ...] = (),
 ) -> BackwardCalls:
-    """``main_call`` between the launches that prepare its workspace and take dQ out of it."""
+    """``main_call``, what runs before and after it, and their workspace."""
     preprocess, main, postprocess = configs
     first_row = first_visible_row(problem)
     rows = problem.seqlen_q - first_row
@@ -128,7 +130,7 @@ def with_passes(
     lse_log2, delta = 0, vector_words
     dq = delta + vector_words
     turns = dq + blocks * main.block_m * main.head_dim
-    workspace = Workspace(lse_log2, delta, dq, turns, turns + blocks * turns_per_block)
+    workspace = Workspace(lse_log2, delta, dq, turns, turns + blocks * main.turns_per_block)
 
     s = strides
     return BackwardCalls(
@@ -139,7 +141,7 @@ def with_passes(
             0,
             PREPROCESS_PARAMS,
             *(s.dout, s.out, s.lse, s.dlse),
-            *(first_row, rows, problem.heads_q, problem.head_dim_v, m_blocks, turns_per_block),
+            *(first_row, rows, problem.heads_q, problem.head_dim_v, m_blocks, main.turns_per_block),
         ),
         main_call,
         kernel_call(
@@ -153,6 +155,7 @@ def with_passes(
             problem.scale,
         ),
         workspace,
+        maps,
     )
 
 
@@ -180,12 +183,12 @@ def heads_per_wave(problem: Problem, l2_bytes: int) -> int:
 def kernel_call(
     name: str, blocks: int, threads: int, shared_bytes: int, dtype: np.dtype, *values: Any
 ) -> KernelCall | None:
-    """One launch of ``blocks`` thread blocks, None if there are none; ``name`` is the array to split."""
+    """The launch of a grid of ``blocks``; None if that is none. ``name`` is the argument they grow with."""
     if blocks == 0:
         return None
-    if blocks > _MAX_GRID:
+    if blocks > MAX_GRID:
         raise ValueError(
-            f"{name} needs {blocks} thread blocks and a grid has at most {_MAX_GRID}; split the batch"
+            f"{name} needs {blocks} thread blocks and a grid has at most {MAX_GRID}; split the batch"
         )
     params: Any = np.array(values, dtype)[()]
     return KernelCall((blocks,), (threads,), shared_bytes, params)

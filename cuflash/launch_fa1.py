@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cuflash.config_fa1 import Fa1BackwardConfigs, Fa1Config
-from cuflash.launch import LOG2_E, KernelCall, Strides, check_ranges, kernel_scale
+from cuflash.launch import LOG2_E, MAX_GRID, KernelCall, Strides, check_ranges, kernel_scale, params_dtype
 from cuflash.launch_backward import (
     BackwardCalls,
     BackwardStrides,
@@ -18,27 +18,18 @@ from cuflash.launch_backward import (
 )
 from cuflash.problem import Problem
 
-_STRIDES = np.dtype([("batch", np.int64), ("row", np.int64), ("head", np.int64)], align=True)
-
-
-def _params(strides: str, ints: str) -> np.dtype:
-    fields: list[tuple[str, Any]] = [(name, _STRIDES) for name in strides.split()]
-    fields += [(name, np.dtype(np.int32)) for name in ints.split()]
-    fields += [(name, np.dtype(np.float32)) for name in ("scale_log2", "scale")]
-    return np.dtype(fields, align=True)
-
-
 # ForwardParams and BackwardParams in kernels_cu/fa1/
-FORWARD_PARAMS = _params(
+FORWARD_PARAMS = params_dtype(
     "q k v out",
     "seqlen_q seqlen_k heads_q group_size head_dim head_dim_v causal_offset m_blocks n_blocks",
+    "scale_log2 scale",
 )
-BACKWARD_PARAMS = _params(
+BACKWARD_PARAMS = params_dtype(
     "q k v dout dk dv",
     "first_row seqlen_q seqlen_k seqlen_k_visible heads_kv group_size head_dim head_dim_v causal_offset "
     "m_blocks n_blocks",
+    "scale_log2 scale",
 )
-_MAX_GRID = 2**31 - 1
 
 
 def forward_call(
@@ -52,10 +43,10 @@ def forward_call(
     m_blocks = -(-problem.seqlen_q // config.block_m)
     n_blocks = max(1, -(-problem.seqlen_k_visible // config.block_n))
     heads = problem.batch * problem.heads_q
-    if heads > _MAX_GRID:
+    if heads > MAX_GRID:
         raise ValueError(
             f"q needs {heads} thread blocks (batch {problem.batch}, {problem.heads_q} heads) and a grid has "
-            f"at most {_MAX_GRID}; split the batch"
+            f"at most {MAX_GRID}; split the batch"
         )
     scale = kernel_scale(problem)
     params: Any = np.array(
@@ -102,4 +93,4 @@ def backward_calls(problem: Problem, configs: Fa1BackwardConfigs, strides: Backw
         *(query_blocks(problem, main.block_m), n_blocks),
         *(problem.scale * LOG2_E, problem.scale),
     )
-    return with_passes(problem, configs, strides, main_call, turns_per_block=0)
+    return with_passes(problem, configs, strides, main_call)

@@ -16,31 +16,22 @@ from cuflash.config_standard import (
     row_step,
 )
 from cuflash.cublas import Matrices, Product
-from cuflash.launch import KernelCall, Strides, check_ranges
+from cuflash.launch import MAX_GRID, KernelCall, Strides, check_ranges, params_dtype
 from cuflash.launch_backward import first_visible_row
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 
-_STRIDES = np.dtype([("batch", np.int64), ("row", np.int64), ("head", np.int64)], align=True)
-_MAX_GRID = 2**31 - 1
 _WORD_ELEMENTS = 4 // ELEMENT_BYTES
 _ALIGNED_WORDS = 4  # 16 bytes
 
-
-def _params(strides: str, ints: str) -> np.dtype:
-    fields: list[tuple[str, Any]] = [(name, _STRIDES) for name in strides.split()]
-    fields += [(name, np.dtype(np.int32)) for name in ints.split()]
-    return np.dtype(fields, align=True)
-
-
 # SoftmaxParams, SoftmaxBackwardParams and SumGroupsParams in kernels_cu/standard/
-SOFTMAX_PARAMS = _params(
+SOFTMAX_PARAMS = params_dtype(
     "out", "first_row seqlen_q seqlen_k row_step heads_q head_dim_v causal_offset row_blocks"
 )
-SOFTMAX_BACKWARD_PARAMS = _params(
+SOFTMAX_BACKWARD_PARAMS = params_dtype(
     "lse dlse", "first_row seqlen_q seqlen_k row_step heads_q causal_offset row_blocks"
 )
-SUM_GROUPS_PARAMS = _params("gradient", "seqlen_k heads_kv group_size head_dim key_blocks")
+SUM_GROUPS_PARAMS = params_dtype("gradient", "seqlen_k heads_kv group_size head_dim key_blocks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,8 +270,8 @@ def _sum_call(
 
 
 def _checked(blocks: int) -> int:
-    if blocks > _MAX_GRID:
+    if blocks > MAX_GRID:
         raise ValueError(
-            f"q and k need {blocks} thread blocks and a grid has at most {_MAX_GRID}; split the batch"
+            f"q and k need {blocks} thread blocks and a grid has at most {MAX_GRID}; split the batch"
         )
     return blocks

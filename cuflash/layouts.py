@@ -37,13 +37,10 @@ def fa2_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> L
 def standard_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> Layouts:
     """What cuBLAS reads and writes in place."""
 
-    def not_read(operand: Operand, pointer: int) -> str | None:
-        return why_not_read(operand, pointer) or why_not_multiplied(operand, layout)
-
     def not_written(operand: Operand, pointer: int) -> str | None:
-        return _why_not_stored(operand, pointer) or why_not_multiplied(operand, layout)
+        return _why_not_stored(operand, pointer) or _why_not_multiplied(operand, layout)
 
-    return _plan(problem, infos, layout, not_read, not_written)
+    return _plan(problem, infos, layout, why_not_read_by_cublas(layout), not_written)
 
 
 def hopper_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> Layouts:
@@ -96,7 +93,16 @@ def why_not_read(operand: Operand, pointer: int) -> str | None:
     return None
 
 
-def why_not_multiplied(operand: Operand, layout: str) -> str | None:
+def why_not_read_by_cublas(layout: str) -> Objection:
+    """Why cuBLAS cannot read an array of four axes in ``layout``."""
+
+    def objection(operand: Operand, pointer: int) -> str | None:
+        return why_not_read(operand, pointer) or _why_not_multiplied(operand, layout)
+
+    return objection
+
+
+def _why_not_multiplied(operand: Operand, layout: str) -> str | None:
     """Why cuBLAS cannot take the rows of ``operand`` as matrices where they lie; None if it can."""
     shape, strides = operand
     if any(stride < 0 for stride, size in zip(strides, shape, strict=True) if size > 1):

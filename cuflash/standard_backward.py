@@ -5,14 +5,12 @@ P is computed again from q, k and lse, because ``attention_backward`` takes no s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from cuflash import cublas, jit, launch, launcher
-from cuflash.config_standard import choose_backward
-from cuflash.launch_standard import StandardBackward, backward_calls
-from cuflash.problem import Problem
+from cuflash import cublas, launcher
+from cuflash.config_standard import StandardBackwardConfigs
+from cuflash.launch_standard import StandardBackward
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +26,7 @@ class StandardSteps:
     dv: cublas.Multiplier
     sum_dk: launcher.Launcher | None
     sum_dv: launcher.Launcher | None
+    takes_counter: ClassVar[bool] = False
 
     @property
     def workspace_words(self) -> int:
@@ -60,26 +59,19 @@ class StandardSteps:
         self.dq(dscores, at["k"], at["dq"], stream)
 
 
-def load_steps(problem: Problem, arch: str, strides: Mapping[str, launch.Strides]) -> StandardSteps:
-    """Compile and load on the current device what the backward of ``problem`` needs."""
-    configs = choose_backward(problem)
-    calls = backward_calls(problem, configs, strides)
+def load_standard_steps(
+    configs: StandardBackwardConfigs, calls: StandardBackward, arch: str
+) -> StandardSteps:
+    """Compile and load on the current device."""
     cublas.prepare()
-
-    def load(config: jit.KernelConfig, call: launch.KernelCall | None, addresses: int) -> Any:
-        if call is None:
-            return None
-        function = jit.load(jit.compile(config, arch), call.shared_bytes)
-        return launcher.Launcher(function, call, addresses=addresses)
-
     return StandardSteps(
         calls,
         scores=cublas.Multiplier(calls.scores),
         dprobabilities=cublas.Multiplier(calls.dprobabilities),
-        softmax=load(configs.softmax, calls.softmax, 4),
+        softmax=launcher.load(configs.softmax, calls.softmax, arch, addresses=4),
         dq=cublas.Multiplier(calls.dq),
         dk=cublas.Multiplier(calls.dk),
         dv=cublas.Multiplier(calls.dv),
-        sum_dk=load(configs.sum_dk, calls.sum_dk, 2),
-        sum_dv=load(configs.sum_dv, calls.sum_dv, 2),
+        sum_dk=launcher.load(configs.sum_dk, calls.sum_dk, arch, addresses=2),
+        sum_dv=launcher.load(configs.sum_dv, calls.sum_dv, arch, addresses=2),
     )

@@ -102,6 +102,12 @@ static_assert(kOEmptyOffset + 8 == Config::kSharedBytes, "the host's map is the 
 struct alignas(16) TileSlot { Tile tile; };  // how the producer tells the consumers which tile Q belongs to
 constexpr int kNoTile = -1;                  // in place of m_block: there is no further tile
 
+struct Work {  // a tile, and what its divisions give: they would delay each load
+  Tile tile;
+  int kv_head;
+  int n_first;  // key block
+};
+
 // acc_s = Q Kᵀ: 64 rows of Q, from q_smem on, and all keys of the block. Started, not waited for.
 __device__ __forceinline__ void start_q_k(float (&acc_s)[kNTiles][4], unsigned q_smem, unsigned k_smem) {
   wgmma_fence();
@@ -142,9 +148,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
                const __grid_constant__ ForwardParams params) {
   DYN_SMEM(smem);
   const unsigned base_smem = cvta_to_shared(smem);
-  const QRing q_ring{base_smem, base_smem + kBarriersOffset};
-  const KRing k_ring{base_smem + kKOffset, q_ring.barriers_smem + QRing::kBarrierBytes};
-  const VRing v_ring{base_smem + kVOffset, k_ring.barriers_smem + KRing::kBarrierBytes};
+  const QRing q_ring{{base_smem, base_smem + kBarriersOffset}};
+  const KRing k_ring{{base_smem + kKOffset, q_ring.barriers_smem + QRing::kBarrierBytes}};
+  const VRing v_ring{{base_smem + kVOffset, k_ring.barriers_smem + KRing::kBarrierBytes}};
   const unsigned o_empty = base_smem + kOEmptyOffset;
   TileSlot* const tile_slots = reinterpret_cast<TileSlot*>(smem + kTileSlotsOffset);  // (kQStages,)
 
@@ -180,51 +186,54 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       if constexpr (kPack == 1) QTile::load(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
       else QTile::load_packed(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
     };
-    const auto load_k = [&](unsigned use, const Tile& tile, int n_block) {
+    const auto load_k = [&](unsigned use, const Work& work, int n_block) {
       k_ring.wait_empty(use);
       mbarrier_arrive_expect_tx(k_ring.full(use), KTile::kBytes);
-      KTile::load(k_ring.slot(use), &k_map, k_ring.full(use), n_block * kBlockN, tile.head / params.group_size,
-                  tile.batch);
+      KTile::load(k_ring.slot(use), &k_map, k_ring.full(use), n_block * kBlockN, work.kv_head, work.tile.batch);
     };
-    const auto load_v = [&](unsigned use, const Tile& tile, int n_block) {
+    const auto load_v = [&](unsigned use, const Work& work, int n_block) {
       if constexpr (kOInV) mbarrier_wait(o_empty, q_use % 2);
       v_ring.wait_empty(use);
       mbarrier_arrive_expect_tx(v_ring.full(use), VTile::kBytes);
-      VTile::load(v_ring.slot(use), &v_map, v_ring.full(use), n_block * kBlockN, tile.head / params.group_size,
-                  tile.batch);
+      VTile::load(v_ring.slot(use), &v_map, v_ring.full(use), n_block * kBlockN, work.kv_head, work.tile.batch);
     };
-    const auto tile_at = [&](int index) {
-      return longest_first(index, params.m_blocks, params.heads_q, params.batch_heads, params.heads_per_wave);
+    const auto work_at = [&](int index) {
+      if (index >= params.tiles) return Work{{kNoTile, 0, 0}, 0, 0};
+      const Tile tile =
+          longest_first(index, params.m_blocks, params.heads_q, params.batch_heads, params.heads_per_wave);
+      return Work{tile, tile.head / params.group_size, key_blocks(tile).end - 1};
     };
 
     // Q and the first key block.
-    const auto start_tile = [&](unsigned q_use, unsigned use, const Tile& tile) {
-      load_q(q_use, tile);
-      load_k(use, tile, key_blocks(tile).end - 1);
+    const auto start_tile = [&](unsigned q_use, unsigned use, const Work& work) {
+      load_q(q_use, work.tile);
+      load_k(use, work, work.n_first);
     };
 
     int index = blockIdx.x;
-    Tile tile = tile_at(index);
-    start_tile(q_use, use, tile);
+    Work work = work_at(index);
+    start_tile(q_use, use, work);
     while (true) {
-      Tile next = {kNoTile, 0, 0};
-      const int n_first = key_blocks(tile).end - 1;
-      for (int n_block = n_first; n_block >= 0; --n_block, ++use) {
+      Work next;
+      for (int n_block = work.n_first; n_block >= 0; --n_block, ++use) {
         // The next tile is claimed late, to balance the load, but a block ahead: the counter takes its time to answer.
-        if (n_block == min(n_first, 1)) {
+        if (n_block == min(work.n_first, 1)) {
           if constexpr (Config::kDynamicTiles) index = gridDim.x + atomicInc(tiles_taken, params.tiles - 1);
           else index += gridDim.x;
         }
-        if (n_block == 0 && index < params.tiles) next = tile_at(index);
         // Always what is needed next comes first; but one Q slot is not free before the last V is awaited.
-        if (n_block > 0) load_k(use + 1, tile, n_block - 1);
-        else if (!kOInV && next.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);
-        load_v(use, tile, n_block);
-        if (kOInV && n_block == 0 && next.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);
+        if (n_block > 0) {
+          load_k(use + 1, work, n_block - 1);
+        } else {
+          next = work_at(index);
+          if (!kOInV && next.tile.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);
+        }
+        load_v(use, work, n_block);
+        if (kOInV && n_block == 0 && next.tile.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);
       }
       ++q_use;
-      if (next.m_block == kNoTile) break;
-      tile = next;
+      if (next.tile.m_block == kNoTile) break;
+      work = next;
     }
     q_ring.wait_empty(q_use);
     tile_slots[q_use % kQStages].tile = Tile{kNoTile, 0, 0};

@@ -26,3 +26,15 @@ __device__ __forceinline__ void wgmma_n_major(fp16, float (&d)[kNTiles][4], cons
                                               unsigned long long b) {
   wgmma_m64k16_f16_rs<1>(d, a, b, true);
 }
+
+// d = a b + (accumulate ? d : 0), both in shared memory, a with k inside and b with k outside.
+template <int kNTiles>
+__device__ __forceinline__ void wgmma_k_n_major(bf16, float (&d)[kNTiles][4], unsigned long long a,
+                                                unsigned long long b, bool accumulate) {
+  wgmma_m64k16_bf16_ss<0, 1>(d, a, b, accumulate);
+}
+template <int kNTiles>
+__device__ __forceinline__ void wgmma_k_n_major(fp16, float (&d)[kNTiles][4], unsigned long long a,
+                                                unsigned long long b, bool accumulate) {
+  wgmma_m64k16_f16_ss<0, 1>(d, a, b, accumulate);
+}

@@ -24,6 +24,13 @@ __device__ __forceinline__ void cp_async_bulk_tensor_5d_load(unsigned smem_addre
                : "memory");
 }
 
+// Loads `bytes` bytes that lie one after the other, a multiple of 16 between addresses that are; no tensor map.
+__device__ __forceinline__ void cp_async_bulk_load(unsigned smem_address, const void* gmem, int bytes,
+                                                   unsigned mbarrier_smem) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               :: "r"(smem_address), "l"(gmem), "r"(bytes), "r"(mbarrier_smem) : "memory");
+}
+
 // Stores the box; belongs to the group this thread commits next.
 __device__ __forceinline__ void cp_async_bulk_tensor_4d_store(const CUtensorMap* map, unsigned smem_address,
                                                               int c0, int c1, int c2, int c3) {

@@ -24,7 +24,7 @@ import cuflash
 from cuflash.arrays import ArrayInfo
 from cuflash.arrays.base import Native
 from cuflash.checks_backward import BackwardOptions, check_backward_call
-from cuflash.plan_backward import plan_backward_layouts
+from cuflash.families_backward import fa2_backward_layouts, hopper_backward_layouts
 from cuflash.problem import DTYPES, Problem, make_problem
 
 ARRAYS = ("dout", "q", "k", "v", "out", "lse")
@@ -182,8 +182,9 @@ def assert_refused(error: type[Exception], *words: str, **call: Any) -> None:
         (TypeError, ["lse"], {"lse": None}),
         (TypeError, ["out"], {"out": [[1.0]]}),
         (TypeError, ["deterministic", "1"], {"deterministic": 1}),
-        (ValueError, ["algorithm", "auto", "fa2", "cpu", "'fa3'"], {"algorithm": "fa3"}),
+        (ValueError, ["algorithm", "auto", "hopper", "fa2", "cpu", "'fa3'"], {"algorithm": "fa3"}),
         (ValueError, ["algorithm", "fa2", "CPU"], {"algorithm": "fa2"}),
+        (ValueError, ["algorithm", "hopper", "CPU"], {"algorithm": "hopper"}),
         (ValueError, ["causal", "'left'"], {"causal": "left"}),
         (ValueError, ["scale", "nan"], {"scale": float("nan")}),
     ],
@@ -240,19 +241,34 @@ def facts(
     return ArrayInfo(shape, strides, dtype, itemsize, 0, pointer)
 
 
-def layouts_of(**changed: ArrayInfo) -> Any:
+def layouts_of(plan: Any = fa2_backward_layouts, **changed: ArrayInfo) -> Any:
     infos = {name: facts((2, 5, 3, 64)) for name in ("q", "k", "v", "dout", "out")}
     infos |= {"lse": facts((2, 3, 5), "float32")} | changed
     request = check_backward_call(Facts(), infos, BackwardOptions(False, None, "bshd", False, "auto"))
-    return plan_backward_layouts(*request, "bshd")
+    return plan(*request, "bshd")
 
 
 def test_a_dout_broadcast_from_a_scalar_is_copied_once_and_one_over_rows_is_not() -> None:
     shape = (2, 5, 3, 64)
-    assert layouts_of(dout=facts(shape, strides=(0, 0, 0, 0))).copied == {"dout": 64}
-    in_place = layouts_of(dout=facts(shape, strides=(0, 0, 0, 2)))
-    assert in_place.copied == {}
-    assert in_place.strides.dout == (0, 0, 0)
+    for plan in (fa2_backward_layouts, hopper_backward_layouts):
+        assert list(layouts_of(plan, dout=facts(shape, strides=(0, 0, 0, 0))).copies) == ["dout"]
+        in_place = layouts_of(plan, dout=facts(shape, strides=(0, 0, 0, 2)))
+        assert in_place.copies == {}
+        assert in_place.strides.dout == (0, 0, 0)
+
+
+def test_what_tma_cannot_move_is_copied_for_hopper_only() -> None:
+    infos = {
+        name: facts((2, 5, 3, 60), strides=(1920, 384, 128, 2)) for name in ("q", "k", "v", "dout", "out")
+    }
+    assert list(layouts_of(**infos).copies) == ["dout", "q", "k", "v", "out"]
+    odd = layouts_of(hopper_backward_layouts, **infos)
+    assert list(odd.copies) == ["dout", "q", "k", "v", "out", "dk", "dv"]
+    assert odd.operands["dk"].shape == (2, 5, 3, 64)
+    assert odd.operands["dq"].shape == (2, 5, 3, 60)
+    backwards = facts((2, 5, 3, 64), strides=(1920, -384, 128, 2))
+    assert list(layouts_of(q=backwards, out=backwards).copies) == []
+    assert list(layouts_of(hopper_backward_layouts, q=backwards, out=backwards).copies) == ["q"]
 
 
 def test_lse_is_read_in_place_through_any_strides() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cuflash import jit
+from cuflash import config_hopper_backward, jit
 from cuflash.config_hopper import (
     TILES,
     WARPGROUP_ROWS,
@@ -28,7 +28,7 @@ from cuflash.tensor_map import PANEL_COLUMNS, tensor_map, why_not_mapped
 
 ROOT = Path(__file__).resolve().parents[2]
 HOPPER = (9, 0)
-IDS = [f"{tile.head_dim}-{tile.head_dim_v}" for tile in TILES]
+IDS = [f"{tile.head_dim}-{tile.head_dim_v}-{tile.warpgroups}x64" for tile in TILES]
 
 
 def problem_of(
@@ -87,6 +87,21 @@ def test_tiles_fit_shared_memory_and_registers(tile):
         allocated = (1 + config.warpgroups) * launch_registers(config.warpgroups, config.blocks_per_sm)
         assert registers <= allocated
         assert config.producer_registers % 8 == config.consumer_registers % 8 == 0
+
+
+@pytest.mark.parametrize("tile", TILES, ids=IDS)
+def test_the_page_shows_the_budget_of_each_tile(tile):
+    config = make_config(tile, dtype="bfloat16", causal=True)
+    accumulators = config.block_n // 2 + config.block_n // 4 + config.head_dim_v // 2
+    only = "; short causal" if tile.causal_seqlen_q else ""
+    cells = (
+        f"{tile.head_dim}, {tile.head_dim_v}{only}",
+        *(config.block_m, config.block_n, config.q_stages, config.stages, config.shared_bytes),
+        launch_registers(tile.warpgroups, tile.blocks_per_sm),
+        *(config.producer_registers, config.consumer_registers, accumulators),
+    )
+    row = f"| {' | '.join(map(str, cells))} |"
+    assert row in (ROOT / "docs" / "hopper-forward.md").read_text().splitlines()
 
 
 def test_the_largest_row_comes_last_so_that_every_problem_has_one():
@@ -334,15 +349,29 @@ def test_wgmma_wrappers_are_those_in_use(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     import generate_wgmma
 
-    assert set(generate_wgmma.SMEM_SMEM) == {tile.block_n for tile in TILES}
-    assert set(generate_wgmma.REGISTER_SMEM) == {tile.head_dim_v for tile in TILES}
+    backward = (*config_hopper_backward.TILES, *config_hopper_backward.WIDE_TILES)
+    transposed = {tile.block_m for tile in backward}
+    dq = {tile.dq_columns for tile in backward}
+    assert set(generate_wgmma.SMEM_SMEM) == {tile.block_n for tile in TILES} | transposed | dq
+    gradients = {n for tile in backward for n in (tile.head_dim, tile.head_dim_v)}
+    assert set(generate_wgmma.REGISTER_SMEM) == {tile.head_dim_v for tile in TILES} | gradients
 
 
 def test_all_table_rows_are_reachable():
     reached = {
-        (config.head_dim, config.head_dim_v)
+        (config.head_dim, config.head_dim_v, config.warpgroups)
         for config in (
-            choose_hopper(problem_of(d, dv)) for d, dv in itertools.product(range(8, 257, 8), repeat=2)
+            choose_hopper(problem_of(d, dv, causal=causal))
+            for causal in (False, True)
+            for d, dv in itertools.product(range(8, 257, 8), repeat=2)
         )
     }
-    assert reached == {(tile.head_dim, tile.head_dim_v) for tile in TILES}
+    assert reached == {(tile.head_dim, tile.head_dim_v, tile.warpgroups) for tile in TILES}
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "causal", "rows"),
+    [(512, True, 128), (1024, "top_left", 128), (1025, True, 192), (512, False, 192)],
+)
+def test_short_causal_problems_of_head_dim_64_get_shorter_tiles(seqlen_q, causal, rows):
+    assert choose_hopper(problem_of(64, seqlen_q=seqlen_q, seqlen_k=2048, causal=causal)).block_m == rows

@@ -245,7 +245,7 @@ def test_on_a_gpu_both_directions_can_join_a_cuda_graph_and_xla_holds_all_memory
     (forward, forward_options), (backward, backward_options) = planned
     assert forward == backward
     assert (forward.head_dim, forward.head_dim_v) == (8, 8), "rows are padded to 16 bytes"
-    assert (forward_options.algorithm, backward_options.algorithm) == ("hopper", "auto")
+    assert (forward_options.algorithm, backward_options.algorithm) == ("hopper", "hopper")
 
 
 def test_on_a_gpu_padding_does_not_change_the_scale(planned: list[Any]) -> None:

@@ -121,12 +121,13 @@ def test_ldmatrix_agrees_bit_for_bit_with_rows_in_any_order(name):
     np.testing.assert_array_equal(*both(body, np.concatenate([random_words(128), rows]), 128))
 
 
-def test_stmatrix_agrees_bit_for_bit_with_rows_in_any_order():
+@pytest.mark.parametrize("name", ["stmatrix_x4", "stmatrix_x4_trans"])
+def test_stmatrix_agrees_bit_for_bit_with_rows_in_any_order(name):
     rows = np.random.default_rng().permutation(32).astype(np.uint32)
-    body = """DYN_SMEM(smem);
+    body = f"""DYN_SMEM(smem);
       unsigned r[4];
       for (int i = 0; i < 4; ++i) r[i] = x[32 * i + threadIdx.x];
-      stmatrix_x4(cvta_to_shared(smem) + 16 * x[128 + threadIdx.x], r);
+      {name}(cvta_to_shared(smem) + 16 * x[128 + threadIdx.x], r);
       __syncwarp();
       for (int i = threadIdx.x; i < 128; i += 32) y[i] = ((unsigned*)smem)[i];"""
     np.testing.assert_array_equal(*both(body, np.concatenate([random_words(128), rows]), 128))
@@ -232,6 +233,9 @@ _FILL_TILES = """DYN_SMEM(smem);
 _SS = """wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; ++k) wgmma_m64k16_{kind}_ss<0, 0>(d, A::k_major(a, k), B::k_major(b, k), 1);"""
+_SS_N = """wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) wgmma_m64k16_{kind}_ss<0, 1>(d, A::k_major(a, k), B::n_major(b, k), 1);"""
 _RS = """unsigned p[4][4];
 #pragma unroll
   for (int k16 = 0; k16 < 4; ++k16) {{
@@ -247,12 +251,16 @@ _WGMMA_HEADERS = HEADERS + '#include "ptx/wgmma.cuh"\n#include "hopper/tile.cuh"
 @pytest.mark.parametrize(("kind", "dtype"), [("f16", np.float16), ("bf16", ml_dtypes.bfloat16)])
 @pytest.mark.parametrize(
     ("operands", "n"),
-    [*(("ss", n) for n in generate_wgmma.SMEM_SMEM), *(("rs", n) for n in generate_wgmma.REGISTER_SMEM)],
+    [
+        *(("ss", n) for n in generate_wgmma.SMEM_SMEM),
+        *(("ss, k outside", n) for n in generate_wgmma.SMEM_SMEM),
+        *(("rs", n) for n in generate_wgmma.REGISTER_SMEM),
+    ],
 )
 def test_wgmma_agrees_bit_for_bit_on_integers_and_closely_on_any_numbers(operands, n, kind, dtype):
-    """d = 1 + a b: a in shared memory and b with k inside, or a in registers and b with k outside."""
+    """d = 1 + a b: a in shared memory or in registers, b in shared memory with k inside or outside."""
     rows, columns = (n, 64) if operands == "ss" else (64, n)
-    products = (_SS if operands == "ss" else _RS).format(kind=kind)
+    products = {"ss": _SS, "ss, k outside": _SS_N, "rs": _RS}[operands].format(kind=kind)
     snippet = Snippet(_FILL_TILES.format(rows=rows, columns=columns, n=n, products=products), _WGMMA_HEADERS)
     panels = -(-columns // 64)
     shared_bytes = 64 * 128 + rows * panels * 128
@@ -313,6 +321,28 @@ def test_tma_agrees_bit_for_bit_in_swizzle_zeros_and_clipping():
         twin = run(session.cp)
     for on_hardware, emulated in zip(gpu, twin, strict=True):
         np.testing.assert_array_equal(on_hardware, emulated)
+
+
+def test_bulk_loads_agree_bit_for_bit():
+    """Two copies, of other lengths, that one barrier waits for."""
+    body = """DYN_SMEM(smem);
+      const unsigned full = cvta_to_shared(smem) + 4096;
+      if (threadIdx.x == 0) {
+        mbarrier_init(full, 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_expect_tx(full, 256 + 16);
+        cp_async_bulk_load(cvta_to_shared(smem) + 256, x + 4, 256, full);
+        cp_async_bulk_load(cvta_to_shared(smem) + 16, x, 16, full);
+      }
+      __syncthreads();
+      mbarrier_wait(full, 0);
+      for (int i = threadIdx.x; i < 64; i += 32) y[i] = ((unsigned*)smem)[64 + i];
+      if (threadIdx.x < 4) y[64 + threadIdx.x] = ((unsigned*)smem)[4 + threadIdx.x];"""
+    snippet = Snippet(body, HEADERS + '#include "ptx/tma.cuh"\n')
+    x = random_words(68)
+    gpu, twin = (run(snippet, x, 68, 32, 4104) for run in (on_gpu, on_twin))
+    np.testing.assert_array_equal(gpu, twin)
+    np.testing.assert_array_equal(gpu, np.concatenate([x[4:68], x[:4]]))
 
 
 _TMA_PACKED = """DYN_SMEM(smem);
@@ -417,3 +447,25 @@ def test_whole_kernels_agree_within_the_order_of_accumulation(algorithm, head_di
         twin = run(session.cp)
     np.testing.assert_allclose(gpu[0], twin[0], rtol=2.0**-9, atol=2.0**-13)
     np.testing.assert_allclose(gpu[1], twin[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["fa2", "hopper"])
+@pytest.mark.parametrize(("head_dim", "causal"), [(64, False), (128, True), (40, True), (96, False)])
+def test_whole_backwards_agree_within_the_order_of_accumulation(algorithm, head_dim, causal):
+    rng = np.random.default_rng()
+    shapes = ((2, 150, 4, head_dim), (2, 203, 2, head_dim), (2, 203, 2, head_dim), (2, 150, 4, head_dim))
+    inputs = [rng.standard_normal(shape).astype(np.float16) for shape in shapes]
+
+    def run(cp: Any) -> list[np.ndarray]:
+        q, k, v, dout = (cp.asarray(x) for x in inputs)
+        out, lse = cuflash.attention(q, k, v, causal=causal, return_lse=True, algorithm="fa2")
+        gradients = cuflash.attention_backward(dout, q, k, v, out, lse, causal=causal, algorithm=algorithm)
+        return [x.get().astype(np.float32) for x in gradients]
+
+    import cupy
+
+    gpu = run(cupy)
+    with emulator() as session:
+        twin = run(session.cp)
+    for on_hardware, emulated in zip(gpu, twin, strict=True):
+        np.testing.assert_allclose(on_hardware, emulated, rtol=2.0**-8, atol=2.0**-7)

@@ -87,6 +87,50 @@ def test_a_store_writes_the_box_unswizzled_and_nothing_outside_the_tensor(emulat
     assert (x[20:] == 0).all()
 
 
+# Thread 0 loads `bytes` bytes from x + 16 into shared memory at 1024, everybody copies them to y.
+LINE = """(const char* x, __int128* y, int bytes) {
+  DYN_SMEM(s);
+  const unsigned barrier = cvta_to_shared(s), line = barrier + 1024;
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(barrier, bytes);
+    cp_async_bulk_load(line, x + 16, bytes, barrier);
+  }
+  mbarrier_wait(barrier, 0);
+  for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) y[i] = ((__int128*)(s + 1024))[i];
+}"""
+
+
+@pytest.mark.parametrize("size", [16, 272, 1024])
+def test_a_bulk_load_brings_the_bytes_in_order(emulated, size):
+    x, y = emulated.cp.asarray(np.arange(520, dtype=np.uint16)), emulated.cp.empty(size // 2, np.uint16)
+    run(emulated, LINE, x, y, np.int32(size), shared_bytes=4096)
+    np.testing.assert_array_equal(y.get(), np.arange(8, 8 + size // 2))
+
+
+@pytest.mark.parametrize(
+    ("check", "old", "new"),
+    [
+        ("alignment", "x + 16", "x + 8"),
+        ("alignment", "line, x + 16, bytes", "line, x + 16, bytes - 8"),
+        ("alignment", "barrier + 1024", "barrier + 1032"),
+        ("bounds", "barrier + 1024", "barrier + 3072"),
+        ("bounds", "x + 16", "x + 160"),
+        ("in flight", "  mbarrier_wait(barrier, 0);\n", ""),
+    ],
+)
+def test_a_fault_of_a_bulk_load_is_reported_by_its_check(emulated, check, old, new):
+    assert LINE.count(old) == 1
+    x, y = emulated.cp.zeros(520, np.uint16), emulated.cp.empty(512, np.uint16)
+    with pytest.raises(KernelFault) as caught:
+        run(emulated, LINE.replace(old, new), x, y, np.int32(1024), shared_bytes=3600)
+    assert check in caught.value.checks
+
+
 FAULTS = {
     "too few bytes expected": ("barrier", COPY, "expect_tx(barrier, 2048)", "expect_tx(barrier, 1024)"),
     "too many bytes expected": ("deadlock", COPY, "expect_tx(barrier, 2048)", "expect_tx(barrier, 2064)"),

@@ -15,6 +15,8 @@ from emulator import emulator
 from emulator.hopper_call import attend, check_hopper
 
 CAUSAL = (False, True, "top_left")
+IDS = [f"{tile.head_dim}-{tile.head_dim_v}-{tile.warpgroups}x64" for tile in TILES]
+TWO_Q_SLOTS_AND_O_IN_V = [pytest.param(TILES[i], id=IDS[i]) for i in (0, 1, 4)]
 
 
 @pytest.fixture
@@ -35,10 +37,17 @@ def check(cp, problem, inputs, causal, view="contiguous"):
 
 
 @pytest.mark.parametrize("causal", CAUSAL)
-@pytest.mark.parametrize(
-    "head_dims", [*((tile.head_dim, tile.head_dim_v) for tile in TILES), (72, 40), (8, 16), (40, 200)]
-)
-def test_every_tile_shape_is_right_at_its_head_dims(hopper, head_dims, causal):
+@pytest.mark.parametrize("tile", TILES, ids=IDS)
+def test_every_tile_is_right_at_its_head_dims(emulated, tile, causal):
+    head_dims = tile.head_dim, tile.head_dim_v
+    problem, inputs = make_inputs(sum(head_dims), 1, (200, 300), (2, 1), head_dims, "float16", causal)
+    config = make_config(tile, dtype="float16", causal=problem.is_causal)
+    check_hopper(emulated, problem, inputs, config=config)
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize("head_dims", [(72, 40), (8, 16), (40, 200)])
+def test_head_dims_between_the_tiles_are_right(hopper, head_dims, causal):
     problem, inputs = make_inputs(sum(head_dims), 1, (150, 200), (2, 1), head_dims, "float16", causal)
     check(hopper, problem, inputs, causal)
 
@@ -162,11 +171,11 @@ def test_one_sequence_after_another_finds_the_tile_counter_as_it_was(hopper):
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5])
-@pytest.mark.parametrize("head_dims", [(64, 64), (192, 128)])  # two Q slots; O staged in V
+@pytest.mark.parametrize("tile", TWO_Q_SLOTS_AND_O_IN_V)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_thread_blocks_that_work_through_many_tiles_are_right(emulated, head_dims, dynamic, multiprocessors):
+def test_thread_blocks_that_work_through_many_tiles_are_right(emulated, tile, dynamic, multiprocessors):
+    head_dims = tile.head_dim, tile.head_dim_v
     problem, inputs = make_inputs(1, 2, (200, 150), (3, 1), head_dims, "float16", True)
-    tile = next(t for t in TILES if (t.head_dim, t.head_dim_v) == head_dims)
     config = make_config(tile, dtype="float16", causal=True, dynamic_tiles=dynamic)
     check_hopper(emulated, problem, inputs, config=config, multiprocessors=multiprocessors)
 
@@ -181,24 +190,26 @@ def test_without_ping_pong_the_result_is_the_same_bit_for_bit(emulated):
         np.testing.assert_array_equal(a.get().view(np.uint8), b.get().view(np.uint8))
 
 
-@pytest.mark.parametrize("head_dims", [(64, 64), (192, 128)])
-def test_a_hundred_interleavings_raise_no_report_and_agree_bit_for_bit(emulated, head_dims):
-    problem, inputs = make_inputs(8, 1, (150, 140), (2, 1), head_dims, "float16", True)
+@pytest.mark.parametrize("tile", TWO_Q_SLOTS_AND_O_IN_V)
+def test_a_hundred_interleavings_raise_no_report_and_agree_bit_for_bit(emulated, tile):
+    problem, inputs = make_inputs(8, 1, (150, 140), (2, 1), (tile.head_dim, tile.head_dim_v), "float16", True)
+    config = make_config(tile, dtype="float16", causal=True)
     q, k, v = (emulated.cp.asarray(x) for x in inputs[:3])
     results = set()
     for seed in range(100):
         emulated.seed = seed
-        out, lse = attend(emulated, problem, q, k, v, multiprocessors=1 + seed % 3)
+        out, lse = attend(emulated, problem, q, k, v, config=config, multiprocessors=1 + seed % 3)
         results.add((out.get().tobytes(), lse.get().tobytes()))
     assert emulated.launches == 100
     assert len(results) == 1
 
 
-@pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (192, 128), (256, 256)])
-def test_no_access_of_the_threads_to_shared_memory_meets_a_bank_conflict(needs_emulator, head_dims):
+@pytest.mark.parametrize("tile", TILES, ids=IDS)
+def test_no_access_of_the_threads_to_shared_memory_meets_a_bank_conflict(needs_emulator, tile):
     with emulator(count_banks=True) as counting:
+        head_dims = tile.head_dim, tile.head_dim_v
         problem, inputs = make_inputs(10, 1, (200, 150), (2, 1), head_dims, "float16", True)
-        check_hopper(counting, problem, inputs)
+        check_hopper(counting, problem, inputs, config=make_config(tile, dtype="float16", causal=True))
         counts = counting.bank_conflicts()
     assert any(count.write and count.requests >= 100 for count in counts), "O on its way out"
     assert [count for count in counts if count.extra] == []

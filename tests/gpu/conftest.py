@@ -50,12 +50,6 @@ def skip_if_standard(algorithm: str) -> None:
         )
 
 
-@pytest.fixture(params=["fa2", "fa1", "standard"])
-def backward_algorithm(request: pytest.FixtureRequest) -> str:
-    """Each family that has a backward."""
-    return request.param
-
-
 @pytest.fixture(params=["fa2", "hopper", "fa1", "standard"])
 def algorithm(request: pytest.FixtureRequest) -> str:
     """Each kernel family; one that the GPU has not is skipped."""

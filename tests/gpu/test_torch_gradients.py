@@ -138,8 +138,10 @@ def test_compile_makes_one_graph_with_the_same_gradients(dynamic):
         assert_close(gradients(compiled, inputs), expected)
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "fa2", "fa1", "standard"])
+@pytest.mark.parametrize("algorithm", ["auto", "fa2", "hopper", "fa1", "standard"])
 def test_a_cuda_graph_captures_forward_and_backward(algorithm):
+    if algorithm == "hopper":
+        hopper_or_skip()
     inputs = make_tensors(ODD)
     loss = loss_of(causal=True, algorithm=algorithm)
     side = torch.cuda.Stream()

@@ -16,6 +16,9 @@ EMU_INLINE void cp_async_bulk_tensor_5d_load(unsigned smem_address, const CUtens
   const int coordinates[5] = {c0, c1, c2, c3, c4};
   emu::tma_load(smem_address, map, mbarrier_smem, coordinates, 5);
 }
+EMU_INLINE void cp_async_bulk_load(unsigned smem_address, const void* gmem, int bytes, unsigned mbarrier_smem) {
+  emu::bulk_load(smem_address, gmem, bytes, mbarrier_smem);
+}
 EMU_INLINE void cp_async_bulk_tensor_4d_store(const CUtensorMap* map, unsigned smem_address, int c0, int c1, int c2,
                                               int c3) {
   const int coordinates[4] = {c0, c1, c2, c3};

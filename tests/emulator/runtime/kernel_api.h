@@ -69,6 +69,7 @@ EMU_ENTRY void mbarrier_wait(uint32_t address, uint32_t parity);
 EMU_ENTRY void fence_mbarrier_init();
 EMU_ENTRY void fence_proxy_async();
 EMU_ENTRY void tma_load(uint32_t target, const void* map, uint32_t mbarrier, const int* coordinates, int rank);
+EMU_ENTRY void bulk_load(uint32_t target, const void* source, int bytes, uint32_t mbarrier);
 EMU_ENTRY void tma_store(const void* map, uint32_t source, const int* coordinates, int rank);
 EMU_ENTRY void bulk_commit();
 EMU_ENTRY void bulk_wait(int pending, bool reads_only);

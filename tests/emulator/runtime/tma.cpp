@@ -100,25 +100,23 @@ bool step_transfers() {
   return true;
 }
 
-static Transfer make_transfer(bool load, const void* map, uint32_t shared, const int* coordinates, int rank,
-                              Site site) {
+static Transfer make_transfer(bool load, const TensorMap& map, uint32_t shared, const int* coordinates, Site site) {
   Thread& thread = *current();
   Transfer transfer{};
   transfer.load = load;
-  transfer.map = decode_tensor_map(map, rank, site);
-  std::copy(coordinates, coordinates + rank, transfer.start);
+  transfer.map = map;
+  std::copy(coordinates, coordinates + map.rank, transfer.start);
   transfer.shared = shared;
   transfer.thread = &thread;
   transfer.site = site;
-  for (int axis = 1; axis < rank; ++axis) transfer.rows *= transfer.map.box[axis];
-  require_shared(*thread.block, shared, transfer.rows * row_bytes(transfer), 128, load, site);
+  for (int axis = 1; axis < map.rank; ++axis) transfer.rows *= map.box[axis];
   transfer.clock = thread.clock;
   thread.clock.seen.raise(thread.id, thread.clock.seen[thread.id] + 1);
   return transfer;
 }
 
-void tma_load(uint32_t target, const void* map, uint32_t mbarrier_address, const int* coordinates, int rank) {
-  const Site site = __builtin_return_address(0);
+static void start_load(uint32_t target, const TensorMap& map, uint32_t mbarrier_address, const int* coordinates,
+                       Site site) {
   Block& block = *current()->block;
   Mbarrier& mbarrier = mbarrier_at(block, mbarrier_address, site);
   if (!mbarrier.fenced && first_time(kProxy, site)) {
@@ -127,11 +125,39 @@ void tma_load(uint32_t target, const void* map, uint32_t mbarrier_address, const
   if (mbarrier.actor < 0) {
     mbarrier.actor = new_actor(block, format("TMA load to mbarrier +%u", mbarrier_address - kSharedBase));
   }
-  Transfer transfer = make_transfer(true, map, target, coordinates, rank, site);
+  Transfer transfer = make_transfer(true, map, target, coordinates, site);
   transfer.mbarrier = mbarrier_address;
   transfer.phase = mbarrier.phase;
   transfer.step = ++mbarrier.loads;
   transfers.push_back(std::move(transfer));
+}
+
+// Boxes lie at multiples of 128 bytes; copies without a map at multiples of 16.
+static void require_box(const TensorMap& map, uint32_t shared, bool written, Site site) {
+  uint32_t bytes = map.element_bytes;
+  for (int axis = 0; axis < map.rank; ++axis) bytes *= map.box[axis];
+  require_shared(*current()->block, shared, bytes, 128, written, site);
+}
+
+void tma_load(uint32_t target, const void* map, uint32_t mbarrier_address, const int* coordinates, int rank) {
+  const Site site = __builtin_return_address(0);
+  const TensorMap decoded = decode_tensor_map(map, rank, site);
+  require_box(decoded, target, true, site);
+  start_load(target, decoded, mbarrier_address, coordinates, site);
+}
+
+void bulk_load(uint32_t target, const void* source, int bytes, uint32_t mbarrier_address) {
+  const Site site = __builtin_return_address(0);
+  if (bytes <= 0 || bytes % kChunk || reinterpret_cast<uintptr_t>(source) % kChunk) {
+    fault(kAlignment, format("bulk load of %d bytes from %p %s: it takes multiples of 16", bytes, source, at(site).c_str()));
+  }
+  require_shared(*current()->block, target, bytes, kChunk, true, site);
+  TensorMap line{};  // of one axis, whose elements are single bytes
+  line.address = reinterpret_cast<uint64_t>(source);
+  line.rank = line.element_bytes = 1;
+  line.shape[0] = line.box[0] = static_cast<uint32_t>(bytes);
+  constexpr int kStart = 0;
+  start_load(target, line, mbarrier_address, &kStart, site);
 }
 
 void tma_store(const void* map, uint32_t source, const int* coordinates, int rank) {
@@ -146,7 +172,9 @@ void tma_store(const void* map, uint32_t source, const int* coordinates, int ran
     queue.reader = new_actor(*thread.block, format("TMA store of thread %d", thread.id));
     queue.writer = new_actor(*thread.block, format("TMA store of thread %d", thread.id));
   }
-  Transfer transfer = make_transfer(false, map, source, coordinates, rank, site);
+  const TensorMap decoded = decode_tensor_map(map, rank, site);
+  require_box(decoded, source, false, site);
+  Transfer transfer = make_transfer(false, decoded, source, coordinates, site);
   transfer.step = ++queue.issued;
   transfers.push_back(std::move(transfer));
 }

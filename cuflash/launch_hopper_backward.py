@@ -1,0 +1,93 @@
+"""From a Problem and HopperBackwardConfigs to the three launches of a backward. Pure: no GPU, no CuPy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from cuflash.config_hopper_backward import MAIN_ROWS, HopperBackwardConfigs
+from cuflash.launch import LOG2_E, Operand, check_ranges
+from cuflash.launch_backward import (
+    BackwardCalls,
+    BackwardStrides,
+    MapOf,
+    first_visible_row,
+    heads_per_wave,
+    kernel_call,
+    with_passes,
+)
+from cuflash.problem import Problem
+from cuflash.tensor_map import tensor_map
+
+# BackwardParams in kernels_cu/hopper/key_block.cuh
+HOPPER_BACKWARD_PARAMS = np.dtype(
+    [
+        ("seqlen_k", np.int32),
+        ("heads_kv", np.int32),
+        ("group_size", np.int32),
+        ("batch_heads", np.int32),
+        ("causal_offset", np.int32),
+        ("m_blocks", np.int32),
+        ("n_blocks", np.int32),
+        ("heads_per_wave", np.int32),
+        ("key_blocks", np.int32),
+        ("scale_log2", np.float32),
+        ("scale", np.float32),
+    ]
+)
+
+
+def hopper_backward_calls(
+    problem: Problem,
+    configs: HopperBackwardConfigs,
+    strides: BackwardStrides,
+    operands: Mapping[str, Operand],
+    layout: str,
+    *,
+    multiprocessors: int,
+    l2_bytes: int,
+) -> BackwardCalls:
+    """As ``launch_backward.backward_calls``, for a problem that ``why_not`` lets through.
+
+    ``operands`` are q, k, v, dout, dk and dv as TMA meets them.
+    """
+    check_ranges(problem)
+    main = configs.main
+    first_row = first_visible_row(problem)
+    rows = problem.seqlen_q - first_row
+    n_blocks = -(-problem.seqlen_k // main.block_n)
+    key_blocks = problem.batch * problem.heads_kv * n_blocks
+    call = kernel_call(
+        "k",
+        min(key_blocks, multiprocessors) if main.is_persistent else key_blocks,
+        main.threads,
+        main.shared_bytes,
+        HOPPER_BACKWARD_PARAMS,
+        problem.seqlen_k_visible,
+        *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
+        problem.batch * problem.heads_kv,
+        (problem.causal_offset or 0) + first_row,
+        *(-(-rows // main.block_m), n_blocks, heads_per_wave(problem, l2_bytes), key_blocks),
+        *(problem.scale * LOG2_E, problem.scale),
+    )
+    if call is None:
+        return with_passes(problem, configs, strides, None)
+
+    def map_of(name: str, box_rows: int, seqlen: int, first: int = 0) -> MapOf:
+        operand = operands[name]
+        axis = 1 if layout == "bshd" else 2
+        described = tensor_map(*operand, problem.dtype, layout, rows=box_rows, seqlen=seqlen)
+        return MapOf(name, described, first * operand.strides[axis])
+
+    # Q and dO start at the first query that sees a key; K and V end at the last key some query sees: TMA
+    # reads zeros past it, whatever lies there. dK and dV are written whole.
+    maps = (
+        map_of("q", main.block_m, rows, first_row),
+        map_of("k", main.block_n, problem.seqlen_k_visible),
+        map_of("v", main.block_n, problem.seqlen_k_visible),
+        map_of("dout", main.block_m, rows, first_row),
+        map_of("dk", MAIN_ROWS, problem.seqlen_k),
+        map_of("dv", MAIN_ROWS, problem.seqlen_k),
+    )
+    return with_passes(problem, configs, strides, call, maps)

@@ -1,0 +1,287 @@
+"""Bugs planted in the Hopper backward kernels, each noticed by the check that is there for it."""
+# ruff: noqa: E501 - a mutation is easiest to compare with its source unwrapped
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numerics import assert_within_contract
+
+import cuflash
+from cuflash import reference
+from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
+
+BACKWARD = "hopper/backward.cu"
+WIDE_CU = "hopper/backward_wide.cu"
+FRAGMENTS = "hopper/operand_fragments.cuh"
+PRODUCTS = "hopper/gradient_products.cuh"
+KEY_BLOCK = "hopper/key_block.cuh"
+STORE = "hopper/store_gradient.cuh"
+TRANSPOSED = "hopper/transposed.cuh"
+
+# A warpgroup of its own for dQ; several rounds of the rings.
+OWN = Call(seqlens=(330, 150), heads=(2, 1), head_dims=(128, 128))
+# dQ by the main warpgroups.
+SHARED = Call(seqlens=(530, 150), heads=(2, 1))
+# The wide kernel; several rounds of the rings, a causal diagonal, keys past the last.
+WIDE = Call(seqlens=(330, 100), heads=(2, 1), head_dims=(256, 256))
+# With two stages of Q, that of a new visit says that P of two before has been read.
+THREE_STAGES = replace(WIDE, head_dims=(192, 192))
+GROUPED = Call(batch=2, seqlens=(150, 200), heads=(4, 2))
+# lse so low that the exponentials of the zeros after the only key overflow.
+ONE_KEY = Call(seqlens=(70, 1), heads=(1, 1), head_dims=(128, 128), causal=False, scale=3.0)
+# More key blocks than the emulator has SMs: thread blocks work through several. Checked twice in a row.
+MANY = Call(seqlens=(200, 400), heads=(3, 3), head_dims=(128, 128))
+WIDE_ONE_KEY = replace(ONE_KEY, head_dims=(256, 256))
+OFFSET = Call(seqlens=(200, 300), heads=(1, 1))  # the diagonal crosses the second half of a key block alone
+
+BUGS = [
+    Bug("barriers not fenced after their initialisation", BACKWARD,
+        "    fence_mbarrier_init();\n", "", "proxy", OWN),
+    Bug("no barrier after the barriers' initialisation", BACKWARD,
+        "    fence_mbarrier_init();\n  }\n  __syncthreads();", "    fence_mbarrier_init();\n  }", "race", OWN),
+    Bug("the bytes of lse not expected", BACKWARD,
+        "mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes + kFloatsBytes);",
+        "mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes);", "barrier", OWN),
+    Bug("16 bytes of K too many expected", BACKWARD,
+        "mbarrier_arrive_expect_tx(k_ring.full(block), KTile::kBytes);",
+        "mbarrier_arrive_expect_tx(k_ring.full(block), KTile::kBytes + 16);",
+        "deadlock", SHARED),
+    Bug("Q loaded into a slot that is in use", BACKWARD,
+        "      q_ring.wait_empty(use);\n", "", "race", OWN),
+    Bug("lse of the slot before", BACKWARD,
+        "lane_pairs(smem + kLseOffset + use % kStages * kFloatsBytes)",
+        "lane_pairs(smem + kLseOffset + (use + kStages - 1) % kStages * kFloatsBytes)", WRONG_RESULT, SHARED),
+    Bug("delta of another block", BACKWARD,
+        "delta + block_index(loading, to_load) * kBlockM", "delta + block_index(loading, loading.first()) * kBlockM", WRONG_RESULT, OWN),
+    Bug("a slot of Q counted as empty when one warpgroup is done", BACKWARD,
+        "q_ring.init(4 * kMainWarpgroups);", "q_ring.init(4);", "deadlock", OWN),
+    Bug("Q released before dK has read it, with a dQ warpgroup", BACKWARD,
+        "        wgmma_wait_group<0>();\n        pin_registers(acc_s[0]);\n        pin_registers(ds_reg);\n        arrive(q_ring.empty(use));",
+        "        arrive(q_ring.empty(use));\n        wgmma_wait_group<0>();\n        pin_registers(acc_s[0]);\n        pin_registers(ds_reg);", "race", OWN),
+    Bug("a slot of dS counted as full before the last warp", BACKWARD,
+        "ds_ring.init(4, 4 * kMainWarpgroups);", "ds_ring.init(4, 4 * kMainWarpgroups - 1);", "race", OWN),
+    Bug("no wait for dS", BACKWARD,
+        "        ds_ring.wait_full(ds_use);\n", "", "deadlock", OWN),
+    Bug("dS released before the product that reads it is over", BACKWARD,
+        "          wgmma_wait_group<0>();\n          pin_registers(acc_dq);\n          if (i == Part::kParts - 1) {\n            arrive(ds_ring.empty(ds_use));",
+        "          if (i == Part::kParts - 1) arrive(ds_ring.empty(ds_use));\n          wgmma_wait_group<0>();\n          pin_registers(acc_dq);\n          if (i == Part::kParts - 1) {",
+        "race", OWN),
+    Bug("dS released after the first of two products", BACKWARD,
+        "          if (i == Part::kParts - 1) {\n            arrive(ds_ring.empty(ds_use));", "          if (i == 0) arrive(ds_ring.empty(ds_use));\n          if (i == Part::kParts - 1) {", "race", OWN),
+    Bug("dS stored over one that is read", BACKWARD,
+        "        ds_ring.wait_empty(use);\n        store", "        store", "race", OWN),
+    Bug("dS stored without fence.proxy.async for the dQ warpgroup", BACKWARD,
+        "        fence_proxy_async_shared();\n        arrive(ds_ring.full(use));", "        arrive(ds_ring.full(use));", "proxy", OWN),
+    Bug("dS stored without fence.proxy.async", BACKWARD,
+        "        fence_proxy_async_shared();\n        bar_sync(kDsStored", "        bar_sync(kDsStored", "proxy", SHARED),
+    Bug("one lane tells of dS before the others have stored it", BACKWARD,
+        "    __syncwarp();\n    if (lane == 0) mbarrier_arrive(barrier);", "    if (lane == 0) mbarrier_arrive(barrier);", "race", OWN),
+    Bug("the main warpgroups do not meet before dQ", BACKWARD,
+        "        bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);\n        float acc_dq", "        float acc_dq", "race", SHARED),
+    Bug("no wait for Q", BACKWARD,
+        "        q_ring.wait_full(next);\n", "", "race", OWN),
+    Bug("no wait for Q, dQ by the main warpgroups", BACKWARD,
+        "          q_ring.wait_full(use);\n", "", "race", SHARED),
+    Bug("no wait for dO", BACKWARD,
+        "          float acc_dp[kNTiles][4];\n          dout_ring.wait_full(use);", "          float acc_dp[kNTiles][4];", "race", OWN),
+    Bug("no wait for V", BACKWARD,
+        "        round_operand<Element>(p_reg, acc_s[0]);\n        v_ring.wait_full(v_use);", "        round_operand<Element>(p_reg, acc_s[0]);", "race", OWN),
+    Bug("Q released before dK has read it", BACKWARD,
+        "        wgmma_wait_group<0>();\n        pin_registers(p_reg);\n        pin_registers(ds_reg);\n        arrive(q_ring.empty(use));",
+        "        arrive(q_ring.empty(use));\n        wgmma_wait_group<0>();\n        pin_registers(p_reg);\n        pin_registers(ds_reg);",
+        "race", SHARED),
+    Bug("dP used before the wait", BACKWARD,
+        "          wgmma_wait_group<1>();\n          pin_registers(acc_dp);", "          pin_registers(acc_dp);", WRONG_RESULT, OWN),
+    Bug("dQ added before the wait", BACKWARD,
+        "        wgmma_wait_group<1>();\n        pin_registers(acc_dq);", "        pin_registers(acc_dq);", WRONG_RESULT, SHARED),
+    Bug("dS overwritten while it is an operand", BACKWARD,
+        "        probabilities(acc_s, next, next_masked);\n", "        probabilities(acc_s, next, next_masked);\n        round_operand<Element>(ds_reg, acc_s[0]);\n", "in flight", OWN),
+    Bug("P overwritten while it is an operand", BACKWARD,
+        "          differentiate<Element>(acc_dp, p_reg, delta_of(use));\n",
+        "          differentiate<Element>(acc_dp, p_reg, delta_of(use));\n          round_operand<Element>(p_reg, acc_dp);\n", "in flight", OWN),
+    Bug("dV staged over dS that the dQ warpgroup still reads", BACKWARD,
+        "      ds_ring.wait_empty(use);\n      ds_ring.wait_empty(use + 1);\n", "", "race", OWN),
+    Bug("dV staged over dS that the other main warpgroup still reads", BACKWARD,
+        "    } else {\n      bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);\n    }", "    }", "race", SHARED),
+    Bug("dK staged over dV that is still on its way out", BACKWARD,
+        "    if constexpr (!kStagedTogether) {\n      if (stores) cp_async_bulk_wait_group_read<0>();", "    if constexpr (!kStagedTogether) {", "race", OWN),
+    Bug("dK staged over dV before its store has been waited for", BACKWARD,
+        "      if (stores) cp_async_bulk_wait_group_read<0>();\n      bar_sync(kStaged + warpgroup, kWarpgroupThreads);\n    }", "      if (stores) cp_async_bulk_wait_group_read<0>();\n    }", "race", OWN),
+    Bug("dS stored over the last block's gradients", BACKWARD,
+        "    if (stores) cp_async_bulk_wait_group_read<0>();\n    bar_sync(kStaged + warpgroup, kWarpgroupThreads);\n\n", "\n", "race", MANY),
+    Bug("K loaded over one that is in use", BACKWARD,
+        "      k_ring.wait_empty(block);\n", "", "race", MANY),
+    Bug("K released before the dQ warpgroup has read it", BACKWARD,
+        "k_ring.init(4 * kMainWarpgroups + (kDqWarpgroup ? 4 : 0));", "k_ring.init(4 * kMainWarpgroups);", "race", MANY),
+    Bug("the counter of key blocks does not return to 0", BACKWARD,
+        "atomicInc(blocks_taken, params.key_blocks - 1)", "atomicAdd(blocks_taken, 1u)", WRONG_RESULT, MANY),
+    Bug("a gradient staged without fence.proxy.async", STORE,
+        "  fence_proxy_async_shared();\n", "", "proxy", SHARED),
+    Bug("a gradient stored before all warps have staged it", STORE,
+        "  bar_sync(barrier, kThreads);\n", "", "race", SHARED),
+    Bug("the block ends while TMA reads its shared memory", BACKWARD,
+        "cp_async_bulk_wait_group_read<0>();  // shared", "{}  // shared", "in flight", SHARED),
+    Bug("a gradient staged in another place than it is stored from", STORE,
+        "panels_smem + panel * kPanelStride", "panels_smem", WRONG_RESULT, OWN),
+    Bug("dS stored untransposed", TRANSPOSED,
+        "stmatrix_x4_trans(", "stmatrix_x4(", WRONG_RESULT, OWN),
+    Bug("dS stored with its halves of keys and queries exchanged", TRANSPOSED,
+        "Tile::offset(lane % 8 + lane / 16 * 8, key / 8 + lane / 8 % 2)", "Tile::offset(lane % 8 + lane / 8 % 2 * 8, key / 8 + lane / 16)", WRONG_RESULT, SHARED),
+    Bug("both halves of dQ's columns from the same of K", PRODUCTS,
+        "k_smem + column / kPanelColumns * KTile::kPanelBytes", "k_smem", WRONG_RESULT, OWN),
+    Bug("both halves of dQ's rows from the same of dS", PRODUCTS,
+        "ds_smem + row * kPanelRowBytes", "ds_smem", WRONG_RESULT, SHARED),
+    Bug("P not masked after the last key", BACKWARD,
+        "return last_key >= params.seqlen_k || (", "return (", WRONG_RESULT, ONE_KEY),
+    Bug("P not masked on the diagonal", BACKWARD,
+        "(Config::kCausal && last_key > at.m_block * kBlockM + params.causal_offset)", "false", WRONG_RESULT, SHARED),
+    Bug("the mask of the visit before", BACKWARD,
+        "        keys.advance(at);\n        if (is_masked(at)) finish_visit", "        const bool masked = is_masked(at);\n        keys.advance(at);\n        if (masked) finish_visit", WRONG_RESULT, OWN),
+    Bug("the last key of the block taken for the warpgroup's", BACKWARD,
+        "last_key = keys.first_key + warpgroup * 64 + 63;", "last_key = keys.first_key + 63;", WRONG_RESULT, OFFSET),
+    Bug("dK without the scale", BACKWARD,
+        "(acc_dk, params.scale,", "(acc_dk, 1.0f,", WRONG_RESULT, OWN),
+    Bug("dS without delta", TRANSPOSED,
+        "p.lo * (pair[i % 2 * 2] - of_query.lo)", "p.lo * pair[i % 2 * 2]", WRONG_RESULT, OWN),
+    Bug("dS without delta, from P in float32", TRANSPOSED,
+        "(dp[n][i] - (i % 2 == 0 ? of_query.lo : of_query.hi))", "dp[n][i]", WRONG_RESULT, SHARED),
+    Bug("the first query block that sees the keys left out", KEY_BLOCK,
+        "max(0, block.first_key - params.causal_offset) / kBlockM : 0", "max(0, block.first_key - params.causal_offset) / kBlockM + 1 : 0", WRONG_RESULT, SHARED),
+    Bug("only the first query head of a group", KEY_BLOCK,
+        "of_each_head * params.group_size;", "of_each_head;", WRONG_RESULT, GROUPED),
+    Bug("the query heads of another group", BACKWARD,
+        "loading.head * params.group_size + to_load.head, loading.batch);\n      cp_async_bulk_load(k_smem + kLse", "loading.head + to_load.head, loading.batch);\n      cp_async_bulk_load(k_smem + kLse", WRONG_RESULT, GROUPED),
+    # --- the wide kernel
+    Bug("wide: barriers not fenced after their initialisation", WIDE_CU,
+        "    fence_mbarrier_init();\n", "", "proxy", WIDE),
+    Bug("wide: no barrier after the barriers' initialisation", WIDE_CU,
+        "    fence_mbarrier_init();\n  }\n  __syncthreads();", "    fence_mbarrier_init();\n  }", "race", WIDE),
+    Bug("wide: the bytes of lse not expected", WIDE_CU,
+        "QTile::kBytes + kFloatsBytes);", "QTile::kBytes);", "barrier", WIDE),
+    Bug("wide: 16 bytes of V too many expected", WIDE_CU,
+        "mbarrier_arrive_expect_tx(v_full, VTile::kBytes);", "mbarrier_arrive_expect_tx(v_full, VTile::kBytes + 16);", "deadlock", WIDE),
+    Bug("wide: Q loaded into a slot that is in use", WIDE_CU,
+        "        q_ring.wait_empty(visit);\n", "", "barrier", WIDE),
+    Bug("wide: dO loaded into a slot that is in use", WIDE_CU,
+        "        dout_ring.wait_empty(visit);\n", "", "barrier", WIDE),
+    Bug("wide: a slot of Q counted as empty when one warpgroup is done", WIDE_CU,
+        "q_ring.init(8);", "q_ring.init(4);", "race", WIDE),
+    Bug("wide: a slot of dO counted as empty when one warpgroup is done", WIDE_CU,
+        "dout_ring.init(8);", "dout_ring.init(4);", "race", WIDE),
+    Bug("wide: P counted as stored before the last warp", WIDE_CU,
+        "p_ring.init(4, 4);", "p_ring.init(4, 3);", "race", WIDE),
+    Bug("wide: P counted as read before the last warp", WIDE_CU,
+        "p_ring.init(4, 4);", "p_ring.init(3, 4);", "race", THREE_STAGES),
+    Bug("wide: dS counted as stored before the last warp", WIDE_CU,
+        "ds_ring.init(4, 4);", "ds_ring.init(4, 3);", "race", WIDE),
+    Bug("wide: one lane arrives before the others are done", WIDE_CU,
+        "    __syncwarp();\n    if (lane == 0) mbarrier_arrive(barrier);", "    if (lane == 0) mbarrier_arrive(barrier);", "race", WIDE),
+    Bug("wide: no wait for K", WIDE_CU,
+        "    if (visits > 0) mbarrier_wait(k_full, 0);\n", "", "race", WIDE),
+    Bug("wide: no wait for V", WIDE_CU,
+        "    if (visits > 0) mbarrier_wait(v_full, 0);\n", "", "race", WIDE),
+    Bug("wide: no wait for Q", WIDE_CU,
+        "      q_ring.wait_full(visit);\n", "", "race", WIDE),
+    Bug("wide: no wait for dO before dP", WIDE_CU,
+        "      float acc_dp[kNTiles][4];\n      dout_ring.wait_full(visit);\n", "      float acc_dp[kNTiles][4];\n", "race", WIDE),
+    Bug("wide: no wait for dO before dV", WIDE_CU,
+        "      dout_ring.wait_full(visit);\n      start_gradient", "      start_gradient", "race", WIDE),
+    Bug("wide: no wait for P", WIDE_CU,
+        "      p_ring.wait_full(visit);\n", "", "race", WIDE),
+    Bug("wide: P stored over one that is read", WIDE_CU,
+        "      p_ring.wait_empty(visit);\n", "", "race", THREE_STAGES),
+    Bug("wide: P released before it is read", WIDE_CU,
+        "      PFragments::load(p_reg, smem + kPOffset + visit % kPassed * PFragments::kBytes);\n      arrive(p_ring.empty(visit));",
+        "      arrive(p_ring.empty(visit));\n      PFragments::load(p_reg, smem + kPOffset + visit % kPassed * PFragments::kBytes);", "race", THREE_STAGES),
+    Bug("wide: P of the visit before", WIDE_CU,
+        "PFragments::load(p_reg, smem + kPOffset + visit % kPassed", "PFragments::load(p_reg, smem + kPOffset + (visit + 1) % kPassed", WRONG_RESULT, WIDE),
+    Bug("wide: all fragments of P from the first", FRAGMENTS,
+        "const Vector16 vector = own(fragments)[k * kThreads];", "const Vector16 vector = own(fragments)[0];", WRONG_RESULT, WIDE),
+    Bug("wide: the fragments of another thread", FRAGMENTS,
+        "const Vector16 vector = own(fragments)[k * kThreads];", "const Vector16 vector = own(fragments)[k * kThreads ^ 1];", WRONG_RESULT, WIDE),
+    Bug("wide: S used before the wait", WIDE_CU,
+        "      wgmma_wait_group<0>();\n      pin_registers(acc_s[0]);", "      pin_registers(acc_s[0]);", "race", WIDE),
+    Bug("wide: dP used before the wait", WIDE_CU,
+        "      wgmma_wait_group<0>();\n      pin_registers(acc_dp);", "      pin_registers(acc_dp);", WRONG_RESULT, WIDE),
+    Bug("wide: dO released before dV has read it", WIDE_CU,
+        "      wgmma_wait_group<1>();\n      if (visit > 0) arrive(dout_ring.empty(visit - 1));",
+        "      if (visit > 0) arrive(dout_ring.empty(visit - 1));\n      wgmma_wait_group<1>();", "race", WIDE),
+    Bug("wide: Q released before dK has read it", WIDE_CU,
+        "      wgmma_wait_group<1>();\n      if (visit > 0) arrive(q_ring.empty(visit - 1));",
+        "      if (visit > 0) arrive(q_ring.empty(visit - 1));\n      wgmma_wait_group<1>();", "race", WIDE),
+    Bug("wide: Q, and lse, released before P is made of it", WIDE_CU,
+        "      exponentiate(acc_s[0]", "      arrive(q_ring.empty(visit));\n      exponentiate(acc_s[0]", "race", WIDE),
+    Bug("wide: dO, and delta, released before dS is made of it", WIDE_CU,
+        "      differentiate<Element>", "      arrive(dout_ring.empty(visit));\n      differentiate<Element>", "race", WIDE),
+    Bug("wide: P overwritten while it is an operand", WIDE_CU,
+        "      wgmma_wait_group<1>();\n      if (visit > 0) arrive(dout_ring.empty(visit - 1));",
+        "      round_operand<Element>(p_reg, acc_s[0]);\n      wgmma_wait_group<1>();\n      if (visit > 0) arrive(dout_ring.empty(visit - 1));", "in flight", WIDE),
+    Bug("wide: dS overwritten while it is an operand", WIDE_CU,
+        "      wgmma_wait_group<1>();\n      if (visit > 0) arrive(q_ring.empty(visit - 1));",
+        "      round_operand<Element>(ds_reg, acc_dp);\n      wgmma_wait_group<1>();\n      if (visit > 0) arrive(q_ring.empty(visit - 1));", "in flight", WIDE),
+    Bug("wide: dS stored over one that is read", WIDE_CU,
+        "      ds_ring.wait_empty(visit);\n", "", "race", WIDE),
+    Bug("wide: dS stored without fence.proxy.async", WIDE_CU,
+        "      fence_proxy_async_shared();\n", "", "proxy", WIDE),
+    Bug("wide: no wait for dS", WIDE_CU,
+        "    ds_ring.wait_full(visit);  // and", "    // and", "race", WIDE),
+    Bug("wide: dS released before the product that reads it is over", WIDE_CU,
+        "      wgmma_wait_group<0>();\n      pin_registers(acc_dq);\n      if (i == Part::kParts - 1 && lane == 0) mbarrier_arrive(ds_ring.empty(visit));",
+        "      if (i == Part::kParts - 1 && lane == 0) mbarrier_arrive(ds_ring.empty(visit));\n      wgmma_wait_group<0>();\n      pin_registers(acc_dq);", "race", WIDE),
+    Bug("wide: dS released after the first of its products", WIDE_CU,
+        "if (i == Part::kParts - 1 && lane == 0)", "if (i == 0 && lane == 0)", "race", WIDE),
+    Bug("wide: dQ added before the wait", WIDE_CU,
+        "      wgmma_wait_group<0>();\n      pin_registers(acc_dq);", "      pin_registers(acc_dq);", "in flight", WIDE),
+    Bug("wide: dV staged over a dO that is read", WIDE_CU,
+        "    dout_ring.wait_empty(visits);\n    store_gradient<Element, VTile::kPanelBytes>(acc_dv, 1.0f, dout_ring.slot(visits)",
+        "    store_gradient<Element, VTile::kPanelBytes>(acc_dv, 1.0f, dout_ring.slot(visits + 1)", "race", WIDE),
+    Bug("wide: dV staged over V", WIDE_CU,
+        "(acc_dv, 1.0f, dout_ring.slot(visits)", "(acc_dv, 1.0f, v_smem", "race", WIDE),
+    Bug("wide: dK staged over K that dQ still needs", WIDE_CU,
+        "(acc_dk, params.scale, q_ring.slot(visits)", "(acc_dk, params.scale, k_smem", "race", WIDE),
+    Bug("wide: dK without the scale", WIDE_CU,
+        "(acc_dk, params.scale,", "(acc_dk, 1.0f,", WRONG_RESULT, WIDE),
+    Bug("wide: the block ends while TMA reads its shared memory", WIDE_CU,
+        "cp_async_bulk_wait_group_read<0>();", "{}", "in flight", WIDE),
+    Bug("wide: lse of the slot before", WIDE_CU,
+        "kLseOffset + visit % kStages * kFloatsBytes));\n      const", "kLseOffset + (visit + 1) % kStages * kFloatsBytes));\n      const", WRONG_RESULT, WIDE),
+    Bug("wide: delta of another block", WIDE_CU,
+        "delta + block_index(at) * kBlockM", "delta + block_index(keys.first()) * kBlockM", WRONG_RESULT, WIDE),
+    Bug("wide: dQ added to another block", WIDE_CU,
+        "workspace + block_index(at) *", "workspace + block_index(keys.first()) *", WRONG_RESULT, WIDE),
+    Bug("wide: P not masked on the diagonal", WIDE_CU,
+        "(Config::kCausal && last_key > query + params.causal_offset)", "false", WRONG_RESULT, WIDE),
+    Bug("wide: P not masked after the last key", WIDE_CU,
+        "if (last_key >= params.seqlen_k || (", "if ((", WRONG_RESULT, WIDE_ONE_KEY),
+    Bug("wide: all halves of a gradient from the same columns", PRODUCTS,
+        "tile_smem + column / kPanelColumns * Tile::kPanelBytes;", "tile_smem;", WRONG_RESULT, WIDE),
+]  # fmt: skip
+
+
+def check_backward(session, problem, inputs, causal):
+    q, k, v, dout, dlse = (session.cp.asarray(x) for x in inputs)
+    options = {"causal": causal, "scale": problem.scale}
+    out, lse = cuflash.attention(q, k, v, return_lse=True, algorithm="fa2", **options)
+    for _ in range(2 if problem.heads_kv == 3 else 1):
+        gradients = cuflash.attention_backward(
+            dout, q, k, v, out, lse, dlse=dlse, algorithm="hopper", **options
+        )
+    oracle = {"causal_offset": problem.causal_offset, "scale": problem.scale, "dlse": inputs.dlse}
+    expected = reference.attention_backward(inputs.dout, *inputs[:3], **oracle)
+    standard = reference.standard_attention_backward(inputs.dout, *inputs[:3], **oracle)
+    for name, actual, want, allowed in zip(("dq", "dk", "dv"), gradients, expected, standard, strict=True):
+        assert_within_contract(np.asarray(actual.get()), want, allowed, name)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_planted_bug_is_noticed_by_its_check(needs_emulator, bug):
+    noticed = what_notices(bug.edits(), bug.call, check_backward)
+    assert bug.check in noticed, noticed
+
+
+@pytest.mark.parametrize("call", sorted({bug.call for bug in BUGS}, key=repr), ids=repr)
+def test_nothing_is_noticed_without_a_bug(needs_emulator, call):
+    assert what_notices({}, call, check_backward) == {}
