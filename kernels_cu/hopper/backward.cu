@@ -6,7 +6,9 @@
 //
 // Before    fa2/backward_preprocess.cu: delta, lse in base 2, zeros in the dQ workspace. After:
 //           fa2/backward_postprocess.cu: dQ.
-// Grid      one dimension: a thread block per (128 keys, key/value head, batch), longest first. It visits the query
+// Grid      persistent: as many thread blocks as run at once. Each works through key blocks of (128 keys, key/value head,
+//           batch), longest first: its own index, then every gridDim-th, or under a causal mask the next that nobody has
+//           taken (an atomic counter, which is back at 0 when the last block is done). For each it visits the query
 //           blocks that see its keys, of every query head of the group, so dK and dV need no atomics.
 // Threads   two main warpgroups own 64 keys each: dV and dK stay in their registers, and since S and dP are computed
 //           transposed, so are P and dS, as operands of the products with dO and Q. Warpgroup 0 helps: one thread
@@ -26,18 +28,23 @@
 //             add dQ                                                  (under dK)
 //             wait for dK;  release Q and dO
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
-//           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers
-//           The epilogue stages dK in K's place and dV in V's.
+//           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers |
+//           which key block K is of, 8 bytes
+//           The epilogue stages dV and dK in the panels of dS that the warpgroup stores: the next K and V are on their way.
 // Registers dK and dV: kHeadDim/2 + kHeadDimV/2 a thread, S or dP: kBlockM/2 (both without kDqWarpgroup), P and dS
 //           kBlockM/4 each, dQ kDqColumns/2; docs/hopper-backward.md has ptxas's figures.
 // Barriers  (pipeline.cuh)   who arrives                            who waits
-//           k.full, v.full   loader, TMA's bytes                    whoever multiplies by it, once
+//           k.full           loader, when it has said which block   everybody, before a key block
+//                            is next, and TMA's bytes
+//           v.full           loader, TMA's bytes                    main warps, before the first product with it
+//           k.empty          main and dQ warps, after their last    loader, before it says so, and loads K and V
+//                            product of a key block
 //           q.full, dout.full loader, TMA's bytes (lse, delta too)  main warps, before the first product with it
 //           q.empty          each main warp, after a visit          loader, before it loads Q, then dO
 //           ds.full          each main warp, when dS is stored      dQ warps, before the product        kDqWarpgroup
-//           ds.empty         each dQ warp, after the product        main warps, before they store; before dK is staged
-//           bar kDsStored    the main warpgroups, when dS is stored; when K is no longer read           otherwise
-//           bar kStaged + w  main warpgroup w, when dV or dK is staged
+//           ds.empty         each dQ warp, after the product        main warps, before they store; before dV is staged
+//           bar kDsStored    the main warpgroups, when dS is stored; when it is no longer read          otherwise
+//           bar kStaged + w  main warpgroup w, when dV or dK is staged; when it has left
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
 //           past the last. TMA reads rows outside the tensors as zeros; the host starts Q and dO at the first query
 //           that sees a key and ends K and V at the last key some query sees. Other keys get zeros.
