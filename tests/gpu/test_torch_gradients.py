@@ -198,7 +198,7 @@ def test_the_backward_runs_on_the_stream_of_its_forward():
 @pytest.mark.usefixtures("deterministic")  # opcheck compares two backwards
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_opcheck(dtype):
-    import cuflash.torch  # noqa: F401 - defines the operators
+    import cuflash.torch  # defines the operators
 
     inputs = make_tensors(dtype=dtype)
     options = ("bottom_right", None, "bshd")
