@@ -6,7 +6,9 @@
 //
 // Before    fa2/backward_preprocess.cu: delta, lse in base 2, zeros in the dQ workspace. After:
 //           fa2/backward_postprocess.cu: dQ.
-// Grid      one dimension: a thread block per (128 keys, key/value head, batch), longest first. It visits the query
+// Grid      persistent: as many thread blocks as run at once. Each works through key blocks of (128 keys, key/value head,
+//           batch), longest first: its own index, then every gridDim-th, or under a causal mask the next that nobody has
+//           taken (an atomic counter, which is back at 0 when the last block is done). For each it visits the query
 //           blocks that see its keys, of every query head of the group, so dK and dV need no atomics.
 // Threads   two main warpgroups own 64 keys each: dV and dK stay in their registers, and since S and dP are computed
 //           transposed, so are P and dS, as operands of the products with dO and Q. Warpgroup 0 helps: one thread
@@ -26,18 +28,23 @@
 //             add dQ                                                  (under dK)
 //             wait for dK;  release Q and dO
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
-//           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers
-//           The epilogue stages dK in K's place and dV in V's.
+//           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers |
+//           which key block K is of, 8 bytes
+//           The epilogue stages dV and dK in the panels of dS that the warpgroup stores: the next K and V are on their way.
 // Registers dK and dV: kHeadDim/2 + kHeadDimV/2 a thread, S or dP: kBlockM/2 (both without kDqWarpgroup), P and dS
 //           kBlockM/4 each, dQ kDqColumns/2; docs/hopper-backward.md has ptxas's figures.
 // Barriers  (pipeline.cuh)   who arrives                            who waits
-//           k.full, v.full   loader, TMA's bytes                    whoever multiplies by it, once
+//           k.full           loader, when it has said which block   everybody, before a key block
+//                            is next, and TMA's bytes
+//           v.full           loader, TMA's bytes                    main warps, before the first product with it
+//           k.empty          main and dQ warps, after their last    loader, before it says so, and loads K and V
+//                            product of a key block
 //           q.full, dout.full loader, TMA's bytes (lse, delta too)  main warps, before the first product with it
 //           q.empty          each main warp, after a visit          loader, before it loads Q, then dO
 //           ds.full          each main warp, when dS is stored      dQ warps, before the product        kDqWarpgroup
-//           ds.empty         each dQ warp, after the product        main warps, before they store; before dK is staged
-//           bar kDsStored    the main warpgroups, when dS is stored; when K is no longer read           otherwise
-//           bar kStaged + w  main warpgroup w, when dV or dK is staged
+//           ds.empty         each dQ warp, after the product        main warps, before they store; before dV is staged
+//           bar kDsStored    the main warpgroups, when dS is stored; when it is no longer read          otherwise
+//           bar kStaged + w  main warpgroup w, when dV or dK is staged; when it has left
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
 //           past the last. TMA reads rows outside the tensors as zeros; the host starts Q and dO at the first query
 //           that sees a key and ends K and V at the last key some query sees. Other keys get zeros.
@@ -51,11 +58,9 @@
 // Sibling   fa2/backward.cu: P and dS pass between warps through shared memory, and dQ is everybody's work.
 #include "core/mask_transposed.cuh"
 #include "core/turn.cuh"
-#include "hopper/gradient_products.cuh"
+#include "hopper/backward_layout.cuh"
 #include "hopper/key_block.cuh"
-#include "hopper/pipeline.cuh"
 #include "hopper/store_gradient.cuh"
-#include "hopper/tile.cuh"
 #include "hopper/transposed.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
@@ -64,51 +69,6 @@
 #include "ptx/shared_memory.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
-
-using Element = Config::Element;
-constexpr int kBlockM = Config::kBlockM;
-constexpr int kBlockN = Config::kBlockN;
-constexpr int kHeadDim = Config::kHeadDim;
-constexpr int kHeadDimV = Config::kHeadDimV;
-constexpr int kStages = Config::kStages;
-constexpr int kDsStages = 2;
-constexpr bool kDqWarpgroup = Config::kDqWarpgroup;
-constexpr int kDqColumns = Config::kDqColumns;  // of one product dS K
-constexpr int kMainWarpgroups = 2;
-constexpr int kWarpgroupThreads = 4 * kWarpSize;
-constexpr int kThreads = (1 + kMainWarpgroups) * kWarpgroupThreads;
-constexpr int kNTiles = kBlockM / 8;
-static_assert(kBlockN == 64 * kMainWarpgroups && kBlockM % 64 == 0, "whole wgmma tiles");
-static_assert(kStages >= 2, "a visit's tiles land while another's are in use");
-
-using QTile = PanelTile<kBlockM, kHeadDim>;
-using DoutTile = PanelTile<kBlockM, kHeadDimV>;
-using KTile = PanelTile<kBlockN, kHeadDim>;
-using VTile = PanelTile<kBlockN, kHeadDimV>;
-using DsTile = PanelTile<kBlockM, kBlockN>;
-using QRing = Ring<kStages, QTile::kBytes>;
-using DoutRing = FilledRing<kStages, DoutTile::kBytes>;  // emptied with Q
-using DsRing = Ring<kDsStages, DsTile::kBytes>;
-using KRing = Ring<1, KTile::kBytes>;
-using VRing = FilledRing<1, VTile::kBytes>;  // emptied with K
-using Part = DqPart<Element, kBlockM, kHeadDim, kBlockN, kDqColumns>;
-static_assert(kDqWarpgroup || Part::kParts == kMainWarpgroups, "a part of dQ for each main warpgroup");
-
-constexpr int kVOffset = KTile::kBytes;  // K is at 0
-constexpr int kQOffset = kVOffset + VTile::kBytes;
-constexpr int kDoutOffset = kQOffset + kStages * QTile::kBytes;
-constexpr int kDsOffset = kDoutOffset + kStages * DoutTile::kBytes;
-constexpr int kFloatsBytes = kBlockM * 4;  // lse or delta of a query block
-constexpr int kLseOffset = kDsOffset + kDsStages * DsTile::kBytes;
-constexpr int kDeltaOffset = kLseOffset + kStages * kFloatsBytes;
-constexpr int kBarriersOffset = kDeltaOffset + kStages * kFloatsBytes;
-constexpr int kKvBarriersOffset = kBarriersOffset + QRing::kBarrierBytes + DoutRing::kBarrierBytes + DsRing::kBarrierBytes;
-constexpr int kBlockSlotOffset = kKvBarriersOffset + KRing::kBarrierBytes + VRing::kBarrierBytes;
-static_assert(kBlockSlotOffset + 8 == Config::kSharedBytes, "the host's map is the same");
-
-// dV and dK leave by way of a main warpgroup's own panels of dS, of which each slot has one.
-constexpr bool kStagedTogether = VTile::kPanels + KTile::kPanels <= kDsStages;
-static_assert(VTile::kPanels <= kDsStages && KTile::kPanels <= kDsStages, "a slot for each panel");
 
 enum Barrier { kDsStored = 1, kStaged };
 

@@ -225,6 +225,8 @@ def test_the_backward_runs_on_the_stream_of_its_forward():
 @pytest.mark.usefixtures("deterministic")  # opcheck compares two backwards
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_opcheck(dtype):
+    import cuflash.torch  # defines the operators
+
     inputs = make_tensors(dtype=dtype)
     options = ("bottom_right", None, "bshd")
     torch.library.opcheck(torch.ops.cuflash.attention_forward.default, (*inputs, *options, "auto"))
