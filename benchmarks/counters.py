@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -37,12 +38,13 @@ METRICS = {
     "instructions": "smsp__inst_executed.sum",
 }
 _NS_PER_MS = 1e6
+KERNEL = re.compile("((fa1|fa2|hopper)_(forward|backward))(_wide)?")
 
 Point = tuple[str, Workload]  # the kernel family, and what it computes
 POINTS: tuple[Point, ...] = tuple(
     (family, grid_point(head_dim, seqlen, causal, direction=direction))
-    for direction, families in (("forward", ("fa2", "hopper")), ("backward", ("fa2",)))
-    for family in families
+    for direction in ("forward", "backward")
+    for family in ("fa2", "hopper")
     for head_dim in (64, 128, 256)
     for seqlen, causal in ((512, True), (16384, False), (16384, True))
 )
@@ -59,7 +61,7 @@ def measure(points: Iterable[Point] = POINTS) -> list[Row]:
         log = Path(folder) / "ncu.csv"
         command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
         command += ["--clock-control", "none", "--metrics", ",".join(METRICS.values())]
-        command += ["--kernel-name", r"regex:^(fa1|fa2|hopper)_(forward|backward)$"]
+        command += ["--kernel-name", rf"regex:^{KERNEL.pattern}$"]
         command += [sys.executable, "-m", "benchmarks.counters"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         text = log.read_text() if log.exists() else ""
@@ -76,7 +78,7 @@ def rows(points: Iterable[Point], log: str) -> list[Row]:
     found = []
     for family, workload in points:
         name = f"{family}_{workload.direction}"  # a backward comes after the forward whose results it takes
-        counts = next((row for row in kernels if row["Kernel Name"] == name), None)
+        counts = next((row for row in kernels if _stem(row["Kernel Name"]) == name), None)
         if counts is None:
             raise RuntimeError(f"ncu saw no {name} for {workload}")
         values = {field: float(counts[metric].replace(",", "")) for field, metric in METRICS.items()}
@@ -85,6 +87,12 @@ def rows(points: Iterable[Point], log: str) -> list[Row]:
         counters = {"counted": workload.direction, **fields}
         found.append({"family": family, "direction": "counters", **workload.fields(), **counters})
     return found
+
+
+def _stem(kernel: str) -> str:
+    """The name without what tells two kernels of one family and direction apart."""
+    match = KERNEL.match(kernel)
+    return match[1] if match else kernel
 
 
 def launch(points: Iterable[Point] = POINTS) -> None:

@@ -8,6 +8,9 @@ python -m benchmarks.run counters                        how busy kernels keep t
 python -m benchmarks.run tiles                           candidate tiles of FA2 forward, against SDPA's flash
 python -m benchmarks.run train                           loss curves of a small GPT, with each attention
 python -m benchmarks.run gpt2                            steps of GPT-2, with each attention
+python -m benchmarks.run memory                          memory beyond inputs and outputs, by each family
+python -m benchmarks.run matmul                          the rate of large matrix products
+python -m benchmarks.run instructions                    what main loops issue for each matrix instruction
 
 Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps; the other
 options are forward's and backward's.
@@ -23,6 +26,7 @@ from typing import TypeVar
 
 from benchmarks import machine
 from benchmarks.options import add_options, topic, workloads
+from benchmarks.peers import DoesNotFitError
 from benchmarks.results import TIMES, Recorder, Row
 from benchmarks.tables import candidate_label
 from benchmarks.workload import Workload
@@ -131,6 +135,43 @@ def _gpt2(options: argparse.Namespace, command: str) -> int:
     return _record(train.POINTS, train.measure_steps, recorder)
 
 
+def _memory(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("memory", reason)
+    from benchmarks import memory
+
+    header = machine.header(command, options.commit, memory.METHOD)
+    return _record(memory.POINTS, memory.measure, Recorder(options.results_dir, memory.TOPIC, header))
+
+
+def _matmul(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("matmul", reason)
+    from benchmarks import matmul
+
+    def measure(product: matmul.Product) -> list[Row]:
+        return matmul.measure(product, budget_ms=options.budget_ms)
+
+    header = machine.header(command, options.commit, matmul.METHOD)
+    return _record(matmul.PRODUCTS, measure, Recorder(options.results_dir, matmul.TOPIC, header))
+
+
+def _instructions(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_cupy():
+        return _skip("instructions", reason)
+    from benchmarks import instructions
+    from cuflash import info
+
+    capability = info.find_gpu().capability
+
+    def measure(kernel: instructions.Kernel) -> list[Row]:
+        return instructions.measure(kernel, capability)
+
+    header = machine.header(command, options.commit, instructions.METHOD)
+    recorder = Recorder(options.results_dir, instructions.TOPIC, header)
+    return _record(instructions.KERNELS, measure, recorder)
+
+
 BENCHMARKS = {
     "forward": _speed,
     "backward": _speed,
@@ -140,15 +181,24 @@ BENCHMARKS = {
     "tiles": _tiles,
     "train": _train,
     "gpt2": _gpt2,
+    "memory": _memory,
+    "matmul": _matmul,
+    "instructions": _instructions,
 }
 
 
 def _record(points: Iterable[Point], measure: Callable[[Point], list[Row]], into: Recorder) -> int:
-    """Measure and record each point; one that fails is named, leaves no row, and does not stop the others."""
+    """Measure and record each point; one that fails is named, leaves no row, and does not stop the others.
+
+    One whose score matrix does not fit in memory is named too, and no failure.
+    """
     failed = 0
     for point in points:
         try:
             rows = measure(point)
+        except DoesNotFitError as error:
+            into.skip(str(point), str(error))
+            print(f"{point}: SKIPPED: {error}", flush=True)
         except Exception as error:  # whatever a kernel under test can do wrong
             failed += 1
             print(f"{point}: FAILED {type(error).__name__}: {error}", flush=True)

@@ -1,4 +1,4 @@
-"""Markdown tables of rows that hold times: of the host, of a call in JAX, of a step of training."""
+"""Markdown tables of rows that hold no speeds: of the host, a call in JAX, a step of training, memory."""
 
 from __future__ import annotations
 
@@ -95,10 +95,67 @@ def _step_cells(row: Row, standard: Row | None) -> list[str]:
     return cells
 
 
+def _memory_table(rows: list[Row]) -> list[str]:
+    """A table for each pool and pass: a line for each length, a column for each attention."""
+    problem = "Batch {batch}, {heads_q} heads of {head_dim}".format(**rows[0])
+    lines = [f"{problem}, {short_dtype(rows[0])}: MB beyond inputs and outputs.", ""]
+    for (pool, part), group in groupby(
+        rows, key=lambda row: (row["features"]["pool"], row["features"]["pass"])
+    ):
+        of_pass = list(group)
+        families = list(dict.fromkeys(row["family"] for row in of_pass))
+        extra = {(row["seqlen_q"], row["family"]): row["extra_mb"] for row in of_pass}
+        arrays = {row["seqlen_q"]: row["arrays_mb"] for row in of_pass}
+        head = ["length", "inputs and outputs", *map(memory_label, families)]
+        body = [
+            [
+                str(seqlen),
+                f"{mb:.4g}",
+                *(f"{extra[point]:.4g}" if point in extra else "-" for point in points),
+            ]
+            for seqlen, mb in arrays.items()
+            for points in [[(seqlen, family) for family in families]]
+        ]
+        lines += [f"{part}, {memory_pool(pool)}:", "", *markdown(head, body), ""]
+    return lines[:-1]
+
+
+def memory_label(family: str) -> str:
+    return {"eager": "PyTorch eager", "fa2_sdpa": "FA2 (SDPA)"}.get(family, family)
+
+
+def memory_pool(pool: str) -> str:
+    return {"torch": "PyTorch's allocator", "cupy": "CuPy's pool"}[pool]
+
+
+def _matmul_table(rows: list[Row]) -> list[str]:
+    body = [
+        [*(str(row[name]) for name in ("seqlen_q", "seqlen_k", "head_dim")), f"{row['tflops']:.0f}"]
+        for row in rows
+    ]
+    return markdown(["M", "N", "K", "TFLOP/s"], body)
+
+
+def _instructions_table(rows: list[Row]) -> list[str]:
+    head = ["kernel", "d", "matrix instructions", "others", "others for each"]
+    body = [
+        [
+            f"{row['family']} {row['features']['of']}",
+            *(str(row[name]) for name in ("head_dim", "mma", "other")),
+            f"{row['other_per_mma']:.2f}",
+        ]
+        for row in rows
+    ]
+    return markdown(head, body)
+
+
 # By direction, as results.TIMES.
 TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "host": _host_table,
     "call": _call_table,
     "counters": _counters_table,
     "train": _training_table,
+    "memory": _memory_table,
+    "matmul": _matmul_table,
+    "instructions": _instructions_table,
 }

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cuflash.arrays import Native
-from cuflash.checks import Request, check_algorithm, check_arrays, out_shape
+from cuflash.checks import ALGORITHMS, Request, check_algorithm, check_arrays, out_shape
 from cuflash.checks_modifiers import check_operands
 from cuflash.modifiers import NO_MODIFIERS, NO_OPERANDS, Modifiers, arrays_of
 from cuflash.problem import Causal, Problem, make_problem
-
-BACKWARD_ALGORITHMS = ("auto", "hopper", "fa2", "cpu")
 
 
 class BackwardOptions(NamedTuple):
@@ -43,8 +41,8 @@ def named_backward(
 
 def check_backward_call(native: Native, arrays: dict[str, Any], options: BackwardOptions) -> Request:
     """Check ``arrays``, all of the library ``native``, against each other and ``options``."""
-    if options.algorithm not in BACKWARD_ALGORITHMS:
-        raise ValueError(f"algorithm must be one of {BACKWARD_ALGORITHMS}, got {options.algorithm!r}")
+    if options.algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {options.algorithm!r}")
     if not isinstance(options.deterministic, bool):
         raise TypeError(f"deterministic must be True or False, got {options.deterministic!r}")
     infos = check_arrays(native, arrays)

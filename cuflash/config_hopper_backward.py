@@ -1,4 +1,4 @@
-"""Tile sizes of the Hopper backward kernel: frozen ``HopperBackwardConfig``, its table, shared memory.
+"""Tile sizes of the Hopper backward kernels: frozen Configs, their tables, shared memory.
 
 Pure Python without CuPy, as ``cuflash.config_hopper``, whose conventions hold here.
 """
@@ -15,12 +15,13 @@ from cuflash.resources import ELEMENT_BYTES
 from cuflash.stub import translation_unit
 from cuflash.tensor_map import PANEL_COLUMNS
 
-MAIN_ROWS = 64  # keys of a main warpgroup: wgmma's M
+MAIN_ROWS = 64  # keys of a warpgroup that owns dK or dV: wgmma's M
 
 _MAIN_WARPGROUPS = 2
 _WARPGROUP_THREADS = 128
 _BARRIER_BYTES = 8
-_DS_STAGES = 2
+_BLOCK_SLOT_BYTES = 8  # which key block K is of
+_DS_STAGES = 2  # of P too, where it passes between warpgroups
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class HopperBackwardConfig:
     helper_registers: int  # a thread, by setmaxnreg
     main_registers: int
     spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack
+    dynamic_blocks: bool  # key blocks are taken from an atomic counter, not every grid-th
     causal: bool
     deterministic: bool  # dQ is summed in a fixed order
 
@@ -52,6 +54,11 @@ class HopperBackwardConfig:
         return "hopper_backward"
 
     @property
+    def is_persistent(self) -> bool:
+        """A thread block works through several key blocks."""
+        return True
+
+    @property
     def threads(self) -> int:
         return _WARPGROUP_THREADS * (1 + _MAIN_WARPGROUPS)
 
@@ -64,31 +71,92 @@ class HopperBackwardConfig:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a thread block; the kernel asserts that its own map ends here."""
-        k_and_v = self._tile_bytes(self.block_n, self.head_dim) + self._tile_bytes(
-            self.block_n, self.head_dim_v
-        )
-        q_and_dout = self._tile_bytes(self.block_m, self.head_dim) + self._tile_bytes(
-            self.block_m, self.head_dim_v
-        )
-        lse_and_delta = 2 * self.block_m * 4
-        ds = self._tile_bytes(self.block_m, self.block_n)
-        barriers = _BARRIER_BYTES * (3 * self.stages + 2 * _DS_STAGES + 2)  # q, dout, ds; k and v
-        return k_and_v + self.stages * (q_and_dout + lse_and_delta) + _DS_STAGES * ds + barriers
+        ds = _tile_bytes(self.block_m, self.block_n)
+        barriers = _BARRIER_BYTES * (3 * self.stages + 2 * _DS_STAGES + 3)  # q, dout, ds; k and v
+        return _streamed_bytes(self) + _DS_STAGES * ds + barriers + _BLOCK_SLOT_BYTES
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
         return translation_unit(self, self.kernel, {"shared_bytes": self.shared_bytes})
 
-    @staticmethod
-    def _tile_bytes(rows: int, columns: int) -> int:
-        return rows * -(-columns // PANEL_COLUMNS) * PANEL_COLUMNS * ELEMENT_BYTES
+
+@dataclass(frozen=True, slots=True)
+class HopperWideBackwardConfig:
+    """The same of ``kernels_cu/hopper/backward_wide.cu``, where each kind of product has a warpgroup."""
+
+    dtype: str
+    head_dim: int  # of Q and K, as multiplied: padded to a tile of the table
+    head_dim_v: int  # of V and O, likewise
+    block_m: int  # query rows per visit
+    block_n: int  # keys per thread block
+    stages: int  # Q tiles, and dO tiles, in shared memory
+    dq_columns: int  # of dQ in one product
+    load_registers: int  # a thread, by setmaxnreg, of the warpgroup that loads
+    probability_registers: int  # of the one that computes P and dV
+    gradient_registers: int  # of the one that computes dS and dK
+    query_registers: int  # of the one that computes dQ
+    spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack
+    causal: bool
+    deterministic: bool  # dQ is summed in a fixed order
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "hopper/backward_wide.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "hopper_backward_wide"
+
+    @property
+    def is_persistent(self) -> bool:
+        """A thread block works on one key block only."""
+        return False
+
+    @property
+    def threads(self) -> int:
+        return _WARPGROUP_THREADS * 4
+
+    @property
+    def turns_per_block(self) -> int:
+        """Warps that add to one query block of dQ, each in its turn if deterministic."""
+        return 4 if self.deterministic else 0
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a thread block; the kernel asserts that its own map ends here."""
+        p_and_ds = 2 * _tile_bytes(self.block_m, self.block_n)
+        barriers = _BARRIER_BYTES * (4 * self.stages + 4 * _DS_STAGES + 2)  # q, dout; ds, p; k and v
+        return _streamed_bytes(self) + _DS_STAGES * p_and_ds + barriers
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
+        return translation_unit(self, self.kernel, {"shared_bytes": self.shared_bytes})
+
+
+MainConfig = HopperBackwardConfig | HopperWideBackwardConfig
+
+
+def _tile_bytes(rows: int, columns: int) -> int:
+    return rows * -(-columns // PANEL_COLUMNS) * PANEL_COLUMNS * ELEMENT_BYTES
+
+
+def _streamed_bytes(config: MainConfig) -> int:
+    """What lies in shared memory by way of TMA: K and V, and stages of Q, dO, lse and delta."""
+
+    def pair(rows: int) -> int:
+        return _tile_bytes(rows, config.head_dim) + _tile_bytes(rows, config.head_dim_v)
+
+    lse_and_delta = 2 * config.block_m * 4
+    return pair(config.block_n) + config.stages * (pair(config.block_m) + lse_and_delta)
 
 
 class HopperBackwardConfigs(NamedTuple):
     """The three programs of one backward, in launch order."""
 
     preprocess: PreprocessConfig
-    main: HopperBackwardConfig
+    main: MainConfig
     postprocess: PostprocessConfig
 
 
@@ -106,17 +174,38 @@ class Tile(NamedTuple):
     spill_bytes: int = 0
 
 
+class WideTile(NamedTuple):
+    """The same of ``hopper/backward_wide.cu``."""
+
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    stages: int
+    dq_columns: int
+    load_registers: int
+    probability_registers: int
+    gradient_registers: int
+    query_registers: int
+    spill_bytes: int = 0
+
+
 # The first row that is wide enough is taken. At head_dim 64 the main warpgroups have registers for dQ beside
 # dK and dV; at 128 they do not (docs/hopper-backward.md). The registers of the three warpgroups sum to what
-# the launch allocates, 3 · 168.
+# the launch allocates, 3 · 168. What is spilled is the loading thread's.
 TILES = (
-    Tile(64, 64, 128, 2, dq_warpgroup=False, dq_columns=64, helper_registers=40, main_registers=232),
-    Tile(96, 96, 64, 3, dq_warpgroup=True, dq_columns=96, helper_registers=88, main_registers=208),
-    Tile(128, 128, 64, 3, dq_warpgroup=True, dq_columns=64, helper_registers=72, main_registers=216),
+    Tile(64, 64, 128, 2, False, 64, helper_registers=40, main_registers=232),
+    Tile(96, 96, 64, 3, True, 96, helper_registers=88, main_registers=208, spill_bytes=40),
+    Tile(128, 128, 64, 3, True, 64, helper_registers=72, main_registers=216, spill_bytes=160),
+)
+# After those. Here four warpgroups share 4 · 128 registers.
+WIDE_TILES = (
+    WideTile(192, 192, 64, 3, 192, 24, 176, 176, 136),
+    WideTile(256, 256, 64, 2, 64, 24, 208, 208, 72),
 )
 
 # Whether "auto" takes these kernels where they can compute a backward. Not before they have run on a GPU.
 CHOSEN_BY_AUTO = False
+WIDE_CHOSEN_BY_AUTO = False
 
 
 def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
@@ -125,37 +214,41 @@ def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
         return reason
     if problem.seqlen_q == 0:
         return "there is no query, and a tensor map cannot be empty"
-    if _tile(problem) is None:
-        widest = TILES[-1]
-        return (
-            f"its backward takes a head_dim up to {widest.head_dim} and a head_dim_v up to "
-            f"{widest.head_dim_v}, not {problem.head_dim} and {problem.head_dim_v}"
-        )
     return None
 
 
 def choose_hopper(problem: Problem, *, deterministic: bool) -> HopperBackwardConfigs:
     """The Configs for the backward of a problem that ``why_not`` has no objection to."""
     tile = _tile(problem)
-    assert tile is not None
     # What TMA reads has rows that are multiples of 16 bytes; dQ, which it does not write, need not.
     vector_out = problem.head_dim * ELEMENT_BYTES % 16 == 0
     main = make_config(tile, dtype=problem.dtype, causal=problem.is_causal, deterministic=deterministic)
     return with_passes(main, vector_out=vector_out)
 
 
-def make_config(tile: Tile, *, dtype: str, causal: bool, deterministic: bool = False) -> HopperBackwardConfig:
+def make_config(
+    tile: Tile | WideTile, *, dtype: str, causal: bool, deterministic: bool = False
+) -> MainConfig:
     """``tile`` as a Config."""
+    if isinstance(tile, WideTile):
+        return HopperWideBackwardConfig(
+            dtype=dtype,
+            block_n=MAIN_ROWS,
+            causal=causal,
+            deterministic=deterministic,
+            **tile._asdict(),
+        )
     return HopperBackwardConfig(
         dtype=dtype,
         block_n=MAIN_ROWS * _MAIN_WARPGROUPS,
+        dynamic_blocks=causal,
         causal=causal,
         deterministic=deterministic,
         **tile._asdict(),
     )
 
 
-def with_passes(main: HopperBackwardConfig, *, vector_out: bool = True) -> HopperBackwardConfigs:
+def with_passes(main: MainConfig, *, vector_out: bool = True) -> HopperBackwardConfigs:
     """``main`` and the programs that run before and after it."""
     return HopperBackwardConfigs(
         PreprocessConfig(main.dtype, main.head_dim, main.block_m),
@@ -166,6 +259,11 @@ def with_passes(main: HopperBackwardConfig, *, vector_out: bool = True) -> Hoppe
     )
 
 
-def _tile(problem: Problem) -> Tile | None:
-    fitting = (t for t in TILES if problem.head_dim <= t.head_dim and problem.head_dim_v <= t.head_dim_v)
-    return next(fitting, None)
+def chosen_by_auto(problem: Problem) -> bool:
+    """Whether "auto" takes the kernel for a problem that ``why_not`` has no objection to."""
+    return WIDE_CHOSEN_BY_AUTO if isinstance(_tile(problem), WideTile) else CHOSEN_BY_AUTO
+
+
+def _tile(problem: Problem) -> Tile | WideTile:
+    tiles: tuple[Tile | WideTile, ...] = (*TILES, *WIDE_TILES)
+    return next(t for t in tiles if problem.head_dim <= t.head_dim and problem.head_dim_v <= t.head_dim_v)

@@ -26,14 +26,8 @@ from jax.interpreters import ad, batching, mlir
 
 from cuflash import cpu, families, launch, plan, plan_backward, vmapping
 from cuflash.arrays.jax import JaxAvals, XlaBuffers
-from cuflash.checks import Options, check_call, out_shape
-from cuflash.checks_backward import (
-    BACKWARD_ALGORITHMS,
-    BackwardOptions,
-    check_backward_call,
-    lse_shape,
-    named_backward,
-)
+from cuflash.checks import GPU_ALGORITHMS, Options, check_call, out_shape
+from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
 from cuflash.modifiers import DIFFERENTIABLE, NO_OPERANDS
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
@@ -87,7 +81,7 @@ def _attention_bwd(options: Options, saved: Any, cotangents: tuple[Any, Any]) ->
         options.scale,
         options.layout,
         _deterministic(),
-        options.algorithm if options.algorithm in BACKWARD_ALGORITHMS else "auto",
+        options.algorithm,
         options.modifiers,
         tuple(name for name in DIFFERENTIABLE if name in wanted),
     )
@@ -144,7 +138,7 @@ def _named(first: Names, arrays: Arrays, names: Names) -> dict[str, Any]:
 
 def _check_traced(arrays: Arrays, names: Names, options: Options) -> Problem:
     """All checks but those that depend on the device, which only compilation knows."""
-    if options.algorithm in ("hopper", "fa2"):
+    if options.algorithm in GPU_ALGORITHMS:
         options = options._replace(algorithm="auto")
     return check_call(JaxAvals(None), _named(_FORWARD, arrays, names), options).problem
 
@@ -261,13 +255,16 @@ def _forward_on_gpu(*arrays: Any, options: Options, names: Names) -> Arrays:
     options = options._replace(scale=problem.scale)  # that of the head_dim before padding
     padded = _padded(q), _padded(k), _padded(v)
     # Compile and load now: while a CUDA graph captures the callback it is too late.
-    plan.make_plan(check_call(avals, dict(zip("qkv", padded, strict=True)), options), options)
+    request = check_call(avals, dict(zip("qkv", padded, strict=True)), options)
+    words = plan.make_plan(request, options).workspace_words
 
     def callback(context: Any, outputs: Arrays, q: Any, k: Any, v: Any) -> None:
         plan.attend(XlaBuffers(context.stream, outputs), q, k, v, None, options)
 
     results = _results(_forward_p, *padded, options=options, names=names)
-    out, lse = buffer_callback(callback, results, command_buffer_compatible=True)(*padded)
+    if words is not None:
+        results = [*results, jax.ShapeDtypeStruct((words,), np.float32)]
+    out, lse, *_ = buffer_callback(callback, results, command_buffer_compatible=_capturable(options))(*padded)
     return out[..., : problem.head_dim_v], lse
 
 
@@ -281,7 +278,7 @@ def _backward_on_gpu(*arrays: Any, options: BackwardOptions, names: Names) -> Ar
     options = options._replace(scale=problem.scale)
     padded = [x if x.ndim == 3 else _padded(x) for x in arrays]
     request = check_backward_call(avals, named_backward(*padded), options)
-    words = plan_backward.make_plan(request, options).calls.workspace.words
+    words = plan_backward.make_plan(request, options).steps.workspace_words
 
     def callback(context: Any, outputs: Arrays, *inputs: Any) -> None:
         plan_backward.differentiate(XlaBuffers(context.stream, outputs), named_backward(*inputs), options)
@@ -290,8 +287,15 @@ def _backward_on_gpu(*arrays: Any, options: BackwardOptions, names: Names) -> Ar
         *_results(_backward_p, *padded, options=options, names=names),
         jax.ShapeDtypeStruct((words,), np.float32),
     ]
-    *gradients, _ = buffer_callback(callback, outputs, command_buffer_compatible=True)(*padded)
+    capturable = _capturable(options)
+    *gradients, _ = buffer_callback(callback, outputs, command_buffer_compatible=capturable)(*padded)
     return [x[..., : y.shape[-1]] for x, y in zip(gradients, results, strict=True)]
+
+
+def _capturable(options: Options | BackwardOptions) -> bool:
+    """Whether a CUDA graph may capture the callback, from any of XLA's threads: cuBLAS's handles are made
+    for each at its first call, which allocates."""
+    return options.algorithm != "standard"
 
 
 def _current_device() -> int:

@@ -31,6 +31,7 @@ HOPPER_BACKWARD_PARAMS = np.dtype(
         ("m_blocks", np.int32),
         ("n_blocks", np.int32),
         ("heads_per_wave", np.int32),
+        ("key_blocks", np.int32),
         ("scale_log2", np.float32),
         ("scale", np.float32),
     ]
@@ -43,6 +44,8 @@ def hopper_backward_calls(
     strides: BackwardStrides,
     operands: Mapping[str, Operand],
     layout: str,
+    *,
+    multiprocessors: int,
     l2_bytes: int,
 ) -> BackwardCalls:
     """As ``launch_backward.backward_calls``, for a problem that ``why_not`` lets through.
@@ -54,9 +57,10 @@ def hopper_backward_calls(
     first_row = first_visible_row(problem)
     rows = problem.seqlen_q - first_row
     n_blocks = -(-problem.seqlen_k // main.block_n)
+    key_blocks = problem.batch * problem.heads_kv * n_blocks
     call = kernel_call(
         "k",
-        problem.batch * problem.heads_kv * n_blocks,
+        min(key_blocks, multiprocessors) if main.is_persistent else key_blocks,
         main.threads,
         main.shared_bytes,
         HOPPER_BACKWARD_PARAMS,
@@ -64,7 +68,7 @@ def hopper_backward_calls(
         *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
         problem.batch * problem.heads_kv,
         (problem.causal_offset or 0) + first_row,
-        *(-(-rows // main.block_m), n_blocks, heads_per_wave(problem, l2_bytes)),
+        *(-(-rows // main.block_m), n_blocks, heads_per_wave(problem, l2_bytes), key_blocks),
         *(problem.scale * LOG2_E, problem.scale),
     )
     if call is None:

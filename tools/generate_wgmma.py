@@ -17,7 +17,7 @@ HEADER = Path(__file__).resolve().parent.parent / "kernels_cu" / "ptx" / "wgmma_
 # Only shapes that a Config uses. Forward: S = Q Kᵀ has N = block_n, O += P V has N = head_dim_v. Backward:
 # Sᵀ = K Qᵀ and dPᵀ = V dOᵀ have N = block_m, dQ = dS K has N = dq_columns, dV += Pᵀ dO and dK += dSᵀ Q have
 # N = head_dim_v and head_dim.
-SMEM_SMEM = (64, 80, 96, 112, 128)
+SMEM_SMEM = (64, 80, 96, 112, 128, 192)
 REGISTER_SMEM = (64, 96, 128, 192, 256)
 
 _TYPES = ("f16", "bf16")

@@ -7,6 +7,7 @@ struct BackwardParams {
   int heads_kv, group_size, batch_heads;  // batch_heads = batch · heads_kv
   int causal_offset;
   int m_blocks, n_blocks, heads_per_wave;
+  int key_blocks;  // n_blocks · batch_heads
   float scale_log2, scale;
 };
 

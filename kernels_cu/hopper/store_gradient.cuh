@@ -6,15 +6,16 @@
 #include "ptx/fence.cuh"
 #include "ptx/stmatrix.cuh"
 
-// Stages rows 64·warpgroup … of the tile, times factor, and starts their store to rows `row` … of (batch, head).
-// Thread 0 of the warpgroup must wait for its bulk groups before it exits.
-template <class Element, class Tile, int kTiles>
-__device__ __forceinline__ void store_gradient(const float (&acc)[kTiles][4], float factor, unsigned tile_smem,
-                                               int warpgroup, int barrier, const CUtensorMap* map, int row, int head,
-                                               int batch) {
+// Stages a warpgroup's rows, times factor, in panels of 64 columns that are kPanelStride bytes apart, and starts their
+// store to rows `row` … of (batch, head). Thread 0 of the warpgroup must wait for its bulk groups before the panels are
+// written again, and before it exits.
+template <class Element, int kPanelStride, int kTiles>
+__device__ __forceinline__ void store_gradient(const float (&acc)[kTiles][4], float factor, unsigned panels_smem,
+                                               int barrier, const CUtensorMap* map, int row, int head, int batch) {
+  using Panel = PanelTile<64, kPanelColumns>;
   constexpr int kThreads = 4 * kWarpSize;
   const int lane = Fragment::lane();
-  const int tile_row = warpgroup * 64 + threadIdx.x / kWarpSize % 4 * 16;
+  const int tile_row = threadIdx.x / kWarpSize % 4 * 16;
 #pragma unroll
   for (int d = 0; d < kTiles; d += 2) {
     unsigned reg[4];
@@ -23,15 +24,14 @@ __device__ __forceinline__ void store_gradient(const float (&acc)[kTiles][4], fl
       const float(&x)[4] = acc[d + i / 2];
       reg[i] = Element::pack(x[i % 2 * 2] * factor, x[i % 2 * 2 + 1] * factor);
     }
-    stmatrix_x4(tile_smem + Tile::offset(tile_row + lane % 16, d + lane / 16), reg);
+    stmatrix_x4(panels_smem + d / 8 * kPanelStride + Panel::offset(tile_row + lane % 16, d % 8 + lane / 16), reg);
   }
   fence_proxy_async_shared();
   bar_sync(barrier, kThreads);
   if (threadIdx.x % kThreads == 0) {
 #pragma unroll
-    for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      cp_async_bulk_tensor_4d_store(map, tile_smem + panel * Tile::kPanelBytes + warpgroup * 64 * kPanelRowBytes,
-                                    panel * kPanelColumns, row + warpgroup * 64, head, batch);
+    for (int panel = 0; panel < ceil_div(kTiles, 8); ++panel) {
+      cp_async_bulk_tensor_4d_store(map, panels_smem + panel * kPanelStride, panel * kPanelColumns, row, head, batch);
     }
     cp_async_bulk_commit_group();
   }

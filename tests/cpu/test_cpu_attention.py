@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numerics import (
     TOLERANCE,
@@ -20,6 +20,7 @@ from numerics import (
     dtype_of,
     random_inputs,
     reference_results,
+    standard_results,
 )
 
 from cuflash import cpu
@@ -87,6 +88,23 @@ views = st.sampled_from(sorted(VIEWS))
 @given(
     problem=problems(), layouts=st.tuples(*[views] * 4), block_m=st.integers(1, 8), block_n=st.integers(1, 5)
 )
+@example(  # terms of 14 cancel to 0.57 in dk, in bfloat16
+    problem=problem_of(
+        batch=1,
+        seqlen_q=3,
+        seqlen_k=3,
+        heads_q=6,
+        heads_kv=2,
+        head_dim=9,
+        head_dim_v=3,
+        dtype="bfloat16",
+        causal="top_left",
+        scale=2.5,
+    ),
+    layouts=("stride 0 over axis 2", "stride 0 over axis 2", "contiguous", "stride 0 over axis 2"),
+    block_m=1,
+    block_n=1,
+)
 def test_any_shape_stride_dtype_option_and_tile_agrees_with_float64(problem, layouts, block_m, block_n):
     inputs = random_inputs(problem)
     if inputs.q.size and inputs.k.size and inputs.v.size:
@@ -96,7 +114,8 @@ def test_any_shape_stride_dtype_option_and_tile_agrees_with_float64(problem, lay
         actual = attend(problem, inputs)
     for name, like in zip(Results._fields, (*inputs[3:], *inputs[:3]), strict=True):
         assert (getattr(actual, name).shape, getattr(actual, name).dtype) == (like.shape, like.dtype), name
-    assert_close(actual, reference_results(problem, inputs), TOLERANCE[problem.dtype])
+    expected, standard = reference_results(problem, inputs), standard_results(problem, inputs)
+    assert_close(actual, expected, TOLERANCE[problem.dtype], standard)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,16 +10,26 @@ from test_launch_backward import members
 
 from cuflash import config_hopper_backward, families_backward, jit
 from cuflash.arrays import ArrayInfo
-from cuflash.checks import Request
+from cuflash.checks import Options, Request
 from cuflash.config_hopper import launch_registers
-from cuflash.config_hopper_backward import TILES, HopperBackwardConfig, choose_hopper, make_config, why_not
+from cuflash.config_hopper_backward import (
+    TILES,
+    WIDE_TILES,
+    HopperBackwardConfig,
+    HopperWideBackwardConfig,
+    MainConfig,
+    choose_hopper,
+    make_config,
+    why_not,
+)
 from cuflash.families import Gpu
 from cuflash.launch import Strides
 from cuflash.launch_backward import BackwardStrides
 from cuflash.launch_hopper_backward import HOPPER_BACKWARD_PARAMS, hopper_backward_calls
 from cuflash.resources import shared_memory_per_block
 
-IDS = [f"{tile.head_dim}-{tile.head_dim_v}" for tile in TILES]
+ALL_TILES = (*TILES, *WIDE_TILES)
+IDS = [f"{tile.head_dim}-{tile.head_dim_v}" for tile in ALL_TILES]
 H100 = Gpu(HOPPER, 132, 50 << 20)
 
 
@@ -35,19 +45,23 @@ def calls_of(problem, *, deterministic=False, layout="bshd"):
     operands = {"q": q, "k": k, "v": v, "dout": dout, "dk": k, "dv": v}
     strides = BackwardStrides(*(Strides(10 * i, 10 * i + 1, 10 * i + 2) for i in range(10)))
     configs = choose_hopper(problem, deterministic=deterministic)
-    return configs, hopper_backward_calls(problem, configs, strides, operands, layout, H100.l2_bytes)
+    return configs, hopper_backward_calls(
+        problem,
+        configs,
+        strides,
+        operands,
+        layout,
+        multiprocessors=H100.multiprocessors,
+        l2_bytes=H100.l2_bytes,
+    )
 
 
 # --- choice and resources -----------------------------------------------------------------------------------
 
 
-def test_every_head_dim_that_is_not_refused_gets_a_tile_that_holds_it():
-    widest = TILES[-1]
+def test_every_head_dim_gets_a_tile_that_holds_it():
     for head_dim, head_dim_v in itertools.product(range(8, 257, 8), repeat=2):
         problem = problem_of(head_dim, head_dim_v)
-        if head_dim > widest.head_dim or head_dim_v > widest.head_dim_v:
-            assert "its backward takes a head_dim up to" in why_not(problem, HOPPER)
-            continue
         assert why_not(problem, HOPPER) is None
         main = choose_hopper(problem, deterministic=False).main
         assert main.head_dim >= head_dim
@@ -67,22 +81,37 @@ def test_why_not_says_what_is_in_the_way(problem, capability, reason):
     assert reason in why_not(problem, capability)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=IDS)
+@pytest.mark.parametrize("tile", ALL_TILES, ids=IDS)
 def test_tiles_fit_shared_memory_and_registers(tile):
     config = make_config(tile, dtype="bfloat16", causal=False)
     assert config.shared_bytes <= shared_memory_per_block(HOPPER)
-    assert config.helper_registers + 2 * config.main_registers <= 3 * launch_registers(2, 1)
-    assert config.helper_registers % 8 == config.main_registers % 8 == 0
+    if isinstance(config, HopperWideBackwardConfig):
+        registers = [
+            config.load_registers,
+            config.probability_registers,
+            config.gradient_registers,
+            config.query_registers,
+        ]
+    else:
+        registers = [config.helper_registers, config.main_registers, config.main_registers]
+    assert sum(registers) <= len(registers) * launch_registers(len(registers) - 1, 1)
+    assert all(n % 8 == 0 for n in registers)
 
 
 def test_shared_memory_map_of_head_dim_128():
     config = choose_hopper(problem_of(128), deterministic=False).main
     k, q, ds = 128 * 256, 64 * 256, 64 * 256
-    assert config.shared_bytes == 2 * k + 3 * (2 * q + 2 * 64 * 4) + 2 * ds + 8 * (3 * 3 + 2 * 2 + 2)
+    assert config.shared_bytes == 2 * k + 3 * (2 * q + 2 * 64 * 4) + 2 * ds + 8 * (3 * 3 + 2 * 2 + 3 + 1)
+
+
+def test_shared_memory_map_of_head_dim_256():
+    config = choose_hopper(problem_of(256), deterministic=False).main
+    tile, ds = 64 * 512, 64 * 128
+    assert config.shared_bytes == 2 * tile + 2 * (2 * tile + 2 * 64 * 4) + 4 * ds + 8 * (4 * 2 + 4 * 2 + 2)
 
 
 def test_the_passes_agree_with_the_main_program_about_the_workspace():
-    for tile in TILES:
+    for tile in ALL_TILES:
         preprocess, main, postprocess = config_hopper_backward.with_passes(
             make_config(tile, dtype="float16", causal=True)
         )
@@ -96,12 +125,11 @@ def test_the_passes_agree_with_the_main_program_about_the_workspace():
 
 
 def test_all_table_rows_are_reachable():
-    dims = [d for d in range(8, 257, 8) if d <= TILES[-1].head_dim]
     chosen = (
         choose_hopper(problem_of(*pair), deterministic=False).main
-        for pair in itertools.product(dims, repeat=2)
+        for pair in itertools.product(range(8, 257, 8), repeat=2)
     )
-    assert {(c.head_dim, c.head_dim_v) for c in chosen} == {(t.head_dim, t.head_dim_v) for t in TILES}
+    assert {(c.head_dim, c.head_dim_v) for c in chosen} == {(t.head_dim, t.head_dim_v) for t in ALL_TILES}
 
 
 # --- which family -------------------------------------------------------------------------------------------
@@ -111,18 +139,25 @@ def info(*shape, strides=None):
     return ArrayInfo(shape, strides or contiguous(*shape).strides, "bfloat16", 2, 0, 1 << 20)
 
 
-def objection(algorithm="auto", **changed):
-    infos = {"q": info(2, 300, 4, 64), "k": info(2, 300, 2, 64), "v": info(2, 300, 2, 64)} | changed
-    return families_backward.why_not_hopper(Request(problem_of(), infos), algorithm, "bshd", H100)
+def objection(algorithm="auto", head_dim=64, **changed):
+    """Why hopper does not compute the backward; None if it does."""
+    infos = {"q": info(2, 300, 4, head_dim)} | {name: info(2, 300, 2, head_dim) for name in "kv"} | changed
+    request = Request(problem_of(head_dim), infos)
+    options = Options(False, None, "bshd", True, algorithm)
+    told = families_backward.explained(request, options, H100)
+    return None if told == "hopper" else told
 
 
-def test_auto_takes_hopper_only_once_that_is_switched_on(monkeypatch):
-    monkeypatch.setattr(config_hopper_backward, "CHOSEN_BY_AUTO", False)
-    assert "has to be asked for" in objection()
-    assert objection("hopper") is None
-    assert "was asked for" in objection("fa2")
-    monkeypatch.setattr(config_hopper_backward, "CHOSEN_BY_AUTO", True)
-    assert objection() is None
+def test_auto_takes_each_kernel_only_once_that_is_switched_on(monkeypatch):
+    for switch, on, off in (("CHOSEN_BY_AUTO", 128, 256), ("WIDE_CHOSEN_BY_AUTO", 136, 128)):
+        monkeypatch.setattr(config_hopper_backward, "CHOSEN_BY_AUTO", False)
+        monkeypatch.setattr(config_hopper_backward, "WIDE_CHOSEN_BY_AUTO", False)
+        assert "has to be asked for" in objection(head_dim=on)
+        assert objection("hopper", head_dim=on) is None
+        assert "was asked for" in objection("fa2", head_dim=on)
+        monkeypatch.setattr(config_hopper_backward, switch, True)
+        assert objection(head_dim=on) is None
+        assert "has to be asked for" in objection(head_dim=off)
 
 
 def test_auto_leaves_to_fa2_what_only_tma_would_copy(monkeypatch):
@@ -143,6 +178,13 @@ def test_params_have_the_members_of_the_kernels_struct_in_its_order():
     assert [(n, kinds[dtype[n].name]) for n in dtype.names] == members(
         "hopper/key_block.cuh", "BackwardParams"
     )
+
+
+def test_a_thread_block_of_the_wide_kernel_has_64_keys():
+    calls = calls_of(problem_of(256, seqlen_q=500, seqlen_k=300))[1]
+    assert calls.main.grid == (5 * 2 * 2,)
+    assert calls.main.block == (512,)
+    assert [m.map.box[1] for m in calls.maps] == [64] * 6
 
 
 def test_a_thread_block_for_each_key_block_and_key_value_head():
@@ -186,7 +228,7 @@ def test_nothing_is_launched_for_an_empty_batch():
 # --- compilation --------------------------------------------------------------------------------------------
 
 
-def compile_cleanly(config: HopperBackwardConfig) -> None:
+def compile_cleanly(config: MainConfig) -> None:
     try:
         arch = jit.architecture(HOPPER)
     except jit.CompileError as error:
@@ -194,31 +236,33 @@ def compile_cleanly(config: HopperBackwardConfig) -> None:
     program = jit.compile(config, arch)
     assert program.warnings == ()  # C75xx: ptxas serialised wgmma
     assert program.spill_stores <= config.spill_bytes
-    assert program.registers == launch_registers(2, 1)
+    assert program.registers == launch_registers(config.threads // 128 - 1, 1)
     assert program.static_shared_bytes == 0
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("tile", TILES, ids=IDS)
+@pytest.mark.parametrize("tile", ALL_TILES, ids=IDS)
 def test_every_tile_compiles_without_serialised_products_or_spills(tile, causal, deterministic):
     compile_cleanly(make_config(tile, dtype="bfloat16", causal=causal, deterministic=deterministic))
 
 
-@pytest.mark.parametrize("tile", TILES, ids=IDS)
+@pytest.mark.parametrize("tile", ALL_TILES, ids=IDS)
 def test_float16_compiles(tile):
     compile_cleanly(make_config(tile, dtype="float16", causal=True))
 
 
-@pytest.mark.parametrize("head_dims", [(128, 64), (64, 128), (72, 8)])
+@pytest.mark.parametrize("head_dims", [(128, 64), (64, 128), (72, 8), (256, 128), (136, 256)])
 def test_head_dims_that_differ_compile(head_dims):
     compile_cleanly(choose_hopper(problem_of(*head_dims, causal=True), deterministic=False).main)
 
 
-def test_kernel_refuses_a_shared_memory_map_that_is_not_the_hosts():
-    config = choose_hopper(problem_of(), deterministic=False).main
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_kernel_refuses_a_shared_memory_map_that_is_not_the_hosts(head_dim):
+    config = choose_hopper(problem_of(head_dim), deterministic=False).main
+    right = HopperWideBackwardConfig if head_dim > 128 else HopperBackwardConfig
 
-    class Wrong(HopperBackwardConfig):
+    class Wrong(right):
         @property
         def shared_bytes(self) -> int:
             return super().shared_bytes + 16

@@ -349,7 +349,7 @@ def test_wgmma_wrappers_are_those_in_use(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     import generate_wgmma
 
-    backward = config_hopper_backward.TILES
+    backward = (*config_hopper_backward.TILES, *config_hopper_backward.WIDE_TILES)
     transposed = {tile.block_m for tile in backward}
     dq = {tile.dq_columns for tile in backward}
     assert set(generate_wgmma.SMEM_SMEM) == {tile.block_n for tile in TILES} | transposed | dq
