@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cuflash.config_modifiers import PLAIN, ModifierFlags
 from cuflash.problem import Problem
 from cuflash.resources import shared_memory_per_block
 from cuflash.stub import translation_unit
@@ -29,6 +30,7 @@ class Config:
     causal: bool
     negative_scale: bool
     vector_out: bool  # rows of O are 16-byte aligned, so they are stored 16 bytes at a time
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -46,7 +48,7 @@ class Config:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return translation_unit(self, self.kernel)
+        return translation_unit(self, self.kernel, self.modifiers.constants())
 
 
 class Tile(NamedTuple):
@@ -96,7 +98,13 @@ _SHORT_QUERY_TILES = (
 )
 
 
-def choose(problem: Problem, capability: tuple[int, int], *, vector_out: bool) -> Config:
+def choose(
+    problem: Problem,
+    capability: tuple[int, int],
+    *,
+    vector_out: bool,
+    modifiers: ModifierFlags = PLAIN,
+) -> Config:
     """The Config for ``problem`` on a GPU of compute capability ``capability``.
 
     ``vector_out`` says that the rows of the output are 16-byte aligned. The caller has checked that the dtype
@@ -112,6 +120,7 @@ def choose(problem: Problem, capability: tuple[int, int], *, vector_out: bool) -
         causal=problem.is_causal,
         negative_scale=problem.scale < 0,
         vector_out=vector_out,
+        modifiers=modifiers,
         **tile._asdict(),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cuflash.config_modifiers import PLAIN, ModifierFlags
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
 from cuflash.stub import translation_unit
@@ -33,6 +34,7 @@ class BackwardConfig:
     deterministic: bool  # dQ is summed in a fixed order
     vector_reductions: bool  # four floats are added to dQ at once (sm_90)
     vector_out: bool  # rows of dK and dV are 16-byte aligned, so they are stored 16 bytes at a time
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -65,7 +67,7 @@ class BackwardConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return translation_unit(self, self.kernel)
+        return translation_unit(self, self.kernel, self.modifiers.constants())
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class PreprocessConfig:
     head_dim: int
     block_m: int
     threads: int = 256
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -89,7 +92,7 @@ class PreprocessConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
-        return translation_unit(self, self.kernel)
+        return translation_unit(self, self.kernel, self.modifiers.constants())
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class PostprocessConfig:
     vector_reductions: bool
     vector_out: bool  # rows of dQ are 16-byte aligned
     threads: int = 256
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -115,7 +119,7 @@ class PostprocessConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
-        return translation_unit(self, self.kernel)
+        return translation_unit(self, self.kernel, self.modifiers.constants())
 
 
 class BackwardConfigs(NamedTuple):

@@ -18,7 +18,7 @@ from cuflash import (
 from cuflash.arrays import ArrayInfo
 from cuflash.checks import Options, Request
 from cuflash.checks_backward import BackwardOptions
-from cuflash.families import Gpu, pick, refuse_modifiers
+from cuflash.families import Gpu, pick, why_not_modified
 from cuflash.flash_backward import FlashSteps, load_flash_steps
 from cuflash.launch import Operand
 from cuflash.launch_backward import BackwardStrides, backward_calls
@@ -53,7 +53,6 @@ class BackwardKernels(NamedTuple):
 
 def choose_backward(request: Request, options: BackwardOptions, gpu: Gpu) -> BackwardKernels:
     """ValueError if ``options.algorithm`` names a family that cannot compute this."""
-    refuse_modifiers(request.problem)
     chosen, not_used = pick(options.algorithm, _objections(request, options, gpu), "this backward")
     layouts, load = _MAKERS[chosen](request, options, gpu)
     return BackwardKernels(chosen, not_used, layouts, load)
@@ -73,11 +72,12 @@ def explained(request: Request, options: Options, gpu: Gpu) -> str:
 
 def _objections(request: Request, options: Options | BackwardOptions, gpu: Gpu) -> dict[str, str | None]:
     """Why each family cannot compute the backward of ``request``, or "auto" should not take it."""
+    plain_only = why_not_modified(request.problem)
     return {
-        "hopper": _why_not_hopper(request, options.algorithm, gpu),
+        "hopper": plain_only or _why_not_hopper(request, options.algorithm, gpu),
         "fa2": None,
-        "fa1": config_fa1.why_not(request.problem),
-        "standard": None,
+        "fa1": plain_only or config_fa1.why_not(request.problem),
+        "standard": plain_only,
     }
 
 

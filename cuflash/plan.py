@@ -10,6 +10,7 @@ from cuflash import jit, launch, launcher, tile_counters
 from cuflash.arrays import GpuArrays
 from cuflash.arrays.overlap import Footprint
 from cuflash.checks import Options, Request, check_call, check_no_alias, named, out_shape
+from cuflash.config import Config
 from cuflash.config_hopper import HopperConfig
 from cuflash.families import Kernel, choose_kernel
 from cuflash.launch import KernelCall
@@ -17,6 +18,7 @@ from cuflash.launch_hopper import HopperCall
 from cuflash.layouts import Layouts
 from cuflash.modifiers import NO_OPERANDS, arrays_of
 from cuflash.resources import ELEMENT_BYTES
+from cuflash.modified import ModifiedLauncher, operand_addresses
 from cuflash.standard import StandardLauncher
 from cuflash.tensor_map import Encoder
 
@@ -38,10 +40,11 @@ class Plan:
     lse_shape: tuple[int, ...]
     layouts: Layouts
     footprints: dict[str, Footprint]
-    launch: launcher.Launcher | StandardLauncher | None  # None: the output is empty
+    launch: launcher.Launcher | StandardLauncher | ModifiedLauncher | None  # None: the output is empty
     workspace_words: int | None  # that the launch takes, of 4 bytes, if only 0; None: it takes no workspace
     encoders: tuple[Encoder, ...] | None  # of q, k, v and out, for a kernel that takes tensor maps
     takes_tiles: bool  # the kernel needs a tile counter
+    is_modified: bool  # the launch takes the addresses of operands
     get_current_device: Callable[[], int]
 
 
@@ -83,14 +86,23 @@ def attend(
             _plans.clear()
         _plans[key] = plan
     if plan.get_current_device() == plan.device:
-        return _run(plan, gpu, q, k, v, out, options.return_lse)
+        return _run(plan, gpu, q, k, v, out, options.return_lse, operands)
     from cupy import cuda
 
     with cuda.Device(plan.device):
-        return _run(plan, gpu, q, k, v, out, options.return_lse)
+        return _run(plan, gpu, q, k, v, out, options.return_lse, operands)
 
 
-def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
+def _run(
+    plan: Plan,
+    gpu: GpuArrays,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    return_lse: bool,
+    operands: Mapping[str, Any],
+) -> tuple[Any, Any]:
     result = out
     if out is None:
         result = gpu.empty(plan.out_shape, q.dtype, plan.device)
@@ -108,13 +120,14 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
     where = (pointer(q), pointer(k), pointer(v), pointer(target))
     lse_address = 0 if lse is None else pointer(lse)
     stream = gpu.stream(plan.device)
+    of_operands = operand_addresses(gpu, operands) if plan.is_modified else ()
     if plan.workspace_words is not None:
         workspace = gpu.empty((plan.workspace_words,), "float32", plan.device)
         if not gpu.keeps_temporaries():
             _captured.append(workspace)
-        plan.launch((), (*where, lse_address, pointer(workspace)), stream)
+        plan.launch((), (*where, lse_address, *of_operands, pointer(workspace)), stream)
     elif plan.encoders is None:
-        plan.launch((), (*where, lse_address), stream)
+        plan.launch((), (*where, lse_address, *of_operands), stream)
     else:
         counter = 0
         if plan.takes_tiles:
@@ -153,7 +166,7 @@ def make_plan(request: Request, options: Options) -> Plan:
     device = infos["q"].device
     assert device is not None
     kernel = choose_kernel(request, options)
-    start: launcher.Launcher | StandardLauncher | None = None
+    start: launcher.Launcher | StandardLauncher | ModifiedLauncher | None = None
     takes_tiles = isinstance(kernel.config, HopperConfig) and kernel.config.dynamic_tiles
     if kernel.program is not None and kernel.call is not None:
         with cuda.Device(device):
@@ -170,15 +183,19 @@ def make_plan(request: Request, options: Options) -> Plan:
         workspace_words=kernel.workspace_words,
         encoders=tuple(map(Encoder, kernel.call.maps)) if isinstance(kernel.call, HopperCall) else None,
         takes_tiles=takes_tiles,
+        is_modified=isinstance(start, ModifiedLauncher),
         get_current_device=cuda.runtime.getDevice,
     )
 
 
 def _load(
     kernel: Kernel, program: jit.Program, call: KernelCall | HopperCall
-) -> launcher.Launcher | StandardLauncher:
+) -> launcher.Launcher | StandardLauncher | ModifiedLauncher:
     if kernel.standard is not None:
         return StandardLauncher(kernel.standard, program)
+    if isinstance(kernel.config, Config) and kernel.config.modifiers:
+        assert isinstance(call, KernelCall)
+        return ModifiedLauncher(call, program, kernel.mask_summary)
     function = jit.load(program, call.shared_bytes)
     if isinstance(call, HopperCall):
         return launcher.Launcher(function, call, maps=4, addresses=2)

@@ -28,7 +28,6 @@ constexpr int kBlockM = Config::kBlockM;
 constexpr int kThreads = Config::kThreads;
 constexpr int kLanesPerRow = 8;
 constexpr int kRowsPerPass = kThreads / kLanesPerRow;
-constexpr float kLog2E = 1.4426950408889634f;
 
 extern "C" __global__ void __launch_bounds__(kThreads)
 fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, heads_q, head_dim_v)

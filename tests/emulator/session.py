@@ -136,10 +136,15 @@ def emulator(
 
         return function
 
-    def launcher_(function: Any, call: Launchable, *, maps: int = 0, addresses: int) -> Any:
+    def launcher_(
+        function: Any, call: Launchable, *, maps: int = 0, addresses: int, arrays: int = 0
+    ) -> Any:
         def start(encoded: Sequence[EncodedMap], pointers: Sequence[int], stream: int) -> None:
-            assert (len(encoded), len(pointers)) == (maps, addresses)
-            arguments = (*(x.value for x in encoded), *pointers, call.params)
+            assert (len(encoded), len(pointers)) == (maps, addresses + arrays)
+            params = bytearray(call.params.tobytes())
+            params[: 8 * arrays] = np.array(pointers[addresses:], np.uint64).tobytes()
+            struct = np.frombuffer(params, np.uint8)
+            arguments = (*(x.value for x in encoded), *pointers[:addresses], struct)
             function(call.grid, call.block, arguments, call.shared_bytes)
 
         return start

@@ -1,0 +1,92 @@
+"""Which modifiers a program has: constants of its Config, so that what is absent costs nothing.
+
+Pure Python without CuPy. Only what changes the code is here: values, shapes and strides are parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from cuflash.arrays import ArrayInfo
+from cuflash.problem import Problem
+from cuflash.stub import translation_unit
+
+
+@dataclass(frozen=True, slots=True)
+class ModifierFlags:
+    """The constants; docs/modifiers.md says what each modifier does."""
+
+    window: bool = False  # bounded on the left; the right side is another causal offset
+    softcap: bool = False
+    alibi: bool = False
+    bias: bool = False
+    bias_float32: bool = False
+    mask: bool = False
+    unit_strides: bool = False  # bias and mask, whichever there are, have contiguous rows
+    key_padding: bool = False
+    query_padding: bool = False
+    sinks: bool = False
+    dropout: bool = False
+
+    def __bool__(self) -> bool:
+        return self != PLAIN
+
+    def constants(self) -> dict[str, bool]:
+        """What a stub defines of them."""
+        return asdict(self) | {"modified": bool(self)}
+
+
+PLAIN = ModifierFlags()
+
+
+def flags_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> ModifierFlags:
+    """The modifiers of a call whose arrays ``infos`` describes."""
+    by_key = [infos[name] for name in ("bias", "mask") if name in infos]
+    unit_strides = all(info.shape[3] == 1 or info.strides[3] == info.itemsize for info in by_key)
+    return ModifierFlags(
+        window=problem.window_offset is not None,
+        softcap=problem.softcap is not None,
+        alibi="alibi_slopes" in infos,
+        bias="bias" in infos,
+        bias_float32="bias" in infos and infos["bias"].dtype == "float32",
+        mask="mask" in infos,
+        unit_strides=bool(by_key) and unit_strides,
+        key_padding="key_padding" in infos,
+        query_padding="query_padding" in infos,
+        sinks="sinks" in infos,
+        dropout=problem.dropout_p > 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSummaryConfig:
+    """Compile-time constants of ``kernels_cu/fa2/mask_summary.cu``."""
+
+    block_m: int  # of the tiles, the main kernel's
+    block_n: int
+    causal: bool
+    modifiers: ModifierFlags = field(metadata={"in_stub": False})
+    threads: int = 256
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa2/mask_summary.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa2_mask_summary"
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        return translation_unit(self, self.kernel, self.modifiers.constants())
+
+
+def mask_summary_config(
+    problem: Problem, modifiers: ModifierFlags, block_m: int, block_n: int
+) -> MaskSummaryConfig:
+    """Of a main kernel with such tiles. One program serves whatever other modifiers there are."""
+    relevant = ModifierFlags(window=modifiers.window, mask=True)
+    return MaskSummaryConfig(block_m, block_n, problem.is_causal, relevant)

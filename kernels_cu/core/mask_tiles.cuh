@@ -1,0 +1,54 @@
+// What a pass over the mask found out (fa2/mask_summary.cu): which tiles it hides whole, and which keys from all queries.
+#pragma once
+#include "core/modifier_params.cuh"
+
+enum MaskedTile { kHiddenTile, kMixedTile, kFullTile };
+
+// The tiles of one query block of one (batch, head), or of one key block of it: by the number of the other block.
+struct MaskTiles {
+  const int* tiles;
+  long long step;
+
+  __device__ __forceinline__ bool hides(int block) const { return Config::kMask && tiles[block * step] == kHiddenTile; }
+  __device__ __forceinline__ bool is_mixed(int block) const { return Config::kMask && tiles[block * step] == kMixedTile; }
+
+  // The last block before this one that is not hidden whole; −1 if there is none.
+  __device__ __forceinline__ int before(int block) const {
+    do --block;
+    while (block >= 0 && hides(block));
+    return block;
+  }
+};
+
+template <class Params>
+__device__ __forceinline__ MaskTiles tiles_of_queries(const Params& params, int batch, int head, int m_block) {
+  if constexpr (Config::kMask) {
+    const OperandStrides& s = params.mask_tiles_strides;
+    return {params.mask_tiles + batch * s.batch + head * s.head + m_block * s.row, s.key};
+  } else {
+    return {};
+  }
+}
+
+template <class Params>
+__device__ __forceinline__ MaskTiles tiles_of_keys(const Params& params, int batch, int head, int n_block) {
+  if constexpr (Config::kMask) {
+    const OperandStrides& s = params.mask_tiles_strides;
+    return {params.mask_tiles + batch * s.batch + head * s.head + n_block * s.key, s.row};
+  } else {
+    return {};
+  }
+}
+
+// Whether some query of `heads` heads from `head` on sees a key, as far as the mask tells. What none sees is not read.
+template <class Params>
+__device__ __forceinline__ bool mask_shows(const Params& params, int batch, int head, int heads, int key) {
+  if constexpr (Config::kMask) {
+    const HeadStrides& s = params.keys_seen_strides;
+    bool seen = false;
+    for (int i = 0; i < heads; ++i) seen |= params.keys_seen[batch * s.batch + (head + i) * s.head + key] != 0;
+    return seen;
+  } else {
+    return true;
+  }
+}
