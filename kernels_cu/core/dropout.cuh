@@ -42,6 +42,11 @@ struct Dropout {
   }
 };
 
+// dS of a probability whose sign says whether it was dropped.
+__device__ __forceinline__ float ds_of_signed(float p, float dp, float delta, float kept_scale) {
+  return fabsf(p) * ((__float_as_int(p) < 0 ? 0.0f : dp * kept_scale) - delta);
+}
+
 template <class Params>
 __device__ __forceinline__ Dropout dropout_of(const Params& params, int batch, int head) {
   if constexpr (Config::kDropout) {

@@ -1,4 +1,5 @@
-// Scores of hidden keys become −inf, whatever they were, in accumulators whose rows are queries or, transposed, keys.
+// Scores of hidden keys become −inf, or their probabilities 0, whatever they were: in accumulators whose rows are queries
+// or, transposed, keys.
 #pragma once
 #include "core/visible.cuh"
 
@@ -25,7 +26,7 @@ __device__ __forceinline__ MaskView mask_of(const Params& params, int batch, int
 // scores: of rows `row` + 16·m + … and columns `column` + … of one warp.
 template <bool kTransposed, int kMTiles, int kNTiles, class Params>
 __device__ __forceinline__ void hide(float (&scores)[kMTiles][kNTiles][4], int row, int column,
-                                     const Visible<Params>& visible, const MaskView& mask) {
+                                     const Visible<Params>& visible, const MaskView& mask, float value) {
   const int lane_column = column + Fragment::column(0, 0);
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
@@ -43,7 +44,7 @@ __device__ __forceinline__ void hide(float (&scores)[kMTiles][kNTiles][4], int r
           if constexpr (Config::kMask) {
             if (!hidden) hidden = kTransposed ? mask.hides(this_column, this_row) : mask.hides(this_row, this_column);
           }
-          if (hidden) scores[m][j][2 * half + parity] = -infinity();
+          if (hidden) scores[m][j][2 * half + parity] = value;
         }
       }
     }

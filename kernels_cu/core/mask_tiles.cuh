@@ -20,6 +20,13 @@ struct MaskTiles {
   }
 };
 
+// How many of the blocks [begin, end) are not hidden whole, counted by a warp.
+__device__ __forceinline__ int count_shown(const MaskTiles& tiles, int begin, int end) {
+  int count = 0;
+  for (int block = begin + threadIdx.x % 32; block < end; block += 32) count += !tiles.hides(block);
+  return __reduce_add_sync(0xffffffffu, count);
+}
+
 template <class Params>
 __device__ __forceinline__ MaskTiles tiles_of_queries(const Params& params, int batch, int head, int m_block) {
   if constexpr (Config::kMask) {
@@ -37,18 +44,5 @@ __device__ __forceinline__ MaskTiles tiles_of_keys(const Params& params, int bat
     return {params.mask_tiles + batch * s.batch + head * s.head + n_block * s.key, s.row};
   } else {
     return {};
-  }
-}
-
-// Whether some query of `heads` heads from `head` on sees a key, as far as the mask tells. What none sees is not read.
-template <class Params>
-__device__ __forceinline__ bool mask_shows(const Params& params, int batch, int head, int heads, int key) {
-  if constexpr (Config::kMask) {
-    const HeadStrides& s = params.keys_seen_strides;
-    bool seen = false;
-    for (int i = 0; i < heads; ++i) seen |= params.keys_seen[batch * s.batch + (head + i) * s.head + key] != 0;
-    return seen;
-  } else {
-    return true;
   }
 }

@@ -37,8 +37,10 @@ struct ModifierParams<true> {
   int diagonal;                                  // query i is at the position of key i + diagonal
   int window_offset;                             // query i sees keys j >= i + window_offset
   int first_key;                                 // keys before it are seen by no query
+  int blind_rows;                                // queries before this one see no key
   float softcap_log2;                            // the cap in base 2
   float softcap_rate;                            // 2·log2(e)·scale / cap: tanh(scale·s / cap) from 2^(rate·s)
   unsigned dropped_below;                        // an element is dropped if its random word is smaller
   float kept_scale;                              // 1 / (1 − dropout_p)
+  int unused;                                    // 8-byte alignment, in sight
 };

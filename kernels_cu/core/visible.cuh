@@ -22,6 +22,15 @@ struct Visible {
     else return params.seqlen_k_visible;
   }
 
+  // Whether queries [query, query + kQueries) see keys [key, key + kKeys) all; padding is taken for any other query.
+  template <int kQueries, int kKeys>
+  __device__ __forceinline__ bool sees_all(int query, int key) const {
+    bool all = key + kKeys <= keys();
+    if constexpr (Config::kCausal) all &= key + kKeys - 1 <= query + params.causal_offset;
+    if constexpr (Config::kWindow) all &= key >= query + kQueries - 1 + params.window_offset;
+    return all;
+  }
+
   // The columns of a tile that its row `row` sees are [first, end). Rows are queries, or keys if kTransposed.
   template <bool kTransposed>
   __device__ __forceinline__ void columns(int row, int& first, int& end) const {
@@ -61,11 +70,11 @@ __device__ __forceinline__ Visible<Params> visible_in(const Params& params, int 
   return visible;
 }
 
-// Keys that the window shows to no query are never read.
-template <class Params>
-__device__ __forceinline__ bool is_in_window(const Params& params, int key) {
-  if constexpr (Config::kWindow) return key >= params.first_key;
-  else return true;
+// The first key block that a query block sees something of.
+template <int kBlockM, int kBlockN, class Params>
+__device__ __forceinline__ int first_visited(const Params& params, int m_block) {
+  if constexpr (Config::kWindow) return max(0, m_block * kBlockM + params.window_offset) / kBlockN;
+  else return 0;
 }
 
 // Where visits start: before `full_begin`, tiles are masked in part.
@@ -88,7 +97,7 @@ __device__ __forceinline__ Tiles visited_tiles(const Visible<Params>& visible, i
   static_cast<TileRange&>(tiles) =
       key_tiles<kBlockN, Config::kCausal>(row_begin, row_end, visible.keys(), params.causal_offset);
   if constexpr (Config::kWindow) {
-    tiles.begin = max(0, row_begin + params.window_offset) / kBlockN;
+    tiles.begin = first_visited<kBlockM, kBlockN>(params, row_begin / kBlockM);
     tiles.full_begin = ceil_div(max(0, row_end - 1 + params.window_offset), kBlockN);
   }
   if constexpr (Config::kQueryPadding) {
@@ -97,4 +106,15 @@ __device__ __forceinline__ Tiles visited_tiles(const Visible<Params>& visible, i
     if (row_end <= row_begin) tiles.end = 0;
   }
   return tiles;
+}
+
+// Where the query blocks end that see some of kBlockN keys from `key` on; their beginning is the causal mask's.
+template <int kBlockM, int kBlockN, class Params>
+__device__ __forceinline__ int visited_end(const Visible<Params>& visible, int key, int m_blocks) {
+  if constexpr (Config::kWindow) {
+    const int queries = max(0, min(key + kBlockN, visible.keys()) - visible.params.window_offset);
+    m_blocks = min(m_blocks, ceil_div(queries, kBlockM));
+  }
+  if constexpr (Config::kQueryPadding) m_blocks = min(m_blocks, ceil_div(visible.queries(), kBlockM));
+  return m_blocks;
 }

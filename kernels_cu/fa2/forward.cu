@@ -33,6 +33,7 @@
 #include "core/dropout.cuh"
 #include "core/fragment.cuh"
 #include "core/hide.cuh"
+#include "core/is_read.cuh"
 #include "core/layout.cuh"
 #include "core/mask.cuh"
 #include "core/mask_tiles.cuh"
@@ -119,7 +120,7 @@ __device__ __forceinline__ void load_keys(unsigned slot_smem, const Element* hea
                                           int columns, const IsRead& is_read) {
   const Element* tile_gmem = head + (long long)n_block * kBlockN * row_stride;
   load_tile<kBlockN, kColumns, kThreads>(slot_smem, tile_gmem, row_stride, keys - n_block * kBlockN, columns, threadIdx.x,
-                                         [&](int row) { return is_read(n_block * kBlockN + row); });
+                                         is_read);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)
@@ -148,18 +149,17 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
   v += tile.batch * params.v.batch + head_kv * params.v.head;
   out += tile.batch * params.out.batch + tile.head * params.out.head;
 
-  const auto is_read = [&](int key) {
-    return is_in_window(params, key) && mask_shows(params, tile.batch, tile.head, 1, key);
-  };
   const auto load_k = [&](int n_block, int slot) {
     if (n_block >= tiles.begin) {
-      load_keys<kHeadDim>(ring_smem + slot * kSlotBytes, k, params.k.row, n_block, visible.keys(), params.head_dim, is_read);
+      load_keys<kHeadDim>(ring_smem + slot * kSlotBytes, k, params.k.row, n_block, visible.keys(), params.head_dim,
+                          keys_read(params, tile.batch, tile.head, 1, n_block * kBlockN));
     }
     cp_async_commit_group();
   };
   const auto load_v = [&](int n_block, int slot) {
     if (n_block >= tiles.begin) {
-      load_keys<kHeadDimV>(ring_smem + slot * kSlotBytes, v, params.v.row, n_block, visible.keys(), params.head_dim_v, is_read);
+      load_keys<kHeadDimV>(ring_smem + slot * kSlotBytes, v, params.v.row, n_block, visible.keys(), params.head_dim_v,
+                           keys_read(params, tile.batch, tile.head, 1, n_block * kBlockN));
     }
     cp_async_commit_group();
   };
@@ -212,7 +212,7 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
                                       [](int, int, int, float) {});
     }
     if constexpr (decltype(masked)::value) {
-      if constexpr (kBanded) hide<false>(acc_s, warp_row, n_block * kBlockN, visible, mask);
+      if constexpr (kBanded) hide<false>(acc_s, warp_row, n_block * kBlockN, visible, mask, -infinity());
       else apply_mask<Config::kCausal>(acc_s, warp_row, n_block * kBlockN, visible.keys(), params.causal_offset);
     }
     softmax.update(acc_s, acc_o, scale_log2);
