@@ -129,7 +129,8 @@ def _differentiate(
     """``operands`` names them, and holds a seed that is an int; the arrays are those of ``named``."""
     if native.on_gpu(named["q"]):
         assert isinstance(native, GpuArrays)
-        return plan_backward.differentiate(native, named, options)
+        seed = operands.get("seed")
+        return plan_backward.differentiate(native, named, options, seed if isinstance(seed, int) else None)
     assert isinstance(native, HostArrays)
     return _differentiate_on_cpu(native, named, options, operands)
 

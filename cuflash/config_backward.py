@@ -63,7 +63,10 @@ class BackwardConfig:
         q_and_dout = self.block_m * both * ELEMENT_BYTES
         p_and_ds = 2 * self.block_m * self.block_n * ELEMENT_BYTES
         lse_and_delta = 2 * self.block_m * 4
-        return k_and_v + _STAGES * (q_and_dout + lse_and_delta) + p_and_ds
+        plain = k_and_v + _STAGES * (q_and_dout + lse_and_delta) + p_and_ds
+        # With warps along the columns, dS takes another P than dV where softcap or dropout make it one.
+        is_split = self.warps > 2 * self.key_warps and (self.modifiers.softcap or self.modifiers.dropout)
+        return plain + is_split * self.block_m * self.block_n * ELEMENT_BYTES
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
@@ -171,7 +174,12 @@ _VECTOR_REDUCTIONS_SINCE = (9, 0)
 
 
 def choose(
-    problem: Problem, capability: tuple[int, int], *, deterministic: bool, vector_out: bool
+    problem: Problem,
+    capability: tuple[int, int],
+    *,
+    deterministic: bool,
+    vector_out: bool,
+    modifiers: ModifierFlags = PLAIN,
 ) -> BackwardConfigs:
     """The Configs for the backward of ``problem`` on a GPU of compute capability ``capability``.
 
@@ -191,6 +199,7 @@ def choose(
         deterministic=deterministic,
         vector_reductions=capability >= _VECTOR_REDUCTIONS_SINCE,
         vector_out=vector_out,
+        modifiers=modifiers,
         **tile._asdict(),
     )
     return with_passes(main)
@@ -198,8 +207,21 @@ def choose(
 
 def with_passes(main: BackwardConfig) -> BackwardConfigs:
     """``main`` and the programs that run before and after it."""
+    flags = main.modifiers
     return BackwardConfigs(
-        PreprocessConfig(main.dtype, main.head_dim, main.block_m),
+        PreprocessConfig(
+            main.dtype,
+            main.head_dim,
+            main.block_m,
+            modifiers=ModifierFlags(query_padding=flags.query_padding),
+        ),
         main,
-        PostprocessConfig(main.dtype, main.head_dim, main.block_m, main.vector_reductions, main.vector_out),
+        PostprocessConfig(
+            main.dtype,
+            main.head_dim,
+            main.block_m,
+            main.vector_reductions,
+            main.vector_out,
+            modifiers=ModifierFlags(window=flags.window),
+        ),
     )

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 from cuflash.arrays import ArrayInfo
 from cuflash.problem import Problem
+from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
 from cuflash.stub import translation_unit
 
 
@@ -90,3 +91,97 @@ def mask_summary_config(
     """Of a main kernel with such tiles. One program serves whatever other modifiers there are."""
     relevant = ModifierFlags(window=modifiers.window, mask=True)
     return MaskSummaryConfig(block_m, block_n, problem.is_causal, relevant)
+
+
+@dataclass(frozen=True, slots=True)
+class SinksGradientConfig:
+    """Compile-time constants of ``kernels_cu/fa2/backward_sinks.cu``."""
+
+    dtype: str
+    modifiers: ModifierFlags = field(metadata={"in_stub": False})
+    threads: int = 256
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa2/backward_sinks.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa2_backward_sinks"
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        return translation_unit(self, self.kernel, self.modifiers.constants())
+
+
+@dataclass(frozen=True, slots=True)
+class BiasGradientConfig:
+    """Compile-time constants of ``kernels_cu/fa2/backward_bias.cu``."""
+
+    dtype: str
+    head_dim: int  # of Q and K, padded to a multiple of 16
+    head_dim_v: int  # of V and O, padded likewise
+    block_m: int  # rows of a tile of the gradient, 16 for each warp
+    block_n: int
+    causal: bool
+    modifiers: ModifierFlags = field(metadata={"in_stub": False})
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa2/backward_bias.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa2_backward_bias"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.block_m // 16
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of one thread block, as the kernel maps it."""
+        return (self.block_m + self.block_n) * (self.head_dim + self.head_dim_v) * ELEMENT_BYTES
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        return translation_unit(self, self.kernel, self.modifiers.constants())
+
+
+@dataclass(frozen=True, slots=True)
+class SumPartsConfig:
+    """Compile-time constants of ``kernels_cu/fa2/sum_parts.cu``."""
+
+    dtype: str
+    threads: int = 256
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa2/sum_parts.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa2_sum_parts"
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        return translation_unit(self, self.kernel)
+
+
+def bias_gradient_config(
+    problem: Problem, capability: tuple[int, int], modifiers: ModifierFlags
+) -> BiasGradientConfig:
+    """The largest tile, of few, that fits."""
+    head_dim, head_dim_v = (-(-size // 16) * 16 for size in (problem.head_dim, problem.head_dim_v))
+    configs = (
+        BiasGradientConfig(problem.dtype, head_dim, head_dim_v, 64, n, problem.is_causal, modifiers)
+        for n in (64, 32)
+    )
+    limit = shared_memory_per_block(capability)
+    return next(config for config in configs if config.shared_bytes <= limit)

@@ -24,7 +24,7 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from cuflash import cpu, families, launch, plan, plan_backward, vmapping
+from cuflash import cpu, launch, plan, plan_backward, vmapping
 from cuflash.arrays.jax import JaxAvals, XlaBuffers
 from cuflash.checks import GPU_ALGORITHMS, Options, check_call, out_shape
 from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
@@ -121,10 +121,12 @@ def _(*arrays: Any, options: Options, names: Names) -> Arrays:
 @_backward_p.def_abstract_eval
 def _(*arrays: Any, options: BackwardOptions, names: Names) -> Arrays:
     named = _named(_BACKWARD, arrays, names)
-    return [
-        jax.core.ShapedArray(named[name].shape, named[name].dtype)
-        for name in ("q", "k", "v", *options.wanted)
-    ]
+    return [jax.core.ShapedArray(named[name].shape, named[name].dtype) for name in _gradients(options)]
+
+
+def _gradients(options: BackwardOptions) -> Names:
+    """The arrays that the backward returns gradients of."""
+    return ("q", "k", "v", *options.wanted)
 
 
 # The arrays that each primitive takes before its operands, whose names are a parameter.
@@ -246,20 +248,20 @@ def _bshd(x: np.ndarray, layout: str) -> np.ndarray:
 
 def _forward_on_gpu(*arrays: Any, options: Options, names: Names) -> Arrays:
     avals = JaxAvals(_current_device())
-    problem, _ = check_call(avals, _named(_FORWARD, arrays, names), options)
-    families.refuse_modifiers(problem)  # from here on there are no operands
-    q, k, v = arrays
+    named = _named(_FORWARD, arrays, names)
+    problem, _ = check_call(avals, named, options)
     if problem.is_empty or problem.seqlen_k == 0:
-        out, lse = _results(_forward_p, q, k, v, options=options, names=names)
-        return jnp.zeros(out.shape, out.dtype), jnp.full(lse.shape, -jnp.inf, lse.dtype)
+        out, _ = _results(_forward_p, *arrays, options=options, names=names)
+        return jnp.zeros(out.shape, out.dtype), _lse_without_keys(problem, named)
     options = options._replace(scale=problem.scale)  # that of the head_dim before padding
-    padded = _padded(q), _padded(k), _padded(v)
+    padded = *map(_padded, arrays[:3]), *arrays[3:]
     # Compile and load now: while a CUDA graph captures the callback it is too late.
-    request = check_call(avals, dict(zip("qkv", padded, strict=True)), options)
+    request = check_call(avals, _named(_FORWARD, padded, names), options)
     words = plan.make_plan(request, options).workspace_words
 
-    def callback(context: Any, outputs: Arrays, q: Any, k: Any, v: Any) -> None:
-        plan.attend(XlaBuffers(context.stream, outputs), q, k, v, None, options)
+    def callback(context: Any, outputs: Arrays, q: Any, k: Any, v: Any, *operands: Any) -> None:
+        of_modifiers = dict(zip(names, operands, strict=True))
+        plan.attend(XlaBuffers(context.stream, outputs), q, k, v, None, options, of_modifiers)
 
     results = _results(_forward_p, *padded, options=options, names=names)
     if words is not None:
@@ -270,18 +272,26 @@ def _forward_on_gpu(*arrays: Any, options: Options, names: Names) -> Arrays:
 
 def _backward_on_gpu(*arrays: Any, options: BackwardOptions, names: Names) -> Arrays:
     avals = JaxAvals(_current_device())
-    problem, _ = check_backward_call(avals, _backward_named(arrays, names), options)
-    families.refuse_modifiers(problem)
+    named = _backward_named(arrays, names)
+    problem, _ = check_backward_call(avals, named, options)
     results = _results(_backward_p, *arrays, options=options, names=names)
     if problem.is_empty or problem.seqlen_k == 0:
-        return [jnp.zeros(x.shape, x.dtype) for x in results]
+        zeros = {
+            name: jnp.zeros(x.shape, x.dtype) for name, x in zip(_gradients(options), results, strict=True)
+        }
+        if "sinks" in options.wanted:
+            _, of_sinks = jax.vjp(lambda x: _lse_without_keys(problem, named | {"sinks": x}), named["sinks"])
+            (zeros["sinks"],) = of_sinks(named["dlse"])
+        return list(zeros.values())
     options = options._replace(scale=problem.scale)
-    padded = [x if x.ndim == 3 else _padded(x) for x in arrays]
-    request = check_backward_call(avals, named_backward(*padded), options)
+    first = len(_BACKWARD)
+    padded = [*(x if x.ndim == 3 else _padded(x) for x in arrays[:first]), *arrays[first:]]
+    request = check_backward_call(avals, _backward_named(padded, names), options)
     words = plan_backward.make_plan(request, options).steps.workspace_words
 
     def callback(context: Any, outputs: Arrays, *inputs: Any) -> None:
-        plan_backward.differentiate(XlaBuffers(context.stream, outputs), named_backward(*inputs), options)
+        buffers = XlaBuffers(context.stream, outputs)
+        plan_backward.differentiate(buffers, _backward_named(inputs, names), options)
 
     outputs = [
         *_results(_backward_p, *padded, options=options, names=names),
@@ -289,7 +299,19 @@ def _backward_on_gpu(*arrays: Any, options: BackwardOptions, names: Names) -> Ar
     ]
     capturable = _capturable(options)
     *gradients, _ = buffer_callback(callback, outputs, command_buffer_compatible=capturable)(*padded)
-    return [x[..., : y.shape[-1]] for x, y in zip(gradients, results, strict=True)]
+    return [x[..., : y.shape[-1]] if y.ndim == 4 else x for x, y in zip(gradients, results, strict=True)]
+
+
+def _lse_without_keys(problem: Problem, named: Mapping[str, Any]) -> Any:
+    """lse where there is no key: −inf, or the sinks of the queries that are no padding."""
+    shape = problem.batch, problem.heads_q, problem.seqlen_q
+    lse = jnp.full(shape, -jnp.inf, jnp.float32)
+    if "sinks" not in named:
+        return lse
+    sinks = jnp.broadcast_to(named["sinks"].astype(jnp.float32)[..., None], shape)
+    if "query_padding" not in named:
+        return sinks
+    return jnp.where(jnp.arange(shape[2]) < named["query_padding"][:, None, None], sinks, lse)
 
 
 def _capturable(options: Options | BackwardOptions) -> bool:

@@ -121,7 +121,8 @@ def forward_call(
 ) -> KernelCall:
     """The launch of ``fa2_forward`` for a problem that is not empty, on a GPU with ``l2_bytes`` of L2 cache.
 
-    ``modifiers`` are the parameters of a Config that has some. ValueError where a size does not fit the kernel's 32-bit fields, or |scale| float32.
+    ``modifiers`` are the parameters of a Config that has some. ValueError where a size does not fit the
+    kernel's 32-bit fields, or |scale| float32.
     """
     check_ranges(problem)
     m_blocks = -(-problem.seqlen_q // config.block_m)

@@ -12,7 +12,7 @@ from cuflash.arrays import ArrayInfo
 from cuflash.launch import LOG2_E, KernelCall
 from cuflash.problem import Problem
 
-# Arrays of which each call has its own; ModifierParams in kernels_cu/core/modifier_params.cuh starts with them.
+# Arrays of which each call has its own: ModifierParams in kernels_cu/core/modifier_params.cuh starts so.
 OPERAND_ARRAYS = ("alibi_slopes", "bias", "mask", "key_padding", "query_padding", "sinks", "seed")
 MODIFIER_ARRAYS = (*OPERAND_ARRAYS, "mask_tiles", "keys_seen")
 
@@ -25,11 +25,12 @@ MODIFIER_PARAMS = np.dtype(
         *((f"{name}_strides", _HEAD_STRIDES) for name in ("keys_seen", "slopes", "sinks")),
         *((f"{name}_stride", np.int64) for name in ("key_padding", "query_padding", "seed")),
         *((f"{name}_bytes", np.int32) for name in ("slopes", "sinks", "key_padding", "query_padding")),
-        *((name, np.int32) for name in ("seed_kind", "diagonal", "window_offset", "first_key")),
+        *((name, np.int32) for name in ("seed_kind", "diagonal", "window_offset", "first_key", "blind_rows")),
         ("softcap_log2", np.float32),
         ("softcap_rate", np.float32),
         ("dropped_below", np.uint32),
         ("kept_scale", np.float32),
+        ("unused", np.int32),
     ],
     align=True,
 )
@@ -39,7 +40,7 @@ MASK_SUMMARY_PARAMS = np.dtype(
         *(
             (name, np.int32)
             for name in (
-                *("seqlen_q", "seqlen_k", "heads", "m_blocks", "n_blocks"),
+                *("first_row", "seqlen_q", "seqlen_k", "heads", "m_blocks", "n_blocks"),
                 *("causal_offset", "window_offset"),
             )
         ),
@@ -61,9 +62,10 @@ class MaskBlocks(NamedTuple):
     n_blocks: int
 
     @classmethod
-    def of(cls, mask: ArrayInfo, block_m: int, block_n: int) -> MaskBlocks:
+    def of(cls, mask: ArrayInfo, queries: int, block_m: int, block_n: int) -> MaskBlocks:
+        """Of ``queries`` of its rows, unless they are broadcast."""
         batch, heads, rows, keys = mask.shape
-        return cls(batch, heads, -(-rows // block_m), -(-keys // block_n))
+        return cls(batch, heads, -(-min(queries, rows) // block_m), -(-keys // block_n))
 
     @property
     def tiles(self) -> int:
@@ -76,9 +78,13 @@ def modifier_params(
     scale: float,
     *,
     first_row: int = 0,
+    blind_rows: int = 0,
     mask_blocks: MaskBlocks | None = None,
 ) -> Any:
-    """The struct, but for the arrays; ``scale`` is the kernel's, whose queries start at ``first_row``."""
+    """The struct, but for the arrays; ``scale`` is the kernel's, whose queries start at ``first_row``.
+
+    Of these, the first ``blind_rows`` see no key.
+    """
     params: Any = np.zeros((), MODIFIER_PARAMS)
     for name in ("bias", "mask"):
         if name in infos:
@@ -107,6 +113,7 @@ def modifier_params(
     params["diagonal"] = problem.diagonal
     params["window_offset"] = (problem.window_offset or 0) + first_row
     params["first_key"] = problem.first_key_visible
+    params["blind_rows"] = blind_rows
     if problem.softcap is not None:
         params["softcap_log2"] = problem.softcap * LOG2_E
         rate = 2 * LOG2_E * scale / problem.softcap
@@ -116,15 +123,19 @@ def modifier_params(
     return params
 
 
-def mask_summary_call(problem: Problem, mask: ArrayInfo, blocks: MaskBlocks, threads: int) -> KernelCall:
-    """The launch of ``fa2_mask_summary``."""
+def mask_summary_call(
+    problem: Problem, mask: ArrayInfo, blocks: MaskBlocks, threads: int, first_row: int, queries: int
+) -> KernelCall:
+    """The launch of ``fa2_mask_summary`` for ``queries`` from ``first_row`` on."""
     params: Any = np.array(
         (
             element_strides("mask", mask),
-            *mask.shape[2:],
+            first_row,
+            min(queries, mask.shape[2]),
+            mask.shape[3],
             *blocks[1:],
-            problem.causal_offset or 0,
-            problem.window_offset or 0,
+            (problem.causal_offset or 0) + first_row,
+            (problem.window_offset or 0) + first_row,
         ),
         MASK_SUMMARY_PARAMS,
     )[()]
@@ -135,5 +146,7 @@ def element_strides(name: str, info: ArrayInfo) -> tuple[int, ...]:
     """Strides in elements, 0 along an axis of one. ValueError where elements do not start at multiples."""
     steps = [stride if size > 1 else 0 for stride, size in zip(info.strides, info.shape, strict=True)]
     if 0 not in info.shape and any(n % info.itemsize for n in (info.pointer, *steps)):
-        raise ValueError(f"{name} has elements that do not start at multiples of {info.itemsize} bytes; copy it")
+        raise ValueError(
+            f"{name} has elements that do not start at multiples of {info.itemsize} bytes; copy it"
+        )
     return tuple(step // info.itemsize for step in steps)

@@ -31,14 +31,16 @@ class MaskSummary(NamedTuple):
         modifiers: ModifierFlags,
         block_m: int,
         block_n: int,
+        rows: range | None = None,
     ) -> MaskSummary | None:
-        """None without a mask, or without an element in it."""
-        if not modifiers.mask or 0 in infos["mask"].shape:
+        """Of a kernel for these queries, all by default. None without a mask, or without an element of it."""
+        rows = range(problem.seqlen_q) if rows is None else rows
+        if not modifiers.mask or 0 in infos["mask"].shape or not rows:
             return None
         mask = infos["mask"]
         config = mask_summary_config(problem, modifiers, block_m, block_n)
-        blocks = MaskBlocks.of(mask, block_m, block_n)
-        call = mask_summary_call(problem, mask, blocks, config.threads)
+        blocks = MaskBlocks.of(mask, len(rows), block_m, block_n)
+        call = mask_summary_call(problem, mask, blocks, config.threads, rows.start, len(rows))
         return cls(config, call, blocks, blocks.batch * blocks.heads * mask.shape[3])
 
     @property
@@ -90,6 +92,6 @@ class ModifiedLauncher:
 
 
 def operand_addresses(gpu: GpuArrays, operands: Mapping[str, Any]) -> list[int]:
-    """What a launch is given of each of OPERAND_ARRAYS: null where there is none, a seed that is an int itself."""
+    """What a launch is given of each of OPERAND_ARRAYS: null if there is none, an int seed itself."""
     given = (operands.get(name, 0) for name in OPERAND_ARRAYS)
     return [x if isinstance(x, int) else gpu.pointer(x) for x in given]

@@ -16,9 +16,9 @@ from cuflash.families import Kernel, choose_kernel
 from cuflash.launch import KernelCall
 from cuflash.launch_hopper import HopperCall
 from cuflash.layouts import Layouts
+from cuflash.modified import ModifiedLauncher, operand_addresses
 from cuflash.modifiers import NO_OPERANDS, arrays_of
 from cuflash.resources import ELEMENT_BYTES
-from cuflash.modified import ModifiedLauncher, operand_addresses
 from cuflash.standard import StandardLauncher
 from cuflash.tensor_map import Encoder
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuflash import api, api_backward, arrays, families, vmapping
+from cuflash import api, api_backward, arrays, vmapping
 from cuflash.arrays.torch import FakeTensors, autocast_dtype
 from cuflash.checks import Options, check_call, named, out_shape
 from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
@@ -139,8 +139,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     options, operands = _options(causal, scale, layout, algorithm, modifiers)
     problem, _ = check_call(_FAKE, named(q, k, v, None, operands), options)
-    if q.is_cuda:
-        families.refuse_modifiers(problem)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(out_shape(problem, layout)), q.new_empty(lse_shape(problem), dtype=lse_dtype)
 

@@ -58,9 +58,7 @@ __device__ __forceinline__ Visible<Params> visible_in(const Params& params, int 
                                       params.seqlen_k_visible);
   }
   if constexpr (Config::kQueryPadding) {
-    const int queries = read_length(params.query_padding, batch * params.query_padding_stride,
-                                    params.query_padding_bytes, first_query + params.seqlen_q);
-    visible.padded_queries = max(0, queries - first_query);
+    visible.padded_queries = real_queries(params, batch, first_query);
     // Keys that only padding sees are never read.
     if (visible.padded_queries == 0) visible.padded_keys = 0;
     if constexpr (Config::kCausal) {

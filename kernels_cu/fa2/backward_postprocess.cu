@@ -47,7 +47,8 @@ fa2_backward_postprocess(const float* __restrict__ workspace,  // (batch, heads_
     if (query >= params.seqlen_q || chunk * 8 >= params.head_dim) continue;
     Vector16 vector = {};
     const int row = query - params.first_row;
-    if (row >= 0) {
+    // Without a window all queries from the first that sees a key on have a row.
+    if (row >= 0 && (!Config::kWindow || row < params.m_blocks * kBlockM)) {
       const float* block = workspace + row / kBlockM * (long long)Workspace::kBlock;
       const int row_tile = row % kBlockM / 16, half = row % 16 / 8;
 #pragma unroll

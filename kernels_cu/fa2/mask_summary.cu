@@ -15,7 +15,8 @@
 
 struct MaskSummaryParams {
   OperandStrides mask;       // of its elements
-  int seqlen_q, seqlen_k;    // of the mask: seqlen_q is 1 if it is broadcast
+  int first_row;             // where the kernel's queries start
+  int seqlen_q, seqlen_k;    // of the mask from there on: seqlen_q is 1 if it is broadcast
   int heads, m_blocks, n_blocks;
   int causal_offset, window_offset;
 };
@@ -40,7 +41,7 @@ fa2_mask_summary(const unsigned char* __restrict__ mask,  // (batch or 1, heads 
   const int batch = batch_head / params.heads;
   const int head = batch_head - batch * params.heads;
   const int key = n_block * kBlockN + threadIdx.x % kBlockN;
-  mask += batch * params.mask.batch + head * params.mask.head + key * params.mask.key;
+  mask += batch * params.mask.batch + head * params.mask.head + params.first_row * params.mask.row + key * params.mask.key;
 
   bool any = false, all = true;
   if (key < params.seqlen_k) {

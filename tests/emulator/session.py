@@ -136,9 +136,7 @@ def emulator(
 
         return function
 
-    def launcher_(
-        function: Any, call: Launchable, *, maps: int = 0, addresses: int, arrays: int = 0
-    ) -> Any:
+    def launcher_(function: Any, call: Launchable, *, maps: int = 0, addresses: int, arrays: int = 0) -> Any:
         def start(encoded: Sequence[EncodedMap], pointers: Sequence[int], stream: int) -> None:
             assert (len(encoded), len(pointers)) == (maps, addresses + arrays)
             params = bytearray(call.params.tobytes())
