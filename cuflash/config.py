@@ -90,6 +90,7 @@ _TILES = {
         (256, Tile(64, 64, 4, 2, 1)),
     ),
 }
+MODIFIED_SPILL_BYTES = 512  # of programs with modifiers, all at once; one alone spills little if anything
 # Up to 64 query rows: a block of 128 would be half empty.
 _SHORT_QUERY_TILES = (
     (128, Tile(64, 64, 4, 2, 2)),
@@ -113,6 +114,8 @@ def choose(
     table = _SHORT_QUERY_TILES if problem.seqlen_q <= 64 else _TILES[shared_memory_per_block(capability)]
     head_dim, head_dim_v = _padded(problem.head_dim), _padded(problem.head_dim_v)
     tile = next(tile for bound, tile in table if max(head_dim, head_dim_v) <= bound)
+    if modifiers:
+        tile = _for_modifiers(tile, modifiers)
     return Config(
         dtype=problem.dtype,
         head_dim=head_dim,
@@ -123,6 +126,14 @@ def choose(
         modifiers=modifiers,
         **tile._asdict(),
     )
+
+
+def _for_modifiers(tile: Tile, modifiers: ModifierFlags) -> Tile:
+    """A third block on a multiprocessor leaves too few registers for those that do much (not measured)."""
+    blocks = tile.min_blocks_per_sm
+    if modifiers.alibi or modifiers.bias or modifiers.mask or (modifiers.window and modifiers.softcap):
+        blocks = min(2, blocks)
+    return tile._replace(min_blocks_per_sm=blocks, spill_bytes=MODIFIED_SPILL_BYTES)
 
 
 def _padded(head_dim: int) -> int:

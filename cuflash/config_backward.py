@@ -171,6 +171,7 @@ _TILES = {
     ),
 }
 _VECTOR_REDUCTIONS_SINCE = (9, 0)
+MODIFIED_SPILL_BYTES = 512  # of programs with modifiers, all at once; one alone spills little if anything
 
 
 def choose(
@@ -188,6 +189,7 @@ def choose(
     """
     widest = max(problem.head_dim, problem.head_dim_v)
     tile = next(tile for bound, tile in _TILES[shared_memory_per_block(capability)] if widest <= bound)
+    tile = _for_modifiers(tile, modifiers)
     # mma.sync takes the head dim in steps of 16; where two warps share the columns of dK and dV, each has
     # whole swizzle periods of 64.
     step = 16 if 2 * tile.key_warps == tile.warps else 128
@@ -203,6 +205,15 @@ def choose(
         **tile._asdict(),
     )
     return with_passes(main)
+
+
+def _for_modifiers(tile: Tile, modifiers: ModifierFlags) -> Tile:
+    """A bias is read element by element, at a row's distance: half as many queries leave registers for that."""
+    if modifiers.bias and tile.block_m == 64:
+        half = tile.block_m // 2
+        if half % (16 * tile.dq_row_warps) == half % (16 * tile.warps // 2 // tile.key_warps) == 0:
+            tile = tile._replace(block_m=half)
+    return tile._replace(spill_bytes=MODIFIED_SPILL_BYTES) if modifiers else tile
 
 
 def with_passes(main: BackwardConfig) -> BackwardConfigs:

@@ -10,17 +10,17 @@ struct KeyIsRead {
   int batch, head, heads, first;
 
   __device__ __forceinline__ bool operator()(int row) const {
-    const int key = first + row;
     if constexpr (Config::kWindow) {
-      if (key < params.first_key) return false;
+      if (first + row < params.first_key) return false;
     }
     if constexpr (Config::kMask) {
       const HeadStrides& s = params.keys_seen_strides;
       bool seen = false;
-      for (int i = 0; i < heads; ++i) seen |= params.keys_seen[batch * s.batch + (head + i) * s.head + key] != 0;
+      for (int i = 0; i < heads; ++i) seen |= params.keys_seen[batch * s.batch + (head + i) * s.head + first + row] != 0;
       return seen;
+    } else {
+      return true;
     }
-    return true;
   }
 };
 
