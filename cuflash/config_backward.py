@@ -208,7 +208,7 @@ def choose(
 
 
 def _for_modifiers(tile: Tile, modifiers: ModifierFlags) -> Tile:
-    """A bias is read element by element, at a row's distance: half as many queries leave registers for that."""
+    """A bias is read element by element, at a row's distance: fewer queries leave registers for that."""
     if modifiers.bias and tile.block_m == 64:
         half = tile.block_m // 2
         if half % (16 * tile.dq_row_warps) == half % (16 * tile.warps // 2 // tile.key_warps) == 0:

@@ -172,13 +172,3 @@ def test_bad_operands_are_named_while_tracing() -> None:
     ):
         with pytest.raises(error, match=message):
             jax.jit(lambda q, options=options: cuflash.attention(q, k, v, **options))(q)
-
-
-def test_modifiers_are_refused_when_compiling_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    import cuflash.jax as adapter
-
-    monkeypatch.setattr(adapter, "_current_device", lambda: 0)
-    inputs = [jax.ShapeDtypeStruct(shape, "float16") for shape in SHAPES]
-    traced = jax.jit(lambda q, k, v: cuflash.attention(q, k, v, softcap=3.0)).trace(*inputs)
-    with pytest.raises(ValueError, match=r"^softcap is not in the GPU kernels yet"):
-        traced.lower(lowering_platforms=("cuda",))

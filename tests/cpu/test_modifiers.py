@@ -17,7 +17,7 @@ from cuflash.arrays import ArrayInfo
 from cuflash.arrays.base import Native
 from cuflash.checks_backward import BackwardOptions, check_backward_call
 from cuflash.families_backward import choose_backward
-from cuflash.modifiers import OPERANDS, Modifiers, collect
+from cuflash.modifiers import OPERANDS, Modifiers, collect, differentiable
 from cuflash.problem import make_problem
 
 SHAPES = (2, 6, 4, 8), (2, 9, 2, 8), (2, 9, 2, 5)
@@ -238,7 +238,7 @@ def test_an_operand_of_another_library_or_that_out_overlaps_is_named() -> None:
         )
 
 
-# --- on a GPU: every modifier is refused, by name -----------------------------------------------------------
+# --- on a GPU: which family computes it ---------------------------------------------------------------------
 
 
 class Facts(Native):
@@ -272,19 +272,55 @@ ON_GPU: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ON_GPU)
-@pytest.mark.parametrize("algorithm", ["auto", "fa2", "hopper"])
-def test_a_gpu_call_names_the_modifier_that_its_kernels_lack(name: str, algorithm: str) -> None:
+H100 = families.Gpu((9, 0), 132, 50 << 20)
+
+
+def gpu_requests(name: str, algorithm: str) -> tuple[Any, Any, Any, Any]:
+    """A forward and a backward with one modifier, and the options of each."""
     modifiers, operands = collect(ON_GPU[name])  # type: ignore[arg-type]
     arrays = {n: facts(shape) for n, shape in zip("qkv", SHAPES, strict=True)} | dict(operands)
     options = checks.Options(False, None, "bshd", False, algorithm, modifiers)
-    with pytest.raises(ValueError, match=rf"^{name} is not in the GPU kernels yet"):
-        families.choose_kernel(checks.check_call(Facts(), arrays, options), options)
+    forward = checks.check_call(Facts(), arrays, options)
     arrays |= {n: facts((2, 6, 4, 5)) for n in ("dout", "out")} | {"lse": facts((2, 4, 6), "float32")}
-    backward = BackwardOptions(False, None, "bshd", False, algorithm, modifiers)
-    request = check_backward_call(Facts(), arrays, backward)
-    with pytest.raises(ValueError, match=rf"^{name} is not in the GPU kernels yet"):
-        choose_backward(request, backward, families.Gpu((9, 0), 132, 50 << 20))
+    wanted = differentiable(operands)
+    backward = BackwardOptions(False, None, "bshd", False, algorithm, modifiers, wanted)
+    return forward, options, check_backward_call(Facts(), arrays, backward), backward
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are chosen for an H100, and not compiled."""
+    monkeypatch.setattr(families.Gpu, "of", classmethod(lambda cls, device: H100))
+    monkeypatch.setattr(families.jit, "compile", lambda config, arch: None)
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+@pytest.mark.parametrize("algorithm", ["hopper", "fa1", "standard"])
+def test_a_family_without_a_modifier_names_it(h100: None, name: str, algorithm: str) -> None:
+    forward, options, backward, backward_options = gpu_requests(name, algorithm)
+    message = rf'^algorithm="{algorithm}" cannot compute .*: only fa2 has {name}; use "auto"'
+    with pytest.raises(ValueError, match=message):
+        families.choose_kernel(forward, options)
+    with pytest.raises(ValueError, match=message):
+        choose_backward(backward, backward_options, H100)
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_auto_takes_fa2_with_a_modifier_and_says_why(h100: None, name: str) -> None:
+    forward, options, backward, backward_options = gpu_requests(name, "auto")
+    for chosen in (
+        families.choose_kernel(forward, options),
+        choose_backward(backward, backward_options, H100),
+    ):
+        assert chosen.family == "fa2"
+        assert chosen.not_used["hopper"] == f"only fa2 has {name}"
+
+
+def test_a_window_that_is_bounded_on_the_right_only_is_a_causal_mask_to_every_family(h100: None) -> None:
+    arrays = {n: facts(shape) for n, shape in zip("qkv", SHAPES, strict=True)}
+    options = checks.Options(False, None, "bshd", False, "auto", Modifiers(window=(None, 1)))
+    request = checks.check_call(Facts(), arrays, options)
+    assert families.why_not_modified(request.problem) is None
 
 
 def test_modifiers_that_change_nothing_are_none() -> None:

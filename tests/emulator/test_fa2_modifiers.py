@@ -1,4 +1,4 @@
-"""Modifiers in the FlashAttention-2 kernels, the same tests on the emulator, with all checks on, and on a GPU."""
+"""Modifiers in the FlashAttention-2 kernels, on the emulator, with all checks on, and on a GPU."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_nan_that_no_query_sees_stays_invisible(cp):
 def test_queries_past_the_window_of_every_key_are_blind(cp):
     """Sq > Sk + left: the last rows see nothing, whatever they hold."""
     check(cp, 8, (150, 60), "top_left", {"window": (20, None)}, batch=1)
-    problem, inputs, operands = make_modified(
+    problem, inputs, _ = make_modified(
         8, 1, (150, 60), (2, 1), (64, 64), "float16", "top_left", {"window": (20, None)}
     )
     inputs.q[:, 80:] = np.nan
