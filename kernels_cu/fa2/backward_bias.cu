@@ -56,7 +56,7 @@ constexpr int kQOffset = kVOffset + kBlockN * kHeadDimV * 2;
 constexpr int kDoutOffset = kQOffset + kBlockM * kHeadDim * 2;
 static_assert(kWarps * kBlockN * 4 <= kBlockM * kHeadDim * 2, "the sums of the warps fit into Q's place");
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
 fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, heads_q, head_dim)
                   const Element* __restrict__ k,       // (batch, seqlen_k, heads_kv, head_dim)
                   const Element* __restrict__ v,       // (batch, seqlen_k, heads_kv, head_dim_v)
