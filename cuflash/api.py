@@ -35,8 +35,8 @@ def attention(
 ) -> Any:
     """Exact attention: ``out = softmax(scale · q kᵀ + mask) v``, without ever storing the score matrix.
 
-    docs/modifiers.md has an example of each modifier, from ``window`` to ``seed``. Arrays in host memory take
-    all of them; the GPU kernels none yet, and a call that gives one raises.
+    docs/modifiers.md has an example of each modifier, from ``window`` to ``seed``. Arrays in host memory and
+    the fa2 kernels take all of them; another family that is asked for by name raises.
 
     On a GPU the FlashAttention-2 forward pass (Dao, arXiv 2307.08691, Algorithm 1, sections 3.1 to 3.3) as a
     CUDA kernel, compiled for the call at its first use and cached on disk; on Hopper one with the ideas of
