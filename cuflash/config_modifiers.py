@@ -25,6 +25,7 @@ class ModifierFlags:
     bias_float32: bool = False
     mask: bool = False
     unit_strides: bool = False  # bias and mask, whichever there are, have contiguous rows
+    bias_pairs: bool = False  # the forward reads two neighbouring elements of bias at once
     key_padding: bool = False
     query_padding: bool = False
     sinks: bool = False
@@ -53,11 +54,18 @@ def flags_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> ModifierFlags:
         bias_float32="bias" in infos and infos["bias"].dtype == "float32",
         mask="mask" in infos,
         unit_strides=bool(by_key) and unit_strides,
+        bias_pairs="bias" in infos and unit_strides and _are_pairs_aligned(infos["bias"]),
         key_padding="key_padding" in infos,
         query_padding="query_padding" in infos,
         sinks="sinks" in infos,
         dropout=problem.dropout_p > 0,
     )
+
+
+def _are_pairs_aligned(info: ArrayInfo) -> bool:
+    """Every row starts at a multiple of two elements, and has a whole number of pairs."""
+    steps = [stride for stride, size in zip(info.strides[:3], info.shape[:3], strict=True) if size > 1]
+    return info.shape[3] % 2 == 0 and all(n % (2 * info.itemsize) == 0 for n in (info.pointer, *steps))
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,10 @@ struct ScoreModifiers {
         }
 #pragma unroll
         for (int j = 0; j < kNTiles; ++j) {
+          FloatPair pair = {};
+          if constexpr (Config::kBiasPairs && !kTransposed) {
+            if (this_row < queries && lane_column + 8 * j < keys) pair = bias_pair_log2(this_row, lane_column + 8 * j);
+          }
 #pragma unroll
           for (int parity = 0; parity < 2; ++parity) {
             const int r = 2 * half + parity;
@@ -52,7 +56,9 @@ struct ScoreModifiers {
               const float step = 8 * j + parity;
               score -= slope_log2 * fabsf(kTransposed ? row_distance + step : row_distance - step);
             }
-            if constexpr (Config::kBias) {
+            if constexpr (Config::kBiasPairs && !kTransposed) {
+              score += parity == 0 ? pair.lo : pair.hi;
+            } else if constexpr (Config::kBias) {
               const int this_column = lane_column + 8 * j + parity;
               const int query = kTransposed ? this_column : this_row;
               const int key = kTransposed ? this_row : this_column;
@@ -65,6 +71,15 @@ struct ScoreModifiers {
   }
 
  private:
+  // Of two neighbouring keys, which lie together. The second may be past `keys`, not past the array: it is hidden then.
+  __device__ __forceinline__ FloatPair bias_pair_log2(int query, int key) const {
+    const long long index = query * bias_row + key;
+    FloatPair pair;
+    if constexpr (Config::kBiasFloat32) pair = *reinterpret_cast<const FloatPair*>(static_cast<const float*>(bias) + index);
+    else pair = widen<Element>(*reinterpret_cast<const unsigned*>(static_cast<const Element*>(bias) + index));
+    return {pair.lo * kLog2E, pair.hi * kLog2E};
+  }
+
   __device__ __forceinline__ float bias_log2(int query, int key) const {
     const long long index = query * bias_row + (Config::kUnitStrides ? key : key * bias_key);
     if constexpr (Config::kBiasFloat32) return static_cast<const float*>(bias)[index] * kLog2E;

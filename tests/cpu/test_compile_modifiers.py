@@ -31,7 +31,7 @@ EVERYTHING = ModifierFlags(
 )
 SOME = {
     "Gemma": ModifierFlags(window=True, softcap=True),
-    "float32 bias": ModifierFlags(bias=True, bias_float32=True, unit_strides=True),
+    "float32 bias": ModifierFlags(bias=True, bias_float32=True, unit_strides=True, bias_pairs=True),
     "mask": ModifierFlags(mask=True, unit_strides=True),
     "dropout": ModifierFlags(dropout=True),
     "one number a head or sequence": ModifierFlags(
