@@ -34,6 +34,9 @@ class ModifierFlags:
     def __bool__(self) -> bool:
         return self != PLAIN
 
+    def __str__(self) -> str:
+        return " ".join(name for name, on in asdict(self).items() if on) or "none"
+
     def constants(self) -> dict[str, bool]:
         """What a stub defines of them."""
         return asdict(self) | {"modified": bool(self)}

@@ -108,6 +108,8 @@ def _run(
         result = gpu.empty(plan.out_shape, q.dtype, plan.device)
     else:
         addresses = {"q": gpu.pointer(q), "k": gpu.pointer(k), "v": gpu.pointer(v), "out": gpu.pointer(out)}
+        if operands:
+            addresses |= {name: gpu.pointer(x) for name, x in arrays_of(operands).items()}
         check_no_alias(plan.footprints, addresses)
     lse = gpu.empty(plan.lse_shape, "float32", plan.device) if return_lse else None
     if plan.launch is None:

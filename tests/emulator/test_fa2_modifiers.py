@@ -249,6 +249,25 @@ def test_one_plan_serves_other_values_of_the_operands(cp):
     assert (results[0] != results[1]).any()
 
 
+def test_out_must_not_share_memory_with_an_operand_at_any_call_of_a_plan(cp):
+    q = cp.asarray(np.ones((1, 64, 1, 64), np.float16))
+    buffer = cp.asarray(np.zeros(2 * 64 * 64, np.float16))
+    out, options = buffer[: 64 * 64].reshape(1, 64, 1, 64), {"algorithm": "fa2"}
+    apart = buffer[64 * 64 :].reshape(1, 1, 64, 64)
+    cuflash.attention(q, q, q, bias=apart, out=out, **options)
+    with pytest.raises(ValueError, match="out shares memory with bias"):
+        cuflash.attention(q, q, q, bias=out.reshape(1, 1, 64, 64), out=out, **options)
+
+
+def test_explain_names_the_modifiers_and_why_hopper_does_not_run(cp):
+    q = cp.asarray(np.ones((1, 64, 1, 64), np.float16))
+    lengths = cp.asarray(np.array([7]))
+    explained = cuflash.explain(q, q, q, softcap=3.0, key_padding=lengths)
+    assert explained.family == "fa2"
+    assert str(explained.config.modifiers) == "softcap key_padding"
+    assert explained.not_used["hopper"] == "only fa2 has softcap and key_padding"
+
+
 # --- what only the emulator can show -----------------------------------------------------------------------
 
 
