@@ -41,7 +41,6 @@
 // Sibling  FlashAttention-2's own kernel keeps S untransposed and passes P and dS through shared memory for dV and dK.
 #include "core/dq_workspace.cuh"
 #include "core/dropout.cuh"
-#include "core/hide.cuh"
 #include "core/is_read.cuh"
 #include "core/mask_tiles.cuh"
 #include "core/mask_transposed.cuh"
@@ -53,6 +52,7 @@
 #include "core/visible.cuh"
 #include "core/widen.cuh"
 #include "fa2/load_tile.cuh"
+#include "fa2/modified_probabilities.cuh"
 #include "fa2/products.cuh"
 #include "fa2/store_gradient.cuh"
 #include "ptx/barrier.cuh"
@@ -330,45 +330,12 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
                                     (slot * kBlockM + query_column) / 2 + lane % 4;
         const int row = at.m_block * kBlockM;
         if constexpr (kChangesP) {
-          const int head = first_head + at.head;
-          const ScoreModifiers<Element> modifiers = score_modifiers<Element>(params, tile.batch, head, params.first_row);
-          const MaskView mask = mask_of(params, tile.batch, head, params.first_row);
-          const Dropout dropout = dropout_of(params, tile.batch, head);
-          const bool masked = !visible.sees_all<kBlockM, kBlockN>(row, block_key) || mask_tiles(at.head).is_mixed(at.m_block);
-          // A strip of 16 keys after the other, to keep few slopes at a time.
-#pragma unroll
-          for (int m = 0; m < kMTiles; ++m) {
-            float(&p)[1][kNTiles][4] = reinterpret_cast<float(&)[1][kNTiles][4]>(acc_s[m]);
-            const int key = block_key + key_row + 16 * m;
-            float slope[kNTiles][4];
-            if constexpr (kModifiesScores) {
-              modifiers.apply<true>(p, key, row + query_column, visible.queries(), visible.keys(),
-                                    [&](int, int j, int r, float x) { slope[j][r] = x; });
-            }
-#pragma unroll
-            for (int i = 0; i < kNTiles * 4; ++i) {
-              const FloatPair lse = lse_pair[4 * (i / 4)];
-              float& x = p[0][i / 4][i % 4];
-              x = ex2_approx((kModifiesScores ? x : x * params.scale_log2) - (i % 2 == 0 ? lse.lo : lse.hi));
-            }
-            if (masked) hide<true>(p, key, row + query_column, visible, mask, 0.0f);
-            if constexpr (Config::kDropout) {
-              dropout.for_each_dropped<true, 1, kNTiles>(key, params.first_row + row + query_column,
-                                                         [&](int, int j, int r) { p[0][j][r] = -p[0][j][r]; });
-            }
-            if constexpr (Config::kSoftcap || Config::kDropout) {
-              OperandA<1, kNTiles / 2> gradient_p;
-              float with_slope[1][kNTiles][4];
-#pragma unroll
-              for (int i = 0; i < kNTiles * 4; ++i) {
-                float& x = p[0][i / 4][i % 4];
-                with_slope[0][i / 4][i % 4] = Config::kSoftcap ? x * slope[i / 4][i % 4] : x;
-                if (Config::kDropout && __float_as_int(x) < 0) x = 0.0f;
-              }
-              pack<Element>(gradient_p, with_slope);
-              store_operand(smem + kGradientPOffset, gradient_p, key_row + 16 * m, query_column / 8);
-            }
-          }
+          const bool masked = !visible.sees_all<kBlockM, kBlockN>(row, block_key) ||
+                              mask_tiles(at.head).is_mixed(at.m_block);
+          modified_probabilities<Element>(acc_s, lse_pair, visible, tile.batch, first_head + at.head, block_key + key_row,
+                                          row + query_column, masked, [&](const auto& strip, int m) {
+                                            store_operand(smem + kGradientPOffset, strip, key_row + 16 * m, query_column / 8);
+                                          });
         } else {
 #pragma unroll
           for (int n = 0; n < kNTiles; ++n) {

@@ -9,8 +9,8 @@
 //           often as it has these. It loops over every (batch, head, query block) that its tile stands for, or over one of
 //           `splits` shares of them: these partial sums are added by fa2/sum_parts.cu.
 // Threads   kWarps warps of 16 query rows each, which see every key of the tile.
-// Shared    bytes: K 2·kBlockN·kHeadDim, V 2·kBlockN·kHeadDimV, Q 2·kBlockM·kHeadDim, dO 2·kBlockM·kHeadDimV; the sums of the
-// memory    warps, kWarps·kBlockN·4, of a bias that is broadcast along the queries, at the end.
+// Shared    bytes: K 2·kBlockN·kHeadDim, V 2·kBlockN·kHeadDimV, Q 2·kBlockM·kHeadDim, dO 2·kBlockM·kHeadDimV; at the end,
+// memory    of a bias that is broadcast along the queries, the sums of the warps: kWarps·kBlockN·4 in Q's place.
 // Masks     core/hide.cuh in every tile; tiles of which nothing is seen are passed over.
 // Speed     docs/modifiers.md.
 #include "core/dropout.cuh"
@@ -105,20 +105,23 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
     if (batch_head_kv != loaded) {
       loaded = batch_head_kv;
       const auto is_read = keys_read(params, batch, head_kv * params.group_size, params.group_size, block_key);
-      load_tile<kBlockN, kHeadDim, kThreads>(k_smem, k + batch * params.k.batch + head_kv * params.k.head + block_key * params.k.row,
-                                             params.k.row, visible.keys() - block_key, params.head_dim, threadIdx.x, is_read);
-      load_tile<kBlockN, kHeadDimV, kThreads>(k_smem + kVOffset,
-                                              v + batch * params.v.batch + head_kv * params.v.head + block_key * params.v.row,
-                                              params.v.row, visible.keys() - block_key, params.head_dim_v, threadIdx.x, is_read);
+      const int keys = visible.keys() - block_key;
+      load_tile<kBlockN, kHeadDim, kThreads>(
+          k_smem, k + batch * params.k.batch + head_kv * params.k.head + block_key * params.k.row, params.k.row, keys,
+          params.head_dim, threadIdx.x, is_read);
+      load_tile<kBlockN, kHeadDimV, kThreads>(
+          k_smem + kVOffset, v + batch * params.v.batch + head_kv * params.v.head + block_key * params.v.row,
+          params.v.row, keys, params.head_dim_v, threadIdx.x, is_read);
     }
     const int rows_end = min(visible.queries(), params.first_row + params.rows) - block_row;
     const auto has_lse = [&](int row) { return block_row + row >= params.first_row; };
-    load_tile<kBlockM, kHeadDim, kThreads>(k_smem + kQOffset,
-                                           q + batch * params.q.batch + head * params.q.head + block_row * params.q.row,
-                                           params.q.row, rows_end, params.head_dim, threadIdx.x, has_lse);
-    load_tile<kBlockM, kHeadDimV, kThreads>(k_smem + kDoutOffset,
-                                            dout + batch * params.dout.batch + head * params.dout.head + block_row * params.dout.row,
-                                            params.dout.row, rows_end, params.head_dim_v, threadIdx.x, has_lse);
+    load_tile<kBlockM, kHeadDim, kThreads>(
+        k_smem + kQOffset, q + batch * params.q.batch + head * params.q.head + block_row * params.q.row, params.q.row,
+        rows_end, params.head_dim, threadIdx.x, has_lse);
+    load_tile<kBlockM, kHeadDimV, kThreads>(
+        k_smem + kDoutOffset,
+        dout + batch * params.dout.batch + head * params.dout.head + block_row * params.dout.row, params.dout.row,
+        rows_end, params.head_dim_v, threadIdx.x, has_lse);
     cp_async_commit_group();
     cp_async_wait_group<0>();
     __syncthreads();
@@ -149,7 +152,9 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
 #pragma unroll
       for (int j = 0; j < kNTiles; ++j) {
 #pragma unroll
-        for (int r = 2 * half; r < 2 * half + 2; ++r) sum[j][r] += ex2_approx(p[0][j][r] - row_lse) * (dp[0][j][r] - row_delta);
+        for (int r = 2 * half; r < 2 * half + 2; ++r) {
+          sum[j][r] += ex2_approx(p[0][j][r] - row_lse) * (dp[0][j][r] - row_delta);
+        }
       }
     }
   }

@@ -48,7 +48,8 @@ fa2_backward_sinks(const float* __restrict__ lse_log2,  // (batch, heads_q, rows
     if (dlse != nullptr) {
       int queries = params.all_queries;
       if constexpr (Config::kQueryPadding) {
-        queries = read_length(params.query_padding, batch * params.query_padding_stride, params.query_padding_bytes, queries);
+        queries = read_length(params.query_padding, batch * params.query_padding_stride, params.query_padding_bytes,
+                              queries);
       }
       const float* row_dlse = dlse + batch * params.dlse.batch + head * params.dlse.head;
       for (int query = threadIdx.x; query < queries; query += kThreads) {

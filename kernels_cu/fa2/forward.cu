@@ -116,11 +116,11 @@ __device__ __forceinline__ void multiply_p_v(float (&acc_o)[kMTiles][kDTiles][4]
 
 // Starts the copy of a tile of K or V, of one head: keys that nobody sees become zeros.
 template <int kColumns, class IsRead>
-__device__ __forceinline__ void load_keys(unsigned slot_smem, const Element* head, long long row_stride, int n_block, int keys,
-                                          int columns, const IsRead& is_read) {
+__device__ __forceinline__ void load_keys(unsigned slot_smem, const Element* head, long long row_stride, int n_block,
+                                          int keys, int columns, const IsRead& is_read) {
   const Element* tile_gmem = head + (long long)n_block * kBlockN * row_stride;
-  load_tile<kBlockN, kColumns, kThreads>(slot_smem, tile_gmem, row_stride, keys - n_block * kBlockN, columns, threadIdx.x,
-                                         is_read);
+  load_tile<kBlockN, kColumns, kThreads>(slot_smem, tile_gmem, row_stride, keys - n_block * kBlockN, columns,
+                                         threadIdx.x, is_read);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)
@@ -250,7 +250,9 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
     for (int half = 0; half < 2; ++half) {
       const int row = m * 16 + Fragment::row(half);
       float inverse = softmax.inverse_sum(m, half);
-      if constexpr (Config::kSinks) inverse = sink.inverse_sum(softmax.row_max[m][half] * scale_log2, softmax.row_sum[m][half]);
+      if constexpr (Config::kSinks) {
+        inverse = sink.inverse_sum(softmax.row_max[m][half] * scale_log2, softmax.row_sum[m][half]);
+      }
       if constexpr (Config::kDropout) inverse *= kept_scale(params);
 #pragma unroll
       for (int d = 0; d < kDTiles; ++d) {

@@ -13,6 +13,7 @@ from modified import check_modified, make_modified, options_of
 from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
 
 BACKWARD = "fa2/backward.cu"
+PROBABILITIES = "fa2/modified_probabilities.cuh"
 BIAS = "fa2/backward_bias.cu"
 SINKS = "fa2/backward_sinks.cu"
 SUMMARY = "fa2/mask_summary.cu"
@@ -69,7 +70,7 @@ BUGS = [
         "ceil_div(queries, kBlockM)", "queries / kBlockM", NARROW),
     planted("a window in the backward one key too wide", VISIBLE,
         "row - params.window_offset + 1);", "row - params.window_offset + 2);", NARROW),
-    planted("softcap without its gradient", BACKWARD,
+    planted("softcap without its gradient", PROBABILITIES,
         "Config::kSoftcap ? x * slope[i / 4][i % 4] : x;", "x;", SOFTCAP),
     planted("softcap's gradient in dV", BACKWARD,
         "constexpr bool kSplitP = kColumnWarps > 1 &&", "constexpr bool kSplitP = false &&", SOFTCAP_256),
@@ -123,12 +124,12 @@ BUGS = [
         "philox4x32(words, row_draw, column_draw, head, batch, key);", "philox4x32(words, column_draw, row_draw, head, batch, key);", DROPOUT),
     planted("dropped probabilities in the denominator only of the forward", BACKWARD,
         "store_gradient<kHeadDimV>(acc_dv, kept_scale(params), smem", "store_gradient<kHeadDimV>(acc_dv, 1.0f, smem", DROPOUT),
-    planted("dropped probabilities multiply dO", BACKWARD,
+    planted("dropped probabilities multiply dO", PROBABILITIES,
         "if (Config::kDropout && __float_as_int(x) < 0) x = 0.0f;", "", DROPOUT_256),
     planted("dP of dropped probabilities kept", "core/dropout.cuh",
         "__float_as_int(p) < 0 ? 0.0f : dp * kept_scale", "dp * kept_scale", DROPOUT),
-    planted("draws counted from the kernel's first query", BACKWARD,
-        "dropout.for_each_dropped<true, 1, kNTiles>(key, params.first_row + row + query_column,", "dropout.for_each_dropped<true, 1, kNTiles>(key, row + query_column,", DROPOUT),
+    planted("draws counted from the kernel's first query", PROBABILITIES,
+        "(strip_key, params.first_row + query,", "(strip_key, query,", DROPOUT),
 ]  # fmt: skip
 
 
