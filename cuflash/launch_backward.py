@@ -129,7 +129,7 @@ def with_passes(
     first_row = first_visible_row(problem)
     rows = problem.seqlen_q - first_row
     m_blocks = -(-rows // main.block_m)
-    dq_blocks = -(-problem.seqlen_q // main.block_m)
+    dq_blocks = -(-first_row // main.block_m) + m_blocks
     heads = problem.batch * problem.heads_q
 
     blocks = heads * m_blocks

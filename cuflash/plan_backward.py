@@ -129,7 +129,7 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
     with cuda.Device(device):
         launches = _load(kernels, jit.architecture(gpu.capability))
         main = kernels.configs.main
-        is_persistent = isinstance(main, HopperBackwardConfig)
+        is_persistent = isinstance(main, HopperBackwardConfig) and main.is_persistent
         takes_blocks = isinstance(main, HopperBackwardConfig) and main.dynamic_blocks
         if takes_blocks:
             tile_counters.prepare(device)
