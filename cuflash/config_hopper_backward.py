@@ -198,7 +198,7 @@ class WideTile(NamedTuple):
 # dK and dV; at 128 they do not (docs/hopper-backward.md). The registers of the three warpgroups sum to what
 # the launch allocates, 3 · 168. What is spilled is the loading thread's.
 TILES = (
-    Tile(64, 64, 128, 2, False, 64, helper_registers=40, main_registers=232),
+    Tile(64, 64, 128, 3, False, 64, helper_registers=56, main_registers=224),
     Tile(96, 96, 64, 3, True, 96, helper_registers=88, main_registers=208),
     Tile(128, 128, 64, 3, True, 64, helper_registers=72, main_registers=216),
 )
