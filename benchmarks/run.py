@@ -12,8 +12,8 @@ python -m benchmarks.run memory                          memory beyond inputs an
 python -m benchmarks.run matmul                          the rate of large matrix products
 python -m benchmarks.run instructions                    what main loops issue for each matrix instruction
 
-Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps; the other
-options are forward's and backward's.
+Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps, counters also
+--families and --topic; the other options are forward's and backward's.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _counters(options: argparse.Namespace, command: str) -> int:
         return _skip("counters", reason)
     header = machine.header(command, options.commit, counters.METHOD)
     recorder = Recorder(options.results_dir, options.topic or "counters", header)
-    return _record(["all"], lambda _: counters.measure(), recorder)
+    return _record(["all"], lambda _: counters.measure(options.families), recorder)
 
 
 def _tiles(options: argparse.Namespace, command: str) -> int:

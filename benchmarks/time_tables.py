@@ -48,6 +48,46 @@ def _counters_table(rows: list[Row]) -> list[str]:
     return markdown(head, body)
 
 
+POINT = ("head_dim", "causal", "seqlen_q")
+
+
+def compare_counters(rows: list[Row], ours: str, other: str) -> list[str]:
+    """A line for each point of both families: how many times as much ``ours`` takes, and how busy it is."""
+    counted = {(row["family"], row["counted"], *map(row.get, POINT)): row for row in rows}
+    head = ["kernel", "d", "mask", "length", "time", "instructions", "shared-memory accesses"]
+    head += [f"{name}, % ({other})" for name in ("SMs active", "occupancy", "tensor")]
+    body = []
+    for (family, *point), row in counted.items():
+        than = counted.get((other, *point))
+        if family != ours or than is None:
+            continue
+        part, head_dim, is_causal, seqlen = point
+        body.append(
+            [
+                *(part, str(head_dim), "causal" if is_causal else "full", str(seqlen)),
+                *(f"{value(row) / value(than):.2f}" for value in (_time, _instructions, _accesses)),
+                *(f"{row[name]:.0f} ({than[name]:.0f})" for name in ("sm_active", "occupancy", "tensor")),
+            ]
+        )
+    if not body:
+        raise ValueError(f"{ours} and {other} have no point in common")
+    caption = f"{ours} over {other}: times as much; and how busy each keeps the GPU:"
+    return [caption, "", *markdown(head, body)]
+
+
+def _time(row: Row) -> float:
+    return float(row["ms"])
+
+
+def _instructions(row: Row) -> float:
+    return float(row["instructions"])
+
+
+def _accesses(row: Row) -> float:
+    """In units that cancel: the counter is a share of the active cycles, and those are of the time."""
+    return float(row["shared_memory"] * row["sm_active"] * row["ms"])
+
+
 def _training_table(rows: list[Row]) -> list[str]:
     """A line for each attention, beside standard attention in the same model; below, why any is missing."""
     head = ["framework", "model", "length", "batch", "attention"]
