@@ -21,14 +21,10 @@ from benchmarks.tables import geometric_mean
 FA1, FA2, GQA = "arXiv 2205.14135", "arXiv 2307.08691", "arXiv 2305.13245"
 
 # How each topic is measured. The families and their peers take turns in one process.
-_PEERS = "our_fa2,our_fa1,our_standard,eager,fa2_sdpa,cudnn,fa3"
+_PEERS = "our_hopper,our_fa1,our_standard,eager,fa2_sdpa,cudnn,fa3"
 COMMANDS = {
-    "families-forward": (
-        f"python -m benchmarks.run forward --algorithm auto --peers {_PEERS} --topic families-forward"
-    ),
-    "families-backward": (
-        f"python -m benchmarks.run backward --algorithm auto --peers {_PEERS} --topic families-backward"
-    ),
+    "families-forward": (f"python -m benchmarks.run forward --peers {_PEERS} --topic families-forward"),
+    "families-backward": (f"python -m benchmarks.run backward --peers {_PEERS} --topic families-backward"),
     "grouped-forward": (
         "python -m benchmarks.run forward --algorithm auto --groups 1,8 --head-dims 128 --peers fa2_sdpa "
         "--topic grouped-forward"
