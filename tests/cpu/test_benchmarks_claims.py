@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks import claims, instructions
+from benchmarks import claims, instructions, plots
 from benchmarks import results as results_files
 from benchmarks.workload import grid
 from cuflash.__main__ import main
@@ -75,6 +75,34 @@ def test_memory_is_compared_with_inputs_and_outputs_and_grows_as_it_should() -> 
     text = claims.table({"h100-memory": results})
     assert "forward 16.5 × less than our standard" in cells(text, "length 2K")[2]
     assert cells(text, "linearly")[2].endswith("fa2 × 2.00, standard × 4.00")
+
+
+def test_the_figure_of_memory_has_a_line_for_each_attention_and_starts_at_nothing() -> None:
+    pytest.importorskip("matplotlib")
+    results = memory()
+    results["rows"][0]["extra_mb"] = 0.0  # a forward that takes nothing still has its point
+    figure = plots.make_figure(results)
+    assert plots.title(results) == "Memory against sequence length on NVIDIA H100"
+    assert [axes.get_title() for axes in figure.axes] == [
+        "forward, PyTorch's allocator",
+        "training, PyTorch's allocator",
+    ]
+    for axes in figure.axes:
+        assert [line.get_label() for line in axes.lines] == ["fa2", "standard", "PyTorch eager"]
+        assert axes.get_ylim()[0] == 0
+
+
+def test_the_figure_of_the_families_tells_ours_from_the_others() -> None:
+    pytest.importorskip("matplotlib")
+    lines = plots.make_figure(families("forward")).axes[0].lines
+    assert {line.get_label(): line.get_linestyle() for line in lines} == {
+        "PyTorch eager": "-",
+        "cuflash fa2": "--",
+        "cuflash fa1": "--",
+        "cuflash standard": "--",
+        "cuflash hopper": "-",
+    }
+    assert len({line.get_color() for line in lines[:-1]}) == 4
 
 
 def test_the_command_prints_the_table_of_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
