@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from benchmarks.results import Row
 
-WORD_COLUMNS = ("kernel", "mask", "candidate", "framework", "model", "attention", "attention by")
+WORD_COLUMNS = (
+    *("kernel", "mask", "candidate", "framework", "model", "attention", "attention by"),
+    *("claim", "source", "measured", "GPU", "command"),
+)
 SHORT_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 
 

@@ -149,20 +149,71 @@ def _sdpa(backend: str | None) -> Callable[[Inputs], Run]:
     return prepare
 
 
-def _standard(inputs: Inputs) -> Run:
-    """SDPA's math backend, which keeps the score matrix: refused where its float32 copies do not fit.
+class DoesNotFitError(MemoryError):
+    """The score matrices that standard attention keeps do not fit in the GPU's memory."""
 
-    A forward holds three at its peak; a backward as many gradients besides.
+
+def require_memory(inputs: Inputs, bytes_a_score: int) -> None:
+    """Refuse, before it is tried, what keeps so many bytes for every query, key and head."""
+    import torch
+
+    torch.cuda.empty_cache()
+    batch, seqlen, heads, _ = inputs.q.shape
+    needed = bytes_a_score * batch * heads * seqlen * seqlen
+    free = torch.cuda.mem_get_info()[0]
+    if needed > free:
+        raise DoesNotFitError(f"its score matrices need about {needed >> 30} GiB, {free >> 30} GiB are free")
+
+
+def _standard(inputs: Inputs) -> Run:
+    """SDPA's math backend, which keeps float32 scores: three copies at a forward's peak, six in training."""
+    require_memory(inputs, 12 if inputs.dout is None else 24)
+    return _sdpa("MATH")(inputs)
+
+
+def _eager(inputs: Inputs) -> Run:
+    """Attention as models without a fused kernel write it, in the input dtype; autograd keeps the scores.
+
+    At its peak it holds three 16-bit copies of them, in training six and masks of a byte.
     """
     import torch
 
-    batch, seqlen, heads, _ = inputs.q.shape
-    copies = 3 if inputs.dout is None else 6
-    needed = copies * 4 * batch * heads * seqlen * seqlen
-    free = torch.cuda.mem_get_info()[0]
-    if needed > free:
-        raise MemoryError(f"needs about {needed >> 30} GiB, {free >> 30} GiB are free")
-    return _sdpa("MATH")(inputs)
+    require_memory(inputs, 6 if inputs.dout is None else 14)
+    seqlen, group = inputs.q.shape[1], inputs.q.shape[2] // inputs.k.shape[2]
+    hidden = None
+    if inputs.causal:
+        hidden = torch.ones(seqlen, seqlen, dtype=torch.bool, device=inputs.q.device).triu(1)
+
+    def run() -> Any:
+        q, k, v = inputs.bhsd()
+        if group > 1:
+            k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    return run
+
+
+def _family(algorithm: str) -> Callable[[Inputs], Run]:
+    """One of our own kernel families, beside the one that a benchmark is of."""
+
+    def prepare(inputs: Inputs) -> Run:
+        import cuflash
+
+        if algorithm == "standard":
+            require_memory(inputs, standard_bytes_a_score(inputs))
+        return lambda: cuflash.attention(
+            inputs.q, inputs.k, inputs.v, causal=inputs.causal, algorithm=algorithm
+        )
+
+    return prepare
+
+
+def standard_bytes_a_score(inputs: Inputs) -> int:
+    """What ``algorithm="standard"`` keeps: S, which becomes P; in a backward also dP, which becomes dS."""
+    return 2 if inputs.dout is None else 4
 
 
 def _fa3(inputs: Inputs) -> Run:
@@ -192,7 +243,12 @@ PEERS = {
     "cudnn": Peer("cuDNN", _sdpa("CUDNN_ATTENTION")),
     "efficient": Peer("SDPA efficient", _sdpa("EFFICIENT_ATTENTION")),
     "standard": Peer("SDPA math", _standard),
+    "eager": Peer("PyTorch eager", _eager),
     "fa3": Peer("FA3", _fa3),
     "fa4": Peer("FA4", _fa4),
+    "our_hopper": Peer("cuflash hopper", _family("hopper")),
+    "our_fa2": Peer("cuflash fa2", _family("fa2")),
+    "our_fa1": Peer("cuflash fa1", _family("fa1")),
+    "our_standard": Peer("cuflash standard", _family("standard")),
 }
 DEFAULT_PEERS = ("fa2_sdpa", "cudnn")

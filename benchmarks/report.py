@@ -8,8 +8,8 @@ A page shows a results file, named without ".json", between two lines:
     <!-- results:h100-fa2-forward -->
     <!-- /results -->
 
-"results:NAME" is the whole table; "results:NAME:summary", ":burst", ":candidates" and ":figure" are other
-views of the file.
+"results:NAME" is the whole table; "results:NAME:summary", ":burst", ":candidates", ":against_fa2" and
+":figure" are other views of the file. "results:claims" is the table of ``benchmarks.claims``, from all files.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks import claims
 from benchmarks import results as results_files
 from benchmarks.plots import draw, fingerprint, has_figure, title
 from benchmarks.results import ROOT, Results
 from benchmarks.tables import VIEWS
 
 BLOCK = re.compile(r"<!-- results:(?P<name>[\w.-]+?)(?::(?P<view>\w+))? -->\n.*?<!-- /results -->", re.DOTALL)
+CLAIMS = "claims"
 MARKER = re.compile(r"<!-- (?:results:\S*|/results) -->")
 
 
@@ -84,6 +86,8 @@ def rewrite(text: str, page: Path, report: Report, results: dict[str, Results], 
             raise ReportError(
                 f"{page.name}: {opening} is not closed by <!-- /results --> before the next block"
             )
+        if name == CLAIMS:
+            return f"{opening}\n\n{claims.table(results)}\n\n<!-- /results -->"
         if name not in results:
             raise ReportError(f"{page.name}: {opening} names no file in benchmarks/results/")
         shown.add(name)

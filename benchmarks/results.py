@@ -1,12 +1,13 @@
 """Results files: what they hold, checked when they are written and when they are read.
 
 ``benchmarks/results/<gpu>-<topic>.json`` holds "gpu", "date", "commit", "command", "versions", "method" and
-"rows". A row names its problem (``PROBLEM``), then what was measured: ``SPEED`` for kernels, with "peers" in
-TFLOP/s, "peer_errors" for those that could not run, "row_error" (the largest relative error against SDPA, of
-an output row or of 64 rows of a gradient) and, where asked for, "burst" (the same figures from single calls).
-Rows of the directions in ``TIMES`` hold the fields named there instead. A "counters" row counts the kernel of
-the direction in "counted". A "train" row is of one attention; it holds "error" alone if that could not run,
-and of a whole run also ``CURVE``: "losses", means of "loss_every" steps.
+"rows"; where points could not be measured, also "skipped" (point → reason). A row names its problem
+(``PROBLEM``), then what was measured: ``SPEED`` for kernels, with "peers" in TFLOP/s, "peer_errors" for those
+that could not run, "row_error" (the largest relative error against SDPA, of an output row or of 64 rows of a
+gradient) and, where asked for, "burst" (the same figures from single calls). Rows of the directions in
+``TIMES`` hold the fields named there instead. A "counters" row counts the kernel of the direction in
+"counted". A "train" row is of one attention; it holds "error" alone if that could not run, and of a whole run
+also ``CURVE``: "losses", means of "loss_every" steps.
 """
 
 from __future__ import annotations
@@ -74,8 +75,23 @@ COUNTERS: dict[str, tuple[type, ...]] = {  # of one kernel, by ncu; in per cent 
     "instructions": (float,),  # of warps
 }
 CURVE: dict[str, tuple[type, ...]] = {"losses": (list,), "loss_every": (int,)}
-# Directions whose rows hold no speeds of kernels.
-TIMES = {"host": HOST, "call": CALL, "train": TRAIN, "counters": COUNTERS}
+MEMORY: dict[str, tuple[type, ...]] = {
+    "extra_mb": (float,),  # most that a call had allocated at once, beyond its inputs and outputs
+    "arrays_mb": (float,),  # its inputs and outputs
+}
+MATMUL: dict[str, tuple[type, ...]] = {
+    "ms": (float,),
+    "tflops": (float,),
+}  # M × K by K × N: benchmarks/matmul.py
+# Directions whose rows hold no speeds of attention kernels.
+TIMES = {
+    "host": HOST,
+    "call": CALL,
+    "train": TRAIN,
+    "counters": COUNTERS,
+    "memory": MEMORY,
+    "matmul": MATMUL,
+}
 DIRECTIONS = ("forward", "backward", "decode", *TIMES)
 
 
@@ -172,3 +188,7 @@ class Recorder:
     def add(self, row: Row) -> None:
         self._results["rows"].append(row)
         save(self.path, self._results)
+
+    def skip(self, point: str, reason: str) -> None:
+        """Note a point that cannot be measured on this GPU; it is written with the next row."""
+        self._results.setdefault("skipped", {})[point] = reason

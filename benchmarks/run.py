@@ -8,9 +8,11 @@ python -m benchmarks.run counters                        how busy kernels keep t
 python -m benchmarks.run tiles                           candidate tiles of FA2 forward, against SDPA's flash
 python -m benchmarks.run train                           loss curves of a small GPT, with each attention
 python -m benchmarks.run gpt2                            steps of GPT-2, with each attention
+python -m benchmarks.run memory                          memory beyond inputs and outputs, by each family
+python -m benchmarks.run matmul                          the rate of large matrix products
 
-Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps; the other
-options are forward's and backward's.
+Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps, counters also
+--families and --topic; the other options are forward's and backward's.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import TypeVar
 
 from benchmarks import machine
 from benchmarks.options import add_options, topic, workloads
+from benchmarks.peers import DoesNotFitError
 from benchmarks.results import TIMES, Recorder, Row
 from benchmarks.tables import candidate_label
 from benchmarks.workload import Workload
@@ -93,7 +96,7 @@ def _counters(options: argparse.Namespace, command: str) -> int:
         return _skip("counters", reason)
     header = machine.header(command, options.commit, counters.METHOD)
     recorder = Recorder(options.results_dir, options.topic or "counters", header)
-    return _record(["all"], lambda _: counters.measure(), recorder)
+    return _record(["all"], lambda _: counters.measure(options.families), recorder)
 
 
 def _tiles(options: argparse.Namespace, command: str) -> int:
@@ -131,6 +134,27 @@ def _gpt2(options: argparse.Namespace, command: str) -> int:
     return _record(train.POINTS, train.measure_steps, recorder)
 
 
+def _memory(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("memory", reason)
+    from benchmarks import memory
+
+    header = machine.header(command, options.commit, memory.METHOD)
+    return _record(memory.POINTS, memory.measure, Recorder(options.results_dir, memory.TOPIC, header))
+
+
+def _matmul(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("matmul", reason)
+    from benchmarks import matmul
+
+    def measure(product: matmul.Product) -> list[Row]:
+        return matmul.measure(product, budget_ms=options.budget_ms)
+
+    header = machine.header(command, options.commit, matmul.METHOD)
+    return _record(matmul.PRODUCTS, measure, Recorder(options.results_dir, matmul.TOPIC, header))
+
+
 BENCHMARKS = {
     "forward": _speed,
     "backward": _speed,
@@ -140,15 +164,23 @@ BENCHMARKS = {
     "tiles": _tiles,
     "train": _train,
     "gpt2": _gpt2,
+    "memory": _memory,
+    "matmul": _matmul,
 }
 
 
 def _record(points: Iterable[Point], measure: Callable[[Point], list[Row]], into: Recorder) -> int:
-    """Measure and record each point; one that fails is named, leaves no row, and does not stop the others."""
+    """Measure and record each point; one that fails is named, leaves no row, and does not stop the others.
+
+    One whose score matrix does not fit in memory is named too, and no failure.
+    """
     failed = 0
     for point in points:
         try:
             rows = measure(point)
+        except DoesNotFitError as error:
+            into.skip(str(point), str(error))
+            print(f"{point}: SKIPPED: {error}", flush=True)
         except Exception as error:  # whatever a kernel under test can do wrong
             failed += 1
             print(f"{point}: FAILED {type(error).__name__}: {error}", flush=True)

@@ -11,7 +11,15 @@ import torch
 
 import cuflash
 from benchmarks import timing
-from benchmarks.peers import Inputs, Run, prepare_peers, reference, require_agreement
+from benchmarks.peers import (
+    Inputs,
+    Run,
+    prepare_peers,
+    reference,
+    require_agreement,
+    require_memory,
+    standard_bytes_a_score,
+)
 from benchmarks.results import Row, significant
 from benchmarks.tables import candidate_label
 from benchmarks.timing import Timer
@@ -54,6 +62,8 @@ def prepare(
     ``deterministic`` adds a second candidate to a backward.
     """
     inputs = random_inputs(workload)
+    if algorithm == "standard":
+        require_memory(inputs, standard_bytes_a_score(inputs))
     expected = reference(inputs)
     explanation = cuflash.explain(inputs.q, inputs.k, inputs.v, causal=workload.causal, algorithm=algorithm)
     if workload.direction == "backward":
@@ -80,7 +90,7 @@ def _forward(inputs: Inputs, expected: Any, algorithm: str) -> Candidate:
 
 def _backward(inputs: Inputs, expected: Any, algorithm: str, deterministic: bool) -> list[Candidate]:
     q, k, v, causal = inputs.q, inputs.k, inputs.v, inputs.causal
-    out, lse = cuflash.attention(q, k, v, causal=causal, return_lse=True)
+    out, lse = cuflash.attention(q, k, v, causal=causal, return_lse=True, algorithm=algorithm)
 
     def candidate(features: dict[str, Any]) -> Candidate:
         def run() -> Any:

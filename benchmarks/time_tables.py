@@ -1,4 +1,4 @@
-"""Markdown tables of rows that hold times: of the host, of a call in JAX, of a step of training."""
+"""Markdown tables of rows that hold no speeds: of the host, a call in JAX, a step of training, memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import groupby
 
 from benchmarks.markdown import markdown, short_dtype
 from benchmarks.results import CALL, COUNTERS, HOST, Row
+from benchmarks.workload import grid_point
 
 
 def _host_table(rows: list[Row]) -> list[str]:
@@ -46,6 +47,54 @@ def _counters_table(rows: list[Row]) -> list[str]:
         for row in rows
     ]
     return markdown(head, body)
+
+
+POINT = ("head_dim", "causal", "seqlen_q")
+
+
+def compare_counters(rows: list[Row], ours: str, other: str) -> list[str]:
+    """A line for each point of both families: how many times as much ``ours`` takes, and how busy it is."""
+    counted = {(row["family"], row["counted"], *map(row.get, POINT)): row for row in rows}
+    head = ["kernel", "d", "mask", "length", "time", "instructions", "shared-memory accesses"]
+    head += [f"others for each mma ({other})"]
+    head += [f"{name}, % ({other})" for name in ("SMs active", "occupancy", "tensor")]
+    body = []
+    for (family, *point), row in counted.items():
+        than = counted.get((other, *point))
+        if family != ours or than is None:
+            continue
+        part, head_dim, is_causal, seqlen = point
+        body.append(
+            [
+                *(part, str(head_dim), "causal" if is_causal else "full", str(seqlen)),
+                *(f"{value(row) / value(than):.2f}" for value in (_time, _instructions, _accesses)),
+                "-" if is_causal else f"{others_per_mma(row):.1f} ({others_per_mma(than):.1f})",
+                *(f"{row[name]:.0f} ({than[name]:.0f})" for name in ("sm_active", "occupancy", "tensor")),
+            ]
+        )
+    if not body:
+        raise ValueError(f"{ours} and {other} have no point in common")
+    caption = f"{ours} over {other}: times as much; and how busy each keeps the GPU:"
+    return [caption, "", *markdown(head, body)]
+
+
+def others_per_mma(row: Row) -> float:
+    """Instructions beside each mma.sync (m16n8k16), of fa1 and fa2 without a mask: both multiply as much."""
+    flops = grid_point(row["head_dim"], row["seqlen_q"], False, direction=row["counted"]).flops
+    return float(row["instructions"] / (flops / (2 * 16 * 8 * 16)) - 1)
+
+
+def _time(row: Row) -> float:
+    return float(row["ms"])
+
+
+def _instructions(row: Row) -> float:
+    return float(row["instructions"])
+
+
+def _accesses(row: Row) -> float:
+    """In units that cancel: the counter is a share of the active cycles, and those are of the time."""
+    return float(row["shared_memory"] * row["sm_active"] * row["ms"])
 
 
 def _training_table(rows: list[Row]) -> list[str]:
@@ -95,10 +144,53 @@ def _step_cells(row: Row, standard: Row | None) -> list[str]:
     return cells
 
 
+def _memory_table(rows: list[Row]) -> list[str]:
+    """A table for each pool and pass: a line for each length, a column for each attention."""
+    problem = "Batch {batch}, {heads_q} heads of {head_dim}".format(**rows[0])
+    lines = [f"{problem}, {short_dtype(rows[0])}: MB beyond inputs and outputs.", ""]
+    for (pool, part), group in groupby(
+        rows, key=lambda row: (row["features"]["pool"], row["features"]["pass"])
+    ):
+        of_pass = list(group)
+        families = list(dict.fromkeys(row["family"] for row in of_pass))
+        extra = {(row["seqlen_q"], row["family"]): row["extra_mb"] for row in of_pass}
+        arrays = {row["seqlen_q"]: row["arrays_mb"] for row in of_pass}
+        head = ["length", "inputs and outputs", *map(memory_label, families)]
+        body = [
+            [
+                str(seqlen),
+                f"{mb:.4g}",
+                *(f"{extra[point]:.4g}" if point in extra else "-" for point in points),
+            ]
+            for seqlen, mb in arrays.items()
+            for points in [[(seqlen, family) for family in families]]
+        ]
+        lines += [f"{part}, {memory_pool(pool)}:", "", *markdown(head, body), ""]
+    return lines[:-1]
+
+
+def memory_label(family: str) -> str:
+    return {"eager": "PyTorch eager", "fa2_sdpa": "FA2 (SDPA)"}.get(family, family)
+
+
+def memory_pool(pool: str) -> str:
+    return {"torch": "PyTorch's allocator", "cupy": "CuPy's pool"}[pool]
+
+
+def _matmul_table(rows: list[Row]) -> list[str]:
+    body = [
+        [*(str(row[name]) for name in ("seqlen_q", "seqlen_k", "head_dim")), f"{row['tflops']:.0f}"]
+        for row in rows
+    ]
+    return markdown(["M", "N", "K", "TFLOP/s"], body)
+
+
 # By direction, as results.TIMES.
 TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "host": _host_table,
     "call": _call_table,
     "counters": _counters_table,
     "train": _training_table,
+    "memory": _memory_table,
+    "matmul": _matmul_table,
 }

@@ -1,4 +1,4 @@
-"""The command line: ``python -m cuflash demo`` and ``python -m cuflash info``."""
+"""The command line: ``python -m cuflash demo``, ``info`` and, in a checkout, ``bench``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from cuflash import demo, info
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    if options.command == "bench":
+        return _bench(options, rest)
+    if rest:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "info":
         return info.main()
     try:
@@ -18,6 +22,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"cuflash demo: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _bench(options: argparse.Namespace, rest: list[str]) -> int:
+    """The benchmarks are not part of an installed package: their results files are of the repository."""
+    try:
+        from benchmarks import claims, run
+        from benchmarks.results import RESULTS_DIR
+    except ImportError as error:
+        print(f"cuflash bench: run it in a checkout of the repository ({error})", file=sys.stderr)
+        return 2
+    if options.claims:
+        print(claims.table(claims.load(RESULTS_DIR)))
+        return 0
+    return run.main(rest)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,6 +63,15 @@ def _parser() -> argparse.ArgumentParser:
         "info",
         help="versions, device, kernel cache, and which kernel families can run here",
         description="Print versions, device, kernel cache, and which kernel families run here or why not.",
+    )
+    bench_parser = commands.add_parser(
+        "bench",
+        help="in a checkout: measure (see python -m benchmarks.run --help), or print the claims table",
+        description="Without --claims: python -m benchmarks.run with the same arguments.",
+        add_help=False,
+    )
+    bench_parser.add_argument(
+        "--claims", action="store_true", help="what the papers claim beside what was measured here"
     )
     return parser
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from cuflash import arrays, cpu, families, families_backward, plan
 from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
-from cuflash.checks import Options, check_call, named, out_shape
+from cuflash.checks import GPU_ALGORITHMS, Options, check_call, named, out_shape
 from cuflash.explanation import Explanation
 from cuflash.problem import Causal
 
@@ -56,9 +56,11 @@ def attention(
         Where to write the result; it is also what is returned. Of q's library, device and dtype, with any
         strides that do not make its elements overlap. It must not share memory with q, k or v. JAX arrays are
         immutable and cannot be ``out``.
-    algorithm : "auto", "hopper", "fa2" or "cpu"
+    algorithm : "auto", "hopper", "fa2", "fa1", "standard" or "cpu"
         The kernel family. "auto" takes the fastest that runs where the arrays are: never the CPU for arrays
-        on a GPU, always for arrays in host memory. A named one that cannot run raises. See ``explain``.
+        on a GPU, always for arrays in host memory. A named one that cannot run raises. "fa1", the first
+        FlashAttention (head_dim to 128), and "standard", which keeps the whole score matrix in memory, are
+        there to be compared with. See ``explain``.
 
     Returns
     -------
@@ -138,12 +140,11 @@ def explain(
     device = infos["q"].device
     if device is None:
         return Explanation(
-            "cpu", "the CPU", problem, dict.fromkeys(("hopper", "fa2"), "q, k and v are in host memory")
+            "cpu", "the CPU", problem, dict.fromkeys(GPU_ALGORITHMS, "q, k and v are in host memory")
         )
 
     kernel = families.choose_kernel(request, options)
     gpu = families.Gpu.of(device)
-    objection = families_backward.why_not_hopper(request, options.algorithm, options.layout, gpu)
     return Explanation(
         kernel.family,
         f"cuda:{device} ({kernel.arch})",
@@ -153,7 +154,9 @@ def explain(
         kernel.config,
         kernel.call,
         kernel.program,
-        f"fa2 (not hopper: {objection})" if objection else "hopper",
+        families_backward.explained(request, options, gpu),
+        workspace_bytes=4 * (kernel.workspace_words or 0),
+        products=kernel.standard.products if kernel.standard else 0,
     )
 
 

@@ -52,8 +52,8 @@ def attention_backward(
         Whether two calls must agree bit for bit. dk and dv always do. On a GPU the parts of dq are added in
         float32 in the order in which thread blocks finish, unless this is True: they then wait for each
         other, which takes longer and no more memory to speak of.
-    algorithm : "auto", "hopper", "fa2" or "cpu"
-        The kernel family, as for ``attention``.
+    algorithm : "auto", "hopper", "fa2", "fa1", "standard" or "cpu"
+        The kernel family, as for ``attention``. "fa1" and "standard" always give the same bits.
 
     Returns
     -------

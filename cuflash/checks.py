@@ -8,7 +8,8 @@ from cuflash.arrays import ArrayInfo, Native
 from cuflash.arrays.overlap import Footprint
 from cuflash.problem import Causal, Problem, make_problem
 
-ALGORITHMS = ("auto", "hopper", "fa2", "cpu")
+GPU_ALGORITHMS = ("hopper", "fa2", "fa1", "standard")
+ALGORITHMS = ("auto", *GPU_ALGORITHMS, "cpu")
 _GPU_DTYPES = ("float16", "bfloat16")
 
 
@@ -75,9 +76,10 @@ def out_shape(problem: Problem, layout: str) -> tuple[int, ...]:
 def check_algorithm(native: Native, q: ArrayInfo, algorithm: str) -> None:
     """Refuse an ``algorithm``, or a dtype, that does not run where ``q`` is."""
     if q.device is None:
-        if algorithm in ("hopper", "fa2"):
+        if algorithm in GPU_ALGORITHMS:
+            kind = "is CUDA kernels and cuBLAS" if algorithm == "standard" else "is a CUDA kernel"
             raise ValueError(
-                f'algorithm="{algorithm}" is a CUDA kernel, but q is {native.noun} on the CPU; move q, k and '
+                f'algorithm="{algorithm}" {kind}, but q is {native.noun} on the CPU; move q, k and '
                 'v to a GPU or use algorithm="auto", which runs the CPU path'
             )
         return

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from cuflash.arrays import Native
-from cuflash.checks import Request, check_algorithm, out_shape
+from cuflash.checks import ALGORITHMS, Request, check_algorithm, out_shape
 from cuflash.problem import Causal, Problem, make_problem
-
-BACKWARD_ALGORITHMS = ("auto", "hopper", "fa2", "cpu")
 
 
 class BackwardOptions(NamedTuple):
@@ -29,8 +27,8 @@ def named_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: 
 
 def check_backward_call(native: Native, arrays: dict[str, Any], options: BackwardOptions) -> Request:
     """Check ``arrays``, all of the library ``native``, against each other and ``options``."""
-    if options.algorithm not in BACKWARD_ALGORITHMS:
-        raise ValueError(f"algorithm must be one of {BACKWARD_ALGORITHMS}, got {options.algorithm!r}")
+    if options.algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {options.algorithm!r}")
     if not isinstance(options.deterministic, bool):
         raise TypeError(f"deterministic must be True or False, got {options.deterministic!r}")
     for name, x in arrays.items():

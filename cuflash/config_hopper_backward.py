@@ -196,7 +196,7 @@ class WideTile(NamedTuple):
 
 # The first row that is wide enough is taken. At head_dim 64 the main warpgroups have registers for dQ beside
 # dK and dV; at 128 they do not (docs/hopper-backward.md). The registers of the three warpgroups sum to what
-# the launch allocates, 3 · 168. What is spilled is the loading thread's.
+# the launch allocates, 3 · 168.
 TILES = (
     Tile(64, 64, 128, 3, False, 64, helper_registers=56, main_registers=224),
     Tile(96, 96, 64, 3, True, 96, helper_registers=88, main_registers=208),
@@ -207,10 +207,6 @@ WIDE_TILES = (
     WideTile(192, 192, 64, 3, 192, 24, 176, 176, 136),
     WideTile(256, 256, 64, 2, 64, 24, 208, 208, 72),
 )
-
-# Whether "auto" takes these kernels where they can compute a backward. Not before they have run on a GPU.
-CHOSEN_BY_AUTO = False
-WIDE_CHOSEN_BY_AUTO = False
 
 
 def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
@@ -262,11 +258,6 @@ def with_passes(main: MainConfig, *, vector_out: bool = True) -> HopperBackwardC
             main.dtype, main.head_dim, main.block_m, vector_reductions=True, vector_out=vector_out
         ),
     )
-
-
-def chosen_by_auto(problem: Problem) -> bool:
-    """Whether "auto" takes the kernel for a problem that ``why_not`` has no objection to."""
-    return WIDE_CHOSEN_BY_AUTO if isinstance(_tile(problem), WideTile) else CHOSEN_BY_AUTO
 
 
 def _tile(problem: Problem) -> Tile | WideTile:

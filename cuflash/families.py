@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cuflash import config_hopper, jit, launch
+from cuflash import config_fa1, config_hopper, jit, launch, launch_fa1
 from cuflash.checks import Options, Request
 from cuflash.config import Config, choose
+from cuflash.config_fa1 import Fa1Config
 from cuflash.config_hopper import HopperConfig
+from cuflash.config_standard import SoftmaxConfig, choose_softmax
 from cuflash.launch import KernelCall
 from cuflash.launch_hopper import HopperCall, hopper_forward_call
-from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts
+from cuflash.launch_standard import StandardForward, forward_calls
+from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts, standard_layouts
 from cuflash.resources import ELEMENT_BYTES, MINIMUM_CAPABILITY
+
+_TO_COMPARE_WITH = ("fa1", "standard")  # families that "auto" never takes
 
 
 class Kernel(NamedTuple):
-    """What runs, and with what arguments. The last three are None where the output is empty: nothing runs."""
+    """What runs, and with what arguments. The last five are None where the output is empty: nothing runs."""
 
     family: str
     not_used: dict[str, str]  # the other families → why they do not run
     arch: str
     layouts: Layouts
-    config: Config | HopperConfig | None
-    call: KernelCall | HopperCall | None
-    program: jit.Program | None
+    config: Config | HopperConfig | Fa1Config | SoftmaxConfig | None = None
+    call: KernelCall | HopperCall | None = None
+    program: jit.Program | None = None
+    workspace_words: int | None = None  # of 4 bytes, also 0, if the kernel takes a workspace
+    standard: StandardForward | None = None  # cuBLAS's products around the softmax that ``call`` is
 
 
 class Gpu(NamedTuple):
@@ -41,7 +48,7 @@ class Gpu(NamedTuple):
         capability = divmod(int(cuda.Device(device).compute_capability), 10)  # "90" is 9.0, "120" is 12.0
         if capability < MINIMUM_CAPABILITY:
             raise ValueError(
-                "q is on a GPU of compute capability {}.{}; the fa2 kernel runs on {}.{} and newer".format(
+                "q is on a GPU of compute capability {}.{}; the kernels run on {}.{} and newer".format(
                     *capability, *MINIMUM_CAPABILITY
                 )
             )
@@ -59,17 +66,40 @@ def choose_kernel(request: Request, options: Options) -> Kernel:
     ValueError if their GPU is too old, or if ``options.algorithm`` names a family that cannot compute this.
     """
     gpu = Gpu.of(request.infos["q"].device)
-    objection = _why_not_hopper(request, options, gpu)
-    if options.algorithm == "fa2":
-        objection = 'algorithm="fa2" was asked for'
-    elif options.algorithm == "hopper" and objection:
-        raise ValueError(f'algorithm="hopper" cannot compute this: {objection}; use "auto"')
-    not_used = {"cpu": "q, k and v are on a GPU"}
-    if objection is None:
-        not_used["fa2"] = "hopper can compute this, and is faster"
-        return _hopper(request, options, gpu, not_used)
-    not_used["hopper"] = objection
-    return _fa2(request, options, gpu, not_used)
+    objections = {
+        "hopper": _why_not_hopper(request, options, gpu),
+        "fa2": None,
+        "fa1": config_fa1.why_not(request.problem),
+        "standard": None,
+    }
+    chosen, not_used = pick(options.algorithm, objections, "this")
+    return _MAKERS[chosen](request, options, gpu, not_used)
+
+
+def pick(asked_for: str, objections: dict[str, str | None], computation: str) -> tuple[str, dict[str, str]]:
+    """The family that runs, and why each other does not.
+
+    ``objections`` has every family on a GPU, and why it cannot run or "auto" should not take it. ValueError
+    if ``asked_for`` names one that cannot run this ``computation``.
+    """
+    chosen = asked_for
+    if chosen == "auto":
+        chosen = "fa2" if objections["hopper"] else "hopper"
+    elif objections[chosen]:
+        raise ValueError(
+            f'algorithm="{chosen}" cannot compute {computation}: {objections[chosen]}; use "auto"'
+        )
+    reasons = {"cpu": "q, k and v are on a GPU"}
+    for family, objection in objections.items():
+        if family == chosen:
+            continue
+        if asked_for != "auto":
+            reasons[family] = objection or f'algorithm="{asked_for}" was asked for'
+        elif family in _TO_COMPARE_WITH:
+            reasons[family] = objection or f"{chosen} is faster: {family} is there to be compared with"
+        else:
+            reasons[family] = objection or f"{chosen} can compute this, and is faster"
+    return chosen, reasons
 
 
 def _fa2(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:
@@ -77,7 +107,7 @@ def _fa2(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str])
     arch = jit.architecture(gpu.capability)
     layouts = fa2_layouts(problem, infos, options.layout)
     if problem.is_empty:
-        return Kernel("fa2", not_used, arch, layouts, None, None, None)
+        return Kernel("fa2", not_used, arch, layouts)
     config = choose(problem, gpu.capability, vector_out=layouts.vector_out)
     q, k, v, out = (launch.kernel_strides(*operand, ELEMENT_BYTES, options.layout) for operand in layouts[:4])
     call = launch.forward_call(problem, config, q, k, v, out, gpu.l2_bytes)
@@ -89,7 +119,7 @@ def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, st
     arch = jit.architecture(gpu.capability)
     layouts = hopper_layouts(problem, infos, options.layout)
     if problem.is_empty:
-        return Kernel("hopper", not_used, arch, layouts, None, None, None)
+        return Kernel("hopper", not_used, arch, layouts)
     config = config_hopper.choose_hopper(problem, gpu.multiprocessors)
     call = hopper_forward_call(
         problem,
@@ -100,6 +130,35 @@ def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, st
         l2_bytes=gpu.l2_bytes,
     )
     return Kernel("hopper", not_used, arch, layouts, config, call, jit.compile(config, arch))
+
+
+def _fa1(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:
+    problem, infos = request
+    arch = jit.architecture(gpu.capability)
+    layouts = fa2_layouts(problem, infos, options.layout)
+    if problem.is_empty:
+        return Kernel("fa1", not_used, arch, layouts)
+    config = config_fa1.choose(problem, gpu.capability, vector_out=layouts.vector_out)
+    q, k, v, out = (launch.kernel_strides(*operand, ELEMENT_BYTES, options.layout) for operand in layouts[:4])
+    call, words = launch_fa1.forward_call(problem, config, q, k, v, out)
+    return Kernel("fa1", not_used, arch, layouts, config, call, jit.compile(config, arch), words)
+
+
+def _standard(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:
+    problem, infos = request
+    arch = jit.architecture(gpu.capability)
+    layouts = standard_layouts(problem, infos, options.layout)
+    if problem.is_empty:
+        return Kernel("standard", not_used, arch, layouts)
+    config = choose_softmax(problem)
+    q, k, v, out = (launch.kernel_strides(*operand, ELEMENT_BYTES, options.layout) for operand in layouts[:4])
+    standard = forward_calls(problem, config, q, k, v, out)
+    program = jit.compile(config, arch)
+    words = standard.workspace_words
+    return Kernel("standard", not_used, arch, layouts, config, standard.softmax, program, words, standard)
+
+
+_MAKERS = {"hopper": _hopper, "fa2": _fa2, "fa1": _fa1, "standard": _standard}
 
 
 def _why_not_hopper(request: Request, options: Options, gpu: Gpu) -> str | None:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from cuflash import config_backward, config_hopper_backward, launch
+from cuflash import (
+    config_backward,
+    config_fa1,
+    config_hopper_backward,
+    config_standard,
+    launch,
+    launch_fa1,
+    launch_standard,
+)
 from cuflash.arrays import ArrayInfo
-from cuflash.checks import Request
+from cuflash.checks import Options, Request
 from cuflash.checks_backward import BackwardOptions
-from cuflash.config_backward import BackwardConfigs
-from cuflash.config_hopper_backward import HopperBackwardConfigs
-from cuflash.families import Gpu
+from cuflash.families import Gpu, pick
+from cuflash.flash_backward import FlashSteps, load_flash_steps
 from cuflash.launch import Operand
-from cuflash.launch_backward import BackwardCalls, BackwardStrides, backward_calls
+from cuflash.launch_backward import BackwardStrides, backward_calls
 from cuflash.launch_hopper_backward import hopper_backward_calls
-from cuflash.layouts import Objection, padded, why_not_read
+from cuflash.layouts import Objection, padded, why_not_read, why_not_read_by_cublas
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
+from cuflash.standard_backward import StandardSteps, load_standard_steps
 from cuflash.tensor_map import why_not_mapped
 
 _LSE_BYTES = 4
@@ -39,36 +48,54 @@ class BackwardKernels(NamedTuple):
     family: str
     not_used: dict[str, str]  # the other families → why they do not run
     layouts: BackwardLayouts
-    configs: BackwardConfigs | HopperBackwardConfigs
-    calls: BackwardCalls
+    load: Callable[[str], FlashSteps | StandardSteps]  # compiles for an architecture, onto the current device
 
 
 def choose_backward(request: Request, options: BackwardOptions, gpu: Gpu) -> BackwardKernels:
     """ValueError if ``options.algorithm`` names a family that cannot compute this."""
-    objection = why_not_hopper(request, options.algorithm, options.layout, gpu)
-    if options.algorithm == "hopper" and objection:
-        raise ValueError(f'algorithm="hopper" cannot compute this backward: {objection}; use "auto"')
-    not_used = {"cpu": "q, k and v are on a GPU"}
-    if objection is None:
-        not_used["fa2"] = "hopper can compute this, and is faster"
-        return _hopper(request, options, gpu, not_used)
-    not_used["hopper"] = objection
-    return _fa2(request, options, gpu, not_used)
+    chosen, not_used = pick(options.algorithm, _objections(request, options, gpu), "this backward")
+    layouts, load = _MAKERS[chosen](request, options, gpu)
+    return BackwardKernels(chosen, not_used, layouts, load)
 
 
-def _fa2(request: Request, options: BackwardOptions, gpu: Gpu, not_used: dict[str, str]) -> BackwardKernels:
+def explained(request: Request, options: Options, gpu: Gpu) -> str:
+    """Which family differentiates the forward ``request``, in a word, and why hopper does not.
+
+    dout and out are taken to be contiguous.
+    """
+    objections = _objections(request, options, gpu)
+    if objection := objections.get(options.algorithm):
+        return f"none ({options.algorithm}: {objection})"
+    chosen, not_used = pick(options.algorithm, objections, "this backward")
+    return chosen if chosen == "hopper" else f"{chosen} (not hopper: {not_used['hopper']})"
+
+
+def _objections(request: Request, options: Options | BackwardOptions, gpu: Gpu) -> dict[str, str | None]:
+    """Why each family cannot compute the backward of ``request``, or "auto" should not take it."""
+    return {
+        "hopper": _why_not_hopper(request, options.algorithm, gpu),
+        "fa2": None,
+        "fa1": config_fa1.why_not(request.problem),
+        "standard": None,
+    }
+
+
+def _why_not_hopper(request: Request, algorithm: str, gpu: Gpu) -> str | None:
     problem, infos = request
-    layouts = fa2_backward_layouts(problem, infos, options.layout)
-    configs = config_backward.choose(
-        problem, gpu.capability, deterministic=options.deterministic, vector_out=layouts.vector_out
-    )
-    calls = backward_calls(problem, configs, layouts.strides, gpu.l2_bytes)
-    return BackwardKernels("fa2", not_used, layouts, configs, calls)
+    if reason := config_hopper_backward.why_not(problem, gpu.capability):
+        return reason
+    if algorithm == "auto":
+        copied_by_both = _operands(infos, _FA2).copies
+        for name, reason in _operands(infos, _HOPPER).copies.items():
+            if name in infos and name not in copied_by_both:
+                return f"TMA cannot read {name} where it lies, as fa2 can: {reason}"
+    return None
 
 
-def _hopper(
-    request: Request, options: BackwardOptions, gpu: Gpu, not_used: dict[str, str]
-) -> BackwardKernels:
+_Made = tuple[BackwardLayouts, Callable[[str], FlashSteps | StandardSteps]]
+
+
+def _hopper(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:
     problem, infos = request
     layouts = hopper_backward_layouts(problem, infos, options.layout)
     configs = config_hopper_backward.choose_hopper(problem, deterministic=options.deterministic)
@@ -81,37 +108,75 @@ def _hopper(
         multiprocessors=gpu.multiprocessors,
         l2_bytes=gpu.l2_bytes,
     )
-    return BackwardKernels("hopper", not_used, layouts, configs, calls)
+    return layouts, functools.partial(load_flash_steps, configs, calls)
 
 
-def why_not_hopper(request: Request, algorithm: str, layout: str, gpu: Gpu) -> str | None:
-    """Why the Hopper kernels cannot compute the backward of ``request``, or should not; None if they should.
-
-    ``request`` may be a forward's: dout and out are then taken to be contiguous.
-    """
+def _fa2(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:
     problem, infos = request
-    if algorithm == "fa2":
-        return 'algorithm="fa2" was asked for'
-    if reason := config_hopper_backward.why_not(problem, gpu.capability):
-        return reason
-    if algorithm == "auto":
-        if not config_hopper_backward.chosen_by_auto(problem):
-            return 'it has to be asked for with algorithm="hopper"'
-        copied_by_both = _operands(infos, *_FA2).copies
-        for name, reason in _operands(infos, *_HOPPER).copies.items():
-            if name in infos and name not in copied_by_both:
-                return f"TMA cannot read {name} where it lies, as fa2 can: {reason}"
-    return None
+    layouts = fa2_backward_layouts(problem, infos, options.layout)
+    configs = config_backward.choose(
+        problem, gpu.capability, deterministic=options.deterministic, vector_out=layouts.vector_out
+    )
+    calls = backward_calls(problem, configs, layouts.strides, gpu.l2_bytes)
+    return layouts, functools.partial(load_flash_steps, configs, calls)
+
+
+def _fa1(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:
+    problem, infos = request
+    layouts = fa2_backward_layouts(problem, infos, options.layout)
+    configs = config_fa1.choose_backward(problem, gpu.capability, vector_out=layouts.vector_out)
+    calls = launch_fa1.backward_calls(problem, configs, layouts.strides)
+    return layouts, functools.partial(load_flash_steps, configs, calls)
+
+
+def _standard(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:
+    problem, infos = request
+    layouts = standard_backward_layouts(problem, infos, options.layout)
+    configs = config_standard.choose_backward(problem)
+    calls = launch_standard.backward_calls(problem, configs, layouts.strides._asdict())
+    return layouts, functools.partial(load_standard_steps, configs, calls)
+
+
+_MAKERS = {"hopper": _hopper, "fa2": _fa2, "fa1": _fa1, "standard": _standard}
 
 
 def fa2_backward_layouts(problem: Problem, infos: Infos, layout: str) -> BackwardLayouts:
-    """What the fa2 kernels read in place: they store any row, if need be element by element."""
-    return _layouts(problem, infos, layout, _operands(infos, *_FA2))
+    """What the fa2 and fa1 kernels read in place: they store any row, if need be element by element."""
+    return _layouts(problem, infos, layout, _FA2)
 
 
 def hopper_backward_layouts(problem: Problem, infos: Infos, layout: str) -> BackwardLayouts:
     """What TMA, and the passes before and after, read and write in place."""
-    return _layouts(problem, infos, layout, _operands(infos, *_HOPPER))
+    return _layouts(problem, infos, layout, _HOPPER)
+
+
+def standard_backward_layouts(problem: Problem, infos: Infos, layout: str) -> BackwardLayouts:
+    """What cuBLAS reads in place. Nothing reads out: dS follows from P and dP."""
+    read = why_not_read_by_cublas(layout)
+    return _layouts(problem, infos, layout, _Objections(dout=(read,), q_k_v=read))
+
+
+class _Objections(NamedTuple):
+    """What may keep kernels from reading inputs, and storing dk and dv, where they lie; None: nothing may."""
+
+    dout: tuple[Objection, ...]
+    q_k_v: Objection
+    out: Objection | None = None
+    dk_dv: Objection | None = None
+
+
+def _not_moved_by_tma(operand: Operand, pointer: int) -> str | None:
+    return why_not_mapped(*operand, pointer)
+
+
+# The preprocess reads dout and out, the main kernel dout too.
+_FA2 = _Objections(dout=(why_not_read,), q_k_v=why_not_read, out=why_not_read)
+_HOPPER = _Objections(
+    dout=(why_not_read, _not_moved_by_tma),
+    q_k_v=_not_moved_by_tma,
+    out=why_not_read,
+    dk_dv=_not_moved_by_tma,
+)
 
 
 class _Operands(NamedTuple):
@@ -119,22 +184,13 @@ class _Operands(NamedTuple):
     copies: dict[str, str]
 
 
-def _not_moved_by_tma(operand: Operand, pointer: int) -> str | None:
-    return why_not_mapped(*operand, pointer)
-
-
-# What may keep the main kernel from reading q, k, v and dout, and from storing dk and dv.
-_FA2: tuple[Objection, Objection | None] = (why_not_read, None)
-_HOPPER: tuple[Objection, Objection | None] = (_not_moved_by_tma, _not_moved_by_tma)
-
-
-def _operands(infos: Infos, why_not_main_reads: Objection, why_not_stored: Objection | None) -> _Operands:
+def _operands(infos: Infos, objections: _Objections) -> _Operands:
     operands = _Operands({}, {})
 
-    def meet(name: str, info: ArrayInfo | None, like: tuple[int, ...], *objections: Objection | None) -> None:
+    def meet(name: str, info: ArrayInfo | None, like: tuple[int, ...], *why_not: Objection | None) -> None:
         new = Operand(like, launch.contiguous_strides(like, ELEMENT_BYTES))
         operand, pointer = (Operand(info.shape, info.strides), info.pointer) if info else (new, 0)
-        for objection in objections:
+        for objection in why_not:
             if objection and 0 not in operand.shape and (reason := objection(operand, pointer)):
                 operands.copies[name] = reason
                 operand = padded(operand.shape)
@@ -143,19 +199,19 @@ def _operands(infos: Infos, why_not_main_reads: Objection, why_not_stored: Objec
 
     q, k, v = (infos[name].shape for name in ("q", "k", "v"))
     out = (*q[:3], v[3])
-    # The preprocess reads dout and out.
-    meet("dout", infos.get("dout"), out, why_not_read, why_not_main_reads)
+    meet("dout", infos.get("dout"), out, *objections.dout)
     for name, shape in (("q", q), ("k", k), ("v", v)):
-        meet(name, infos[name], shape, why_not_main_reads)
-    meet("out", infos.get("out"), out, why_not_read)
+        meet(name, infos[name], shape, objections.q_k_v)
+    meet("out", infos.get("out"), out, objections.out)
     meet("dq", None, q)
-    meet("dk", None, k, why_not_stored)
-    meet("dv", None, v, why_not_stored)
+    meet("dk", None, k, objections.dk_dv)
+    meet("dv", None, v, objections.dk_dv)
     return operands
 
 
-def _layouts(problem: Problem, infos: Infos, layout: str, operands: _Operands) -> BackwardLayouts:
+def _layouts(problem: Problem, infos: Infos, layout: str, objections: _Objections) -> BackwardLayouts:
     """``infos`` as ``check_backward_call`` returns them."""
+    operands = _operands(infos, objections)
     strides = {
         name: launch.kernel_strides(*operand, ELEMENT_BYTES, layout) for name, operand in operands.met.items()
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cuflash import cache, config_hopper, jit
+from cuflash import cache, config_fa1, config_hopper, jit
 from cuflash.resources import MINIMUM_CAPABILITY
 
 Rows = list[tuple[str, str]]
@@ -132,6 +132,8 @@ def _families(gpu: Gpu | None, why_not: str) -> Rows:
         hopper = f"no: {gpu.name} has compute capability {_dotted(gpu.capability)}"
     return [
         ("cpu", "yes, for NumPy arrays and other CPU arrays"),
+        ("standard", f"{fa2} (needs cuBLAS besides what fa2 needs)"),
+        ("fa1", f"{fa2} (needs what fa2 needs; head_dim to {config_fa1.MAX_HEAD_DIM})"),
         ("fa2", f"{fa2} (needs NVRTC and an NVIDIA GPU of compute capability ≥ {minimum_capability()})"),
         ("hopper", f"{hopper} (needs compute capability {_dotted(config_hopper.CAPABILITY)}: H100, H200)"),
     ]

@@ -25,14 +25,8 @@ from jax.interpreters import ad, batching, mlir
 
 from cuflash import cpu, launch, plan, plan_backward
 from cuflash.arrays.jax import JaxAvals, XlaBuffers
-from cuflash.checks import Options, check_call, out_shape
-from cuflash.checks_backward import (
-    BACKWARD_ALGORITHMS,
-    BackwardOptions,
-    check_backward_call,
-    lse_shape,
-    named_backward,
-)
+from cuflash.checks import GPU_ALGORITHMS, Options, check_call, out_shape
+from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 
@@ -58,9 +52,8 @@ def _attention_fwd(q: Any, k: Any, v: Any, options: Options) -> tuple[tuple[Any,
 
 def _attention_bwd(options: Options, saved: Arrays, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
     dout, dlse = cotangents
-    algorithm = options.algorithm if options.algorithm in BACKWARD_ALGORITHMS else "auto"
     backward_options = BackwardOptions(
-        options.causal, options.scale, options.layout, _deterministic(), algorithm
+        options.causal, options.scale, options.layout, _deterministic(), options.algorithm
     )
     return tuple(_backward_p.bind(dout, *saved, dlse, options=backward_options))
 
@@ -97,7 +90,7 @@ def _(dout: Any, q: Any, k: Any, v: Any, *_: Any, options: BackwardOptions) -> A
 
 def _check_traced(q: Any, k: Any, v: Any, options: Options) -> Problem:
     """All checks but those that depend on the device, which only compilation knows."""
-    if options.algorithm in ("hopper", "fa2"):
+    if options.algorithm in GPU_ALGORITHMS:
         options = options._replace(algorithm="auto")
     return check_call(JaxAvals(None), {"q": q, "k": k, "v": v}, options).problem
 
@@ -173,13 +166,16 @@ def _forward_on_gpu(q: Any, k: Any, v: Any, *, options: Options) -> Arrays:
     options = options._replace(scale=problem.scale)  # that of the head_dim before padding
     padded = _padded(q), _padded(k), _padded(v)
     # Compile and load now: while a CUDA graph captures the callback it is too late.
-    plan.make_plan(check_call(avals, dict(zip("qkv", padded, strict=True)), options), options)
+    request = check_call(avals, dict(zip("qkv", padded, strict=True)), options)
+    words = plan.make_plan(request, options).workspace_words
 
     def callback(context: Any, outputs: Arrays, q: Any, k: Any, v: Any) -> None:
         plan.attend(XlaBuffers(context.stream, outputs), q, k, v, None, options)
 
     results = _results(_forward_p, *padded, options=options)
-    out, lse = buffer_callback(callback, results, command_buffer_compatible=True)(*padded)
+    if words is not None:
+        results = [*results, jax.ShapeDtypeStruct((words,), np.float32)]
+    out, lse, *_ = buffer_callback(callback, results, command_buffer_compatible=_capturable(options))(*padded)
     return out[..., : problem.head_dim_v], lse
 
 
@@ -192,7 +188,7 @@ def _backward_on_gpu(*arrays: Any, options: BackwardOptions) -> Arrays:
     options = options._replace(scale=problem.scale)
     padded = [x if x.ndim == 3 else _padded(x) for x in arrays]
     request = check_backward_call(avals, named_backward(*padded), options)
-    words = plan_backward.make_plan(request, options).calls.workspace.words
+    words = plan_backward.make_plan(request, options).steps.workspace_words
 
     def callback(context: Any, outputs: Arrays, *inputs: Any) -> None:
         plan_backward.differentiate(XlaBuffers(context.stream, outputs), named_backward(*inputs), options)
@@ -201,8 +197,15 @@ def _backward_on_gpu(*arrays: Any, options: BackwardOptions) -> Arrays:
         *_results(_backward_p, *padded, options=options),
         jax.ShapeDtypeStruct((words,), np.float32),
     ]
-    *gradients, _ = buffer_callback(callback, outputs, command_buffer_compatible=True)(*padded)
+    capturable = _capturable(options)
+    *gradients, _ = buffer_callback(callback, outputs, command_buffer_compatible=capturable)(*padded)
     return [x[..., : y.shape[-1]] for x, y in zip(gradients, results, strict=True)]
+
+
+def _capturable(options: Options | BackwardOptions) -> bool:
+    """Whether a CUDA graph may capture the callback, from any of XLA's threads: cuBLAS's handles are made
+    for each at its first call, which allocates."""
+    return options.algorithm != "standard"
 
 
 def _current_device() -> int:

@@ -15,30 +15,25 @@ from cuflash.resources import ELEMENT_BYTES, shared_bytes
 ALIGNMENT = 16  # bytes of one vector load: rows of Q, K and V start at multiples of it
 
 _STRIDES = np.dtype([("batch", np.int64), ("row", np.int64), ("head", np.int64)], align=True)
+
+
+def params_dtype(strides: str, ints: str, floats: str = "") -> np.dtype:
+    """The dtype of a kernel's struct of strides, 32-bit integers and floats, named in this order."""
+    fields: list[tuple[str, Any]] = [(name, _STRIDES) for name in strides.split()]
+    fields += [(name, np.dtype(np.int32)) for name in ints.split()]
+    fields += [(name, np.dtype(np.float32)) for name in floats.split()]
+    return np.dtype(fields, align=True)
+
+
 # ForwardParams in kernels_cu/fa2/forward.cu
-FORWARD_PARAMS = np.dtype(
-    [
-        ("q", _STRIDES),
-        ("k", _STRIDES),
-        ("v", _STRIDES),
-        ("out", _STRIDES),
-        ("seqlen_q", np.int32),
-        ("seqlen_k", np.int32),
-        ("heads_q", np.int32),
-        ("group_size", np.int32),
-        ("batch_heads", np.int32),
-        ("head_dim", np.int32),
-        ("head_dim_v", np.int32),
-        ("causal_offset", np.int32),
-        ("m_blocks", np.int32),
-        ("heads_per_wave", np.int32),
-        ("scale_log2", np.float32),
-        ("scale", np.float32),
-    ],
-    align=True,
+FORWARD_PARAMS = params_dtype(
+    "q k v out",
+    "seqlen_q seqlen_k heads_q group_size batch_heads head_dim head_dim_v causal_offset m_blocks "
+    "heads_per_wave",
+    "scale_log2 scale",
 )
 
-_MAX_GRID = 2**31 - 1
+MAX_GRID = 2**31 - 1  # thread blocks
 _MAX_SEQLEN = 2**30  # the kernel adds two positions in 32 bits
 LOG2_E = math.log2(math.e)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -115,10 +110,10 @@ def forward_call(
     check_ranges(problem)
     m_blocks = -(-problem.seqlen_q // config.block_m)
     batch_heads = problem.batch * problem.heads_q
-    if m_blocks * batch_heads > _MAX_GRID:
+    if m_blocks * batch_heads > MAX_GRID:
         raise ValueError(
             f"q needs {m_blocks * batch_heads} thread blocks (batch {problem.batch}, {problem.heads_q} "
-            f"heads, {m_blocks} blocks of {config.block_m} rows) and a grid has at most {_MAX_GRID}; split "
+            f"heads, {m_blocks} blocks of {config.block_m} rows) and a grid has at most {MAX_GRID}; split "
             "the batch"
         )
     scale = kernel_scale(problem)

@@ -8,35 +8,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash.config_backward import BackwardConfigs
+from cuflash.config_fa1 import Fa1BackwardConfigs
 from cuflash.config_hopper_backward import HopperBackwardConfigs
-from cuflash.launch import LOG2_E, KernelCall, Strides, check_ranges
+from cuflash.launch import LOG2_E, MAX_GRID, KernelCall, Strides, check_ranges, params_dtype
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.tensor_map import TensorMap
 
-_STRIDES = np.dtype([("batch", np.int64), ("row", np.int64), ("head", np.int64)], align=True)
-
-
-def _params(strides: str, ints: str, floats: str = "") -> np.dtype:
-    fields: list[tuple[str, Any]] = [(name, _STRIDES) for name in strides.split()]
-    fields += [(name, np.dtype(np.int32)) for name in ints.split()]
-    fields += [(name, np.dtype(np.float32)) for name in floats.split()]
-    return np.dtype(fields, align=True)
-
-
 # PreprocessParams, BackwardParams and PostprocessParams in kernels_cu/fa2/backward*.cu
-PREPROCESS_PARAMS = _params(
+PREPROCESS_PARAMS = params_dtype(
     "dout out lse dlse", "first_row seqlen_q heads_q head_dim_v m_blocks turns_per_block"
 )
-BACKWARD_PARAMS = _params(
+BACKWARD_PARAMS = params_dtype(
     "q k v dout dk dv",
     "first_row seqlen_q seqlen_k seqlen_k_visible heads_kv group_size batch_heads head_dim head_dim_v "
     "causal_offset m_blocks n_blocks heads_per_wave",
     "scale_log2 scale",
 )
-POSTPROCESS_PARAMS = _params("dq", "first_row seqlen_q heads_q head_dim m_blocks dq_blocks", "scale")
-
-_MAX_GRID = 2**31 - 1
+POSTPROCESS_PARAMS = params_dtype("dq", "first_row seqlen_q heads_q head_dim m_blocks dq_blocks", "scale")
 
 
 class BackwardStrides(NamedTuple):
@@ -52,6 +41,9 @@ class BackwardStrides(NamedTuple):
     dq: Strides
     dk: Strides
     dv: Strides
+
+
+FlashConfigs = BackwardConfigs | Fa1BackwardConfigs | HopperBackwardConfigs
 
 
 class Workspace(NamedTuple):
@@ -86,19 +78,15 @@ class BackwardCalls:
 def backward_calls(
     problem: Problem, configs: BackwardConfigs, strides: BackwardStrides, l2_bytes: int
 ) -> BackwardCalls:
-    """The launches of the backward of ``problem`` on a GPU with ``l2_bytes`` of L2 cache.
+    """The launches of the fa2 backward of ``problem`` on a GPU with ``l2_bytes`` of L2 cache.
 
     Queries are counted from the first that sees a key: those before it are not read, and get zeros.
     ValueError where a size does not fit the kernels' 32-bit fields, or scale float32.
     """
     check_ranges(problem)
-    main = configs.main
-    first_row = first_visible_row(problem)
-    rows = problem.seqlen_q - first_row
-    m_blocks = -(-rows // main.block_m)
+    main, s = configs.main, strides
     n_blocks = -(-problem.seqlen_k // main.block_n)
-
-    s = strides
+    first_row = first_visible_row(problem)
     call = kernel_call(
         "k",
         problem.batch * problem.heads_kv * n_blocks,
@@ -106,20 +94,25 @@ def backward_calls(
         main.shared_bytes,
         BACKWARD_PARAMS,
         *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
-        *(first_row, rows, problem.seqlen_k, problem.seqlen_k_visible),
+        *(first_row, problem.seqlen_q - first_row, problem.seqlen_k, problem.seqlen_k_visible),
         *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
         problem.batch * problem.heads_kv,
         *(problem.head_dim, problem.head_dim_v),
         (problem.causal_offset or 0) + first_row,
-        *(m_blocks, n_blocks, heads_per_wave(problem, l2_bytes)),
+        *(query_blocks(problem, main.block_m), n_blocks, heads_per_wave(problem, l2_bytes)),
         *(problem.scale * LOG2_E, problem.scale),
     )
     return with_passes(problem, configs, strides, call)
 
 
+def query_blocks(problem: Problem, block_m: int) -> int:
+    """Blocks of ``block_m`` queries, counted from the first that sees a key."""
+    return -(-(problem.seqlen_q - first_visible_row(problem)) // block_m)
+
+
 def with_passes(
     problem: Problem,
-    configs: BackwardConfigs | HopperBackwardConfigs,
+    configs: FlashConfigs,
     strides: BackwardStrides,
     main_call: KernelCall | None,
     maps: tuple[MapOf, ...] = (),
@@ -128,7 +121,7 @@ def with_passes(
     preprocess, main, postprocess = configs
     first_row = first_visible_row(problem)
     rows = problem.seqlen_q - first_row
-    m_blocks = -(-rows // main.block_m)
+    m_blocks = query_blocks(problem, main.block_m)
     dq_blocks = -(-first_row // main.block_m) + m_blocks
     heads = problem.batch * problem.heads_q
 
@@ -193,9 +186,9 @@ def kernel_call(
     """The launch of a grid of ``blocks``; None if that is none. ``name`` is the argument they grow with."""
     if blocks == 0:
         return None
-    if blocks > _MAX_GRID:
+    if blocks > MAX_GRID:
         raise ValueError(
-            f"{name} needs {blocks} thread blocks and a grid has at most {_MAX_GRID}; split the batch"
+            f"{name} needs {blocks} thread blocks and a grid has at most {MAX_GRID}; split the batch"
         )
     params: Any = np.array(values, dtype)[()]
     return KernelCall((blocks,), (threads,), shared_bytes, params)

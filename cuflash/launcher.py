@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from cuflash import jit
 from cuflash.launch import Launchable
 from cuflash.tensor_map import EncodedMap, make_context_current
 
@@ -51,6 +52,16 @@ class Launcher:
             arguments[self._maps + i] = ctypes.addressof(values) + i * ctypes.sizeof(ctypes.c_uint64)
         arguments[self._maps + self._addresses] = ctypes.addressof(self._params)
         return values, arguments, ctypes.addressof(arguments)
+
+
+def load(
+    config: jit.KernelConfig, call: Launchable | None, arch: str, *, maps: int = 0, addresses: int
+) -> Launcher | None:
+    """Compile ``config`` for ``arch`` and load it on the current device; None if there is no ``call``."""
+    if call is None:
+        return None
+    function = jit.load(jit.compile(config, arch), call.shared_bytes)
+    return Launcher(function, call, maps=maps, addresses=addresses)
 
 
 def _three(size: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from cuflash import launch
 from cuflash.arrays import ArrayInfo
 from cuflash.checks import out_shape
+from cuflash.cublas import MAX_ROW_STEP
 from cuflash.launch import ALIGNMENT, Operand
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
@@ -31,6 +32,15 @@ class Layouts(NamedTuple):
 def fa2_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> Layouts:
     """What the fa2 kernel reads and writes in place: it stores any row, if need be element by element."""
     return _plan(problem, infos, layout, why_not_read, _why_not_stored)
+
+
+def standard_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> Layouts:
+    """What cuBLAS reads and writes in place."""
+
+    def not_written(operand: Operand, pointer: int) -> str | None:
+        return _why_not_stored(operand, pointer) or _why_not_multiplied(operand, layout)
+
+    return _plan(problem, infos, layout, why_not_read_by_cublas(layout), not_written)
 
 
 def hopper_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> Layouts:
@@ -80,6 +90,27 @@ def why_not_read(operand: Operand, pointer: int) -> str | None:
         return f"its head_dim {operand.shape[3]} is not a multiple of {ALIGNMENT // ELEMENT_BYTES}"
     if not _aligned(operand, pointer):
         return f"its rows do not start at multiples of {ALIGNMENT} bytes"
+    return None
+
+
+def why_not_read_by_cublas(layout: str) -> Objection:
+    """Why cuBLAS cannot read an array of four axes in ``layout``."""
+
+    def objection(operand: Operand, pointer: int) -> str | None:
+        return why_not_read(operand, pointer) or _why_not_multiplied(operand, layout)
+
+    return objection
+
+
+def _why_not_multiplied(operand: Operand, layout: str) -> str | None:
+    """Why cuBLAS cannot take the rows of ``operand`` as matrices where they lie; None if it can."""
+    shape, strides = operand
+    if any(stride < 0 for stride, size in zip(strides, shape, strict=True) if size > 1):
+        return "cuBLAS takes no negative strides"
+    axis = 1 if layout == "bshd" else 2
+    row_step = strides[axis] // ELEMENT_BYTES
+    if shape[axis] > 1 and not shape[3] <= row_step <= MAX_ROW_STEP:
+        return f"cuBLAS takes rows from {shape[3]} to {MAX_ROW_STEP} elements apart, not {row_step}"
     return None
 
 

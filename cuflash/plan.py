@@ -11,16 +11,21 @@ from cuflash.arrays import GpuArrays
 from cuflash.arrays.overlap import Footprint
 from cuflash.checks import Options, Request, check_call, check_no_alias, named, out_shape
 from cuflash.config_hopper import HopperConfig
-from cuflash.families import choose_kernel
+from cuflash.families import Kernel, choose_kernel
+from cuflash.launch import KernelCall
 from cuflash.launch_hopper import HopperCall
 from cuflash.layouts import Layouts
 from cuflash.resources import ELEMENT_BYTES
+from cuflash.standard import StandardLauncher
 from cuflash.tensor_map import Encoder
 
 # A plan is a few KB. Growing sequences (decoding) make a new one every step, so the number is bounded.
 # Starting afresh costs each live signature one slow call; keeping the plans in order of use, every call.
 _MAX_PLANS = 4096
 _plans: dict[Hashable, Plan] = {}
+
+# Workspaces of calls captured in a CUDA graph through CuPy, kept as ``cuflash.plan_backward`` keeps its own.
+_captured: list[Any] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,8 @@ class Plan:
     lse_shape: tuple[int, ...]
     layouts: Layouts
     footprints: dict[str, Footprint]
-    launch: launcher.Launcher | None  # None: the output is empty
+    launch: launcher.Launcher | StandardLauncher | None  # None: the output is empty
+    workspace_words: int | None  # that the launch takes, of 4 bytes, if only 0; None: it takes no workspace
     encoders: tuple[Encoder, ...] | None  # of q, k, v and out, for a kernel that takes tensor maps
     takes_tiles: bool  # the kernel needs a tile counter
     get_current_device: Callable[[], int]
@@ -89,7 +95,12 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
     where = (pointer(q), pointer(k), pointer(v), pointer(target))
     lse_address = 0 if lse is None else pointer(lse)
     stream = gpu.stream(plan.device)
-    if plan.encoders is None:
+    if plan.workspace_words is not None:
+        workspace = gpu.empty((plan.workspace_words,), "float32", plan.device)
+        if not gpu.keeps_temporaries():
+            _captured.append(workspace)
+        plan.launch((), (*where, lse_address, pointer(workspace)), stream)
+    elif plan.encoders is None:
         plan.launch((), (*where, lse_address), stream)
     else:
         counter = 0
@@ -129,13 +140,11 @@ def make_plan(request: Request, options: Options) -> Plan:
     device = infos["q"].device
     assert device is not None
     kernel = choose_kernel(request, options)
-    start = None
+    start: launcher.Launcher | StandardLauncher | None = None
     takes_tiles = isinstance(kernel.config, HopperConfig) and kernel.config.dynamic_tiles
     if kernel.program is not None and kernel.call is not None:
         with cuda.Device(device):
-            function = jit.load(kernel.program, kernel.call.shared_bytes)
-            maps, addresses = (4, 2) if isinstance(kernel.call, HopperCall) else (0, 5)
-            start = launcher.Launcher(function, kernel.call, maps=maps, addresses=addresses)
+            start = _load(kernel, kernel.program, kernel.call)
             if takes_tiles:
                 tile_counters.prepare(device)
     return Plan(
@@ -145,7 +154,19 @@ def make_plan(request: Request, options: Options) -> Plan:
         layouts=kernel.layouts,
         footprints={name: Footprint.of(info) for name, info in infos.items()},
         launch=start,
+        workspace_words=kernel.workspace_words,
         encoders=tuple(map(Encoder, kernel.call.maps)) if isinstance(kernel.call, HopperCall) else None,
         takes_tiles=takes_tiles,
         get_current_device=cuda.runtime.getDevice,
     )
+
+
+def _load(
+    kernel: Kernel, program: jit.Program, call: KernelCall | HopperCall
+) -> launcher.Launcher | StandardLauncher:
+    if kernel.standard is not None:
+        return StandardLauncher(kernel.standard, program)
+    function = jit.load(program, call.shared_bytes)
+    if isinstance(call, HopperCall):
+        return launcher.Launcher(function, call, maps=4, addresses=2)
+    return launcher.Launcher(function, call, addresses=5 if kernel.workspace_words is None else 6)

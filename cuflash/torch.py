@@ -14,13 +14,7 @@ from torch import Tensor
 from cuflash import api, api_backward, arrays
 from cuflash.arrays.torch import FakeTensors, autocast_dtype
 from cuflash.checks import Options, check_call, named, out_shape
-from cuflash.checks_backward import (
-    BACKWARD_ALGORITHMS,
-    BackwardOptions,
-    check_backward_call,
-    lse_shape,
-    named_backward,
-)
+from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
 
 _FAKE = FakeTensors()
 
@@ -150,7 +144,6 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     causal, scale, layout, algorithm = ctx.options
     given = [x for x in (dout, dlse) if x is not None]
     dout = torch.zeros_like(out) if dout is None else dout
-    algorithm = algorithm if algorithm in BACKWARD_ALGORITHMS else "auto"
     deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, q, k, v, out, lse, dlse, causal, scale, layout, deterministic, algorithm)
     if torch._C._are_functorch_transforms_active():

@@ -43,6 +43,7 @@
 #include "core/widen.cuh"
 #include "fa2/load_tile.cuh"
 #include "fa2/products.cuh"
+#include "fa2/store_gradient.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/shared_memory.cuh"
@@ -179,47 +180,6 @@ __device__ __forceinline__ void accumulate_dq(float* workspace, int* turn, int n
     }
   }
   if constexpr (Config::kDeterministic) pass_turn(turn + warp);
-}
-
-// Stores a warp's rows and columns of dK or dV, times factor, by way of a tile in shared memory.
-template <int kColumns, int kTiles>
-__device__ __forceinline__ void store_gradient(const float (&acc)[kMTiles][kTiles][4], float factor,
-                                               unsigned char* tile, int tile_row, int tile_chunk, Element* gradient,
-                                               long long row_stride, int rows, int columns) {
-  using Layout = SwizzledTile<kColumns>;
-  const int lane = Fragment::lane();
-#pragma unroll
-  for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-    for (int i = 0; i < kTiles * 2; ++i) {
-      const float(&pair)[4] = acc[m][i / 2];
-      *reinterpret_cast<unsigned*>(tile + operand_offset<Layout>(tile_row, tile_chunk, m, i / 4, i % 4)) =
-          Element::pack(pair[i % 2 * 2] * factor, pair[i % 2 * 2 + 1] * factor);
-    }
-  }
-  __syncwarp();  // a warp stores only what it wrote
-  constexpr int kLanesPerRow = Layout::kPeriod;
-  constexpr int kRowsPerPass = kWarpSize / kLanesPerRow;
-#pragma unroll
-  for (int pass = 0; pass < ceil_div(16 * kMTiles, kRowsPerPass); ++pass) {
-    const int row = tile_row + pass * kRowsPerPass + lane / kLanesPerRow;
-    if (row >= tile_row + 16 * kMTiles || row >= rows) continue;
-#pragma unroll
-    for (int j = 0; j < kTiles; j += kLanesPerRow) {
-      const int chunk = tile_chunk + j + lane % kLanesPerRow;
-      const Vector16 vector = *reinterpret_cast<const Vector16*>(tile + Layout::offset(row, chunk));
-      Element* target = gradient + row * row_stride + chunk * 8;
-      if constexpr (Config::kVectorOut) {
-        if (chunk * 8 < columns) *reinterpret_cast<Vector16*>(target) = vector;
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const unsigned short bits = vector.words[i / 2] >> (i % 2 * 16);
-          if (chunk * 8 + i < columns) target[i].bits = bits;
-        }
-      }
-    }
-  }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)

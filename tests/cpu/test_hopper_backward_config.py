@@ -10,7 +10,7 @@ from test_launch_backward import members
 
 from cuflash import config_hopper_backward, families_backward, jit
 from cuflash.arrays import ArrayInfo
-from cuflash.checks import Request
+from cuflash.checks import Options, Request
 from cuflash.config_hopper import launch_registers
 from cuflash.config_hopper_backward import (
     TILES,
@@ -140,25 +140,22 @@ def info(*shape, strides=None):
 
 
 def objection(algorithm="auto", head_dim=64, **changed):
+    """Why hopper does not compute the backward; None if it does."""
     infos = {"q": info(2, 300, 4, head_dim)} | {name: info(2, 300, 2, head_dim) for name in "kv"} | changed
     request = Request(problem_of(head_dim), infos)
-    return families_backward.why_not_hopper(request, algorithm, "bshd", H100)
+    options = Options(False, None, "bshd", True, algorithm)
+    told = families_backward.explained(request, options, H100)
+    return None if told == "hopper" else told
 
 
-def test_auto_takes_each_kernel_only_once_that_is_switched_on(monkeypatch):
-    for switch, on, off in (("CHOSEN_BY_AUTO", 128, 256), ("WIDE_CHOSEN_BY_AUTO", 136, 128)):
-        monkeypatch.setattr(config_hopper_backward, "CHOSEN_BY_AUTO", False)
-        monkeypatch.setattr(config_hopper_backward, "WIDE_CHOSEN_BY_AUTO", False)
-        assert "has to be asked for" in objection(head_dim=on)
-        assert objection("hopper", head_dim=on) is None
-        assert "was asked for" in objection("fa2", head_dim=on)
-        monkeypatch.setattr(config_hopper_backward, switch, True)
-        assert objection(head_dim=on) is None
-        assert "has to be asked for" in objection(head_dim=off)
+def test_auto_takes_them_and_any_family_can_be_asked_for():
+    for head_dim in (64, 128, 136, 256):
+        assert objection(head_dim=head_dim) is None
+        assert objection("hopper", head_dim=head_dim) is None
+        assert "was asked for" in objection("fa2", head_dim=head_dim)
 
 
-def test_auto_leaves_to_fa2_what_only_tma_would_copy(monkeypatch):
-    monkeypatch.setattr(config_hopper_backward, "CHOSEN_BY_AUTO", True)
+def test_auto_leaves_to_fa2_what_only_tma_would_copy():
     backwards = info(2, 300, 2, 64, strides=(300 * 256, -256, 128, 2))
     assert "TMA cannot read k where it lies" in objection(k=backwards)
     assert objection("hopper", k=backwards) is None

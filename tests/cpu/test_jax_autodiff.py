@@ -220,11 +220,11 @@ def test_second_derivatives_and_tangents_are_refused_clearly() -> None:
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The problems and options that plans were made for, in place of plans."""
     made: list[Any] = []
-    calls = types.SimpleNamespace(workspace=types.SimpleNamespace(words=123))
+    steps = types.SimpleNamespace(workspace_words=123)
 
     def make_plan(request: Any, options: Any) -> Any:
         made.append((request.problem, options))
-        return types.SimpleNamespace(calls=calls)
+        return types.SimpleNamespace(steps=steps, workspace_words=None)
 
     monkeypatch.setattr(adapter, "_current_device", lambda: 0)
     monkeypatch.setattr(adapter.plan, "make_plan", make_plan)

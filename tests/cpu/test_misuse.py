@@ -86,10 +86,15 @@ def test_dtypes_that_differ() -> None:
         (ValueError, ["scale", "-inf"], {"scale": -float("inf")}),
         (ValueError, ["layout", "'sbhd'"], {"layout": "sbhd"}),
         (ValueError, ["layout", "bshd", "bhsd"], {"layout": ["bshd"]}),
-        (ValueError, ["algorithm", "auto", "hopper", "fa2", "cpu", "'fa3'"], {"algorithm": "fa3"}),
+        (
+            ValueError,
+            ["algorithm", "auto", "hopper", "fa2", "fa1", "standard", "cpu", "'fa3'"],
+            {"algorithm": "fa3"},
+        ),
         (ValueError, ["algorithm", "None"], {"algorithm": None}),
         (ValueError, ["algorithm", "fa2", "CPU", "NumPy"], {"algorithm": "fa2"}),
         (ValueError, ["algorithm", "hopper", "CPU", "NumPy"], {"algorithm": "hopper"}),
+        (ValueError, ["algorithm", "standard", "cuBLAS", "CPU", "NumPy"], {"algorithm": "standard"}),
         (TypeError, ["return_lse", "1"], {"return_lse": 1}),
     ],
 )

@@ -2,7 +2,7 @@
 
 Only allocation, compiling and launching are swapped: a module stands in for CuPy, ``jit.compile``,
 ``jit.load`` and ``launcher.Launcher`` hand out emulated programs, and the emulator's own driver function
-encodes tensor maps.
+encodes tensor maps. cuBLAS's products are NumPy's.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from unittest import mock
 
 import numpy as np
 
-from cuflash import jit, launcher, tensor_map
+from cuflash import cublas, jit, launcher, tensor_map
 from cuflash.launch import Launchable
 from cuflash.tensor_map import EncodedMap
-from emulator import banks, device_memory, toolchain
+from emulator import banks, device_memory, host_cublas, toolchain
 from emulator.findings import KernelFault, parse_findings
 
 _ATTRIBUTES = {
@@ -148,6 +148,9 @@ def emulator(
         mock.patch.multiple(jit, compile=compile_, load=load, architecture=_architecture),
         mock.patch.object(launcher, "Launcher", launcher_),
         mock.patch.object(tensor_map, "_driver", _driver),
+        mock.patch.multiple(
+            cublas, gemm_strided_batched=host_cublas.gemm_strided_batched, prepare=lambda: None
+        ),
         _fresh_caches(),
         _modules({"cupy": cupy, "cupy.cuda": cupy.cuda}),
     ):
@@ -186,6 +189,7 @@ def _cuda_module(capability: tuple[int, int]) -> types.ModuleType:
     cuda.runtime = types.SimpleNamespace(
         getDevice=lambda: 0,
         deviceGetAttribute=lambda name, device: _ATTRIBUTES[name],
+        memsetAsync=lambda pointer, value, size, stream: ctypes.memset(pointer, value, size),
         **{name: name for name in _ATTRIBUTES},
     )
     return cuda

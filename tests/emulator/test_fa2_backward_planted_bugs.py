@@ -13,6 +13,7 @@ from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
 
 PREPROCESS = "fa2/backward_preprocess.cu"
 BACKWARD = "fa2/backward.cu"
+STORE = "fa2/store_gradient.cuh"
 POSTPROCESS = "fa2/backward_postprocess.cu"
 LONG = Call(seqlens=(400, 70), heads=(1, 1), causal=False)  # several rounds of the ring
 TAIL = Call(seqlens=(200, 150))  # the last block of keys is not full
@@ -42,9 +43,9 @@ BUGS = [
         "                             params.seqlen_k - block_key, params.head_dim);",
         "    store_gradient<kHeadDim>(acc_dk, params.scale, smem, key_row, column_warp * kDTiles, dk, params.dk.row,\n"
         "                             params.seqlen_k - block_key, params.head_dim);\n    __syncthreads();", "race"),
-    Bug("no __syncwarp before a gradient is read back", BACKWARD,
+    Bug("no __syncwarp before a gradient is read back", STORE,
         "  __syncwarp();  // a warp stores only what it wrote\n", "", "race"),
-    Bug("rows of a gradient after the last key are written", BACKWARD,
+    Bug("rows of a gradient after the last key are written", STORE,
         "if (row >= tile_row + 16 * kMTiles || row >= rows) continue;", "if (row >= tile_row + 16 * kMTiles) continue;", "bounds", TAIL),
     Bug("a tile of dQ dropped", BACKWARD,
         "      if (d / 2 >= pairs) continue;\n      const int lane", "      if (d / 2 >= pairs - 1) continue;\n      const int lane", WRONG_RESULT),

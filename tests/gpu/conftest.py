@@ -36,7 +36,21 @@ def hopper_or_skip() -> str:
     return "hopper"
 
 
-@pytest.fixture(params=["fa2", "hopper"])
+def skip_past_head_dim_of(algorithm: str, head_dim: int) -> None:
+    """Skip, by name, what the family refuses."""
+    if algorithm == "fa1" and head_dim > 128:
+        pytest.skip(f"the fa1 family takes head_dim to 128, not {head_dim}")
+
+
+def skip_if_standard(algorithm: str) -> None:
+    """Skip a comparison bit for bit of calls whose arrays have different strides or heads."""
+    if algorithm == "standard":
+        pytest.skip(
+            "cuBLAS chooses its kernels by strides and batch: the standard family's bits depend on them"
+        )
+
+
+@pytest.fixture(params=["fa2", "hopper", "fa1", "standard"])
 def algorithm(request: pytest.FixtureRequest) -> str:
     """Each kernel family; one that the GPU has not is skipped."""
     return hopper_or_skip() if request.param == "hopper" else request.param

@@ -1,11 +1,11 @@
-"""The FlashAttention-2 forward kernel against float64, on fresh random inputs."""
+"""The forward kernels of every family against float64, on fresh random inputs."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from arrays import VIEWS, check_extreme_logits, check_forward, make_inputs, to_numpy
-from conftest import hopper_or_skip
+from conftest import hopper_or_skip, skip_if_standard, skip_past_head_dim_of
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import assert_within_contract
@@ -55,6 +55,26 @@ def test_random_problems_in_any_memory_layout_stay_within_the_numerics_contract_
     check_forward(cp, problem, inputs, causal, views, algorithm=hopper_or_skip())
 
 
+@pytest.mark.parametrize("algorithm", ["fa1", "standard"])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 3),
+    seqlens=st.tuples(st.integers(16, 500), st.integers(16, 900)),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 1), (6, 2), (5, 5)]),
+    head_dims=st.tuples(st.integers(8, 128), st.integers(8, 128)),
+    dtype=st.sampled_from(DTYPES),
+    causal=st.sampled_from(CAUSAL),
+    scale=st.none() | st.floats(-1, 1),
+    views=st.tuples(*[st.sampled_from(sorted(VIEWS))] * 3),
+)
+def test_random_problems_in_any_memory_layout_stay_within_the_numerics_contract_by_fa1_and_standard(
+    algorithm, seed, batch, seqlens, heads, head_dims, dtype, causal, scale, views
+):
+    problem, inputs = make_inputs(seed, batch, seqlens, heads, head_dims, dtype, causal, scale)
+    with_allowance = algorithm == "standard"
+    check_forward(cp, problem, inputs, causal, views, algorithm=algorithm, with_allowance=with_allowance)
+
+
 @pytest.mark.parametrize("head_dim", [59, 111, 1, 3])
 def test_odd_head_dims_are_right_with_workspaces_full_of_nan(head_dim, nan_pool, algorithm):
     for causal in CAUSAL:
@@ -65,6 +85,7 @@ def test_odd_head_dims_are_right_with_workspaces_full_of_nan(head_dim, nan_pool,
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("head_dim", [*range(16, 257, 16), 8, 40, 72, 104, 136])
 def test_every_compiled_head_dim_is_right_with_workspaces_full_of_nan(head_dim, causal, nan_pool, algorithm):
+    skip_past_head_dim_of(algorithm, head_dim)
     problem, inputs = make_inputs(head_dim, 2, (197, 261), (4, 2), (head_dim, head_dim), "bfloat16", causal)
     check_forward(cp, problem, inputs, causal, algorithm=algorithm)
 
@@ -74,13 +95,15 @@ def test_every_compiled_head_dim_is_right_with_workspaces_full_of_nan(head_dim, 
 )
 @pytest.mark.parametrize("head_dim", [64, 128, 160, 192, 256])
 def test_lengths_around_every_tile_boundary_are_right(seqlen, head_dim, algorithm):
+    skip_past_head_dim_of(algorithm, head_dim)
     for seqlens in ((seqlen, 130), (130, seqlen), (seqlen, seqlen)):
         for causal in CAUSAL:
             problem, inputs = make_inputs(seqlen, 1, seqlens, (2, 1), (head_dim, head_dim), "float16", causal)
             check_forward(cp, problem, inputs, causal, algorithm=algorithm)
 
 
-def test_both_layouts_read_in_place_agree_bit_for_bit(attention):
+def test_both_layouts_read_in_place_agree_bit_for_bit(algorithm, attention):
+    skip_if_standard(algorithm)
     _, inputs = make_inputs(1, 2, (130, 200), (4, 2), (64, 48), "bfloat16", True)
     q, k, v = (cp.asarray(x) for x in inputs[:3])
     out = attention(q, k, v, causal=True)
@@ -91,7 +114,8 @@ def test_both_layouts_read_in_place_agree_bit_for_bit(attention):
     )
 
 
-def test_grouped_query_heads_equal_repeated_key_value_heads_bit_for_bit(attention):
+def test_grouped_query_heads_equal_repeated_key_value_heads_bit_for_bit(algorithm, attention):
+    skip_if_standard(algorithm)
     _, inputs = make_inputs(2, 2, (100, 150), (6, 2), (64, 64), "float16", True)
     q, k, v = (cp.asarray(x) for x in inputs[:3])
     grouped = attention(q, k, v, causal=True)
@@ -178,7 +202,8 @@ def test_keys_and_values_of_stride_zero_are_read_in_place(attention):
     )
 
 
-def test_q_k_v_as_views_of_one_buffer_are_read_in_place(attention):
+def test_q_k_v_as_views_of_one_buffer_are_read_in_place(algorithm, attention):
+    skip_if_standard(algorithm)
     packed = cp.asarray(np.random.default_rng(9).standard_normal((2, 130, 3, 4, 64)).astype(np.float16))
     q, k, v = (packed[:, :, i] for i in range(3))
     separate = attention(*(cp.ascontiguousarray(x) for x in (q, k, v)), causal=True)

@@ -115,6 +115,14 @@ def test_gradients_after_the_hopper_forward():
     assert_close(hopper, gradients(loss_of(causal=True, algorithm="fa2"))(*inputs))
 
 
+@pytest.mark.parametrize("algorithm", ["fa1", "standard"])
+@pytest.mark.parametrize("shapes", [SQUARE, GROUPED, ODD], ids=["square", "grouped", "odd"])
+def test_families_to_compare_with_differentiate_with_their_own_backward(algorithm, shapes):
+    inputs = make_arrays(shapes)
+    expected = gradients(loss_of(causal=True, algorithm="fa2"))(*inputs)
+    assert_close(gradients(loss_of(causal=True, algorithm=algorithm))(*inputs), expected)
+
+
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "eager"])
 def test_vmap_extends_the_batch(transform):
     q, k, v = (jnp.stack([x, 2 * x, -x]) for x in make_arrays(GROUPED))

@@ -15,16 +15,20 @@ def _inputs(seqlen=150, head_dim=64, heads=3, dtype="float16"):
     return [cp.asarray(rng.standard_normal((2, seqlen, heads, head_dim)).astype(dtype)) for _ in range(3)]
 
 
+@pytest.mark.parametrize("algorithm", ["fa2", "fa1", "standard"])
 @pytest.mark.parametrize("head_dim", [64, 40, 59, 7])
-def test_out_of_any_strides_is_written_and_nothing_beside_it(head_dim):
+def test_out_of_any_strides_is_written_and_nothing_beside_it(head_dim, algorithm):
     q, k, v = _inputs(head_dim=head_dim)
-    expected = cuflash.attention(q, k, v, causal=True, algorithm="fa2")
+    expected = cuflash.attention(q, k, v, causal=True, algorithm=algorithm)
     for widen in (8, 3):
         guarded = cp.full((2, 150 + 2, 3 + 1, head_dim + widen), 7.0, cp.float16)
         out = guarded[:, 1:-1, :3, :head_dim]
-        returned = cuflash.attention(q, k, v, causal=True, out=out, algorithm="fa2")
+        returned = cuflash.attention(q, k, v, causal=True, out=out, algorithm=algorithm)
         assert returned is out
-        assert (out == expected).all()
+        if algorithm == "standard":  # cuBLAS may write other strides with another kernel
+            cp.testing.assert_allclose(out, expected, rtol=2e-3, atol=1e-3)
+        else:
+            assert (out == expected).all()
         out[...] = 7.0
         assert (guarded == 7.0).all(), "an element outside out was written"
 

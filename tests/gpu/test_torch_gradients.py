@@ -94,6 +94,33 @@ def test_gradients_after_the_hopper_forward():
     )
 
 
+@pytest.mark.parametrize("algorithm", ["fa1", "standard"])
+@pytest.mark.parametrize("shapes", [SQUARE, GROUPED, ODD], ids=["square", "grouped", "odd"])
+def test_families_to_compare_with_differentiate_with_their_own_backward(algorithm, shapes):
+    inputs = make_tensors(shapes)
+    expected = gradients(loss_of(causal=True, algorithm="fa2"), inputs)
+    assert_close(gradients(loss_of(causal=True, algorithm=algorithm), inputs), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss_of(causal=True, algorithm=algorithm), fullgraph=True)
+    assert_close(gradients(compiled, inputs), expected)
+
+
+@pytest.mark.parametrize("algorithm", ["fa1", "standard"])
+def test_families_to_compare_with_run_on_torchs_current_stream(algorithm):
+    q, k, v = make_tensors(grad=False)
+    expected = cuflash.attention(q, k, v, algorithm=algorithm)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+        torch.cuda._sleep(100_000_000)
+        for target, source in zip(late, (q, k, v), strict=True):
+            target.copy_(source)
+        out = cuflash.attention(*late, algorithm=algorithm)
+    stream.synchronize()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
 def test_a_gradient_broadcast_from_a_scalar():
     inputs = make_tensors()
     actual = gradients(lambda *x: cuflash.attention(*x).sum(), inputs)
@@ -111,7 +138,7 @@ def test_compile_makes_one_graph_with_the_same_gradients(dynamic):
         assert_close(gradients(compiled, inputs), expected)
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "fa2", "hopper"])
+@pytest.mark.parametrize("algorithm", ["auto", "fa2", "hopper", "fa1", "standard"])
 def test_a_cuda_graph_captures_forward_and_backward(algorithm):
     if algorithm == "hopper":
         hopper_or_skip()

@@ -1,0 +1,78 @@
+"""The backward of a flash family on a GPU: its main kernel, and a small one before and after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cuflash import launcher
+from cuflash.config_backward import BackwardConfig
+from cuflash.config_fa1 import Fa1BackwardConfig
+from cuflash.config_hopper_backward import HopperBackwardConfig, MainConfig
+from cuflash.launch_backward import BackwardCalls, FlashConfigs
+from cuflash.tensor_map import Encoder
+
+# The addresses that each kernel takes, by name: arguments, gradients, and parts of the workspace.
+_INPUTS = ("q", "k", "v", "dout")
+_SUMS = ("lse_log2", "delta", "dq_parts", "turns")
+_PREPROCESS_TAKES = ("dout", "out", "lse", "dlse", *_SUMS)
+_POSTPROCESS_TAKES = ("dq_parts", "dq")
+
+
+def _main_takes(main: BackwardConfig | Fa1BackwardConfig | MainConfig) -> tuple[str, ...]:
+    if isinstance(main, BackwardConfig):
+        return (*_INPUTS, *_SUMS, "dk", "dv")
+    if isinstance(main, Fa1BackwardConfig):
+        return (*_INPUTS, *_SUMS[:3], "dk", "dv")
+    return (*_SUMS, "counter") if main.is_persistent else _SUMS  # the arrays by tensor maps
+
+
+@dataclass(frozen=True, slots=True)
+class FlashSteps:
+    """The three kernels of one backward, loaded on their device; None where there is nothing to do."""
+
+    calls: BackwardCalls
+    preprocess: launcher.Launcher | None
+    main: launcher.Launcher | None
+    postprocess: launcher.Launcher | None
+    main_takes: tuple[str, ...]
+    encoders: tuple[Encoder, ...]  # of calls.maps
+    takes_counter: bool  # the main kernel takes key blocks from a counter
+
+    @property
+    def workspace_words(self) -> int:
+        """Words of 4 bytes that a call needs."""
+        return self.calls.workspace.words
+
+    def run(self, at: dict[str, int], workspace: int, nbytes: dict[str, int], stream: int) -> None:
+        """Queue one backward: addresses by argument name, with those of gradients and counter; 0 for none."""
+        offsets = self.calls.workspace[:4]
+        at = at | {name: workspace + 4 * n for name, n in zip(_SUMS, offsets, strict=True)}
+        if self.preprocess is not None:
+            self.preprocess((), [at[name] for name in _PREPROCESS_TAKES], stream)
+        if self.main is not None:
+            maps = [
+                encode(at[m.name] + m.offset)
+                for encode, m in zip(self.encoders, self.calls.maps, strict=True)
+            ]
+            self.main(maps, [at[name] for name in self.main_takes], stream)
+        if self.postprocess is not None:
+            self.postprocess((), [at[name] for name in _POSTPROCESS_TAKES], stream)
+
+
+def load_flash_steps(configs: FlashConfigs, calls: BackwardCalls, arch: str) -> FlashSteps:
+    """Compile and load on the current device."""
+    main = configs.main
+    main_takes = _main_takes(main)
+    preprocess = launcher.load(configs.preprocess, calls.preprocess, arch, addresses=len(_PREPROCESS_TAKES))
+    postprocess = launcher.load(
+        configs.postprocess, calls.postprocess, arch, addresses=len(_POSTPROCESS_TAKES)
+    )
+    return FlashSteps(
+        calls,
+        preprocess,
+        launcher.load(main, calls.main, arch, maps=len(calls.maps), addresses=len(main_takes)),
+        postprocess,
+        main_takes,
+        tuple(Encoder(m.map) for m in calls.maps),
+        takes_counter=isinstance(main, HopperBackwardConfig) and main.dynamic_blocks,
+    )
