@@ -40,7 +40,7 @@ METRICS = {
     "instructions": "smsp__inst_executed.sum",
 }
 _NS_PER_MS = 1e6
-KERNEL = re.compile("((fa1|fa2|hopper)_(forward|backward))(_wide)?")
+KERNEL = re.compile("((fa1|fa2|hopper)_(forward|backward))(_narrow|_wide)?")
 
 Point = tuple[str, Workload]  # the kernel family, and what it computes
 FAMILIES = ("fa2", "hopper")
