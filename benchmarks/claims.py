@@ -17,18 +17,15 @@ from benchmarks import results as results_files
 from benchmarks.markdown import markdown
 from benchmarks.results import Results, Row
 from benchmarks.tables import geometric_mean
+from benchmarks.time_tables import others_per_mma
 
 FA1, FA2, GQA = "arXiv 2205.14135", "arXiv 2307.08691", "arXiv 2305.13245"
 
 # How each topic is measured. The families and their peers take turns in one process.
-_PEERS = "our_fa2,our_fa1,our_standard,eager,fa2_sdpa,cudnn,fa3"
+_PEERS = "our_hopper,our_fa1,our_standard,eager,fa2_sdpa,cudnn,fa3"
 COMMANDS = {
-    "families-forward": (
-        f"python -m benchmarks.run forward --algorithm auto --peers {_PEERS} --topic families-forward"
-    ),
-    "families-backward": (
-        f"python -m benchmarks.run backward --algorithm auto --peers {_PEERS} --topic families-backward"
-    ),
+    "families-forward": (f"python -m benchmarks.run forward --peers {_PEERS} --topic families-forward"),
+    "families-backward": (f"python -m benchmarks.run backward --peers {_PEERS} --topic families-backward"),
     "grouped-forward": (
         "python -m benchmarks.run forward --algorithm auto --groups 1,8 --head-dims 128 --peers fa2_sdpa "
         "--topic grouped-forward"
@@ -36,7 +33,7 @@ COMMANDS = {
     "memory": "python -m benchmarks.run memory",
     "matmul": "python -m benchmarks.run matmul",
     "gpt2": "python -m benchmarks.run gpt2",
-    "instructions": "python -m benchmarks.run instructions",
+    "fa1-counters": "python -m benchmarks.run counters --families fa1,fa2 --topic fa1-counters",
 }
 
 ByTopic = Mapping[str, Results]
@@ -205,17 +202,17 @@ def _gpt2(files: ByTopic) -> str:
 
 
 def _non_matmul(files: ByTopic) -> str:
+    rows = {
+        (row["counted"], row["head_dim"], row["family"]): row
+        for row in files["fa1-counters"]["rows"]
+        if not row["causal"]
+    }
     told = []
-    rows = files["instructions"]["rows"]
-    for part in ("forward", "backward"):
-        for head_dim in sorted({row["head_dim"] for row in rows}):
-            per_mma = {
-                row["family"]: row["other_per_mma"]
-                for row in rows
-                if row["features"]["of"] == part and row["head_dim"] == head_dim
-            }
-            told.append(f"{part} d {head_dim}: FA1 {per_mma['fa1']:.1f}, FA2 {per_mma['fa2']:.1f}")
-    return "instructions for each matrix instruction in the main loop: " + "; ".join(told)
+    for (part, head_dim, family), row in rows.items():
+        if family == "fa1":
+            others = others_per_mma(row), others_per_mma(rows[part, head_dim, "fa2"])
+            told.append(f"{part} d {head_dim}: FA1 {others[0]:.1f}, FA2 {others[1]:.1f}")
+    return "instructions beside each matrix instruction: " + "; ".join(told)
 
 
 BOTH = ("families-forward", "families-backward")
@@ -237,7 +234,7 @@ CLAIMS = (
     Claim("20 × less memory at length 4K", FA1, ("memory",), _saving(4096)),
     Claim("memory grows linearly with length, not quadratically", FA1, ("memory",), _growth),
     Claim("16K context at the price of 8K before", FA2, BOTH, _double_context),
-    Claim("fewer operations that are no matrix products", FA2, ("instructions",), _non_matmul),
+    Claim("fewer operations that are no matrix products", FA2, ("fa1-counters",), _non_matmul),
     Claim("head dims to 256", FA2, BOTH, _head_dims),
     Claim(
         "multi-query and grouped-query attention: a smaller KV cache",

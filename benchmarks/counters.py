@@ -1,7 +1,7 @@
 """What ncu's hardware counters say of kernels: how busy the tensor cores and everything beside them are.
 
-``python -m benchmarks.run counters`` starts ncu, and that ``python -m benchmarks.counters``, whose kernels it
-counts. ncu runs a kernel several times, with the counters of one group each time.
+``python -m benchmarks.run counters`` starts ncu, and that ``python -m benchmarks.counters FAMILIES``, whose
+kernels it counts. ncu runs a kernel several times, with the counters of one group each time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import ROOT, Row, significant
 from benchmarks.workload import Workload, grid_point
+from cuflash import config_fa1
 
 METHOD = (
     "ncu, clocks left alone, a kernel alone on the GPU, caches flushed before each pass. "
@@ -38,16 +40,20 @@ METRICS = {
     "instructions": "smsp__inst_executed.sum",
 }
 _NS_PER_MS = 1e6
-KERNEL = re.compile("((fa1|fa2|hopper)_(forward|backward))(_wide)?")
+KERNEL = re.compile("((fa1|fa2|hopper)_(forward|backward))(_narrow|_wide)?")
 
 Point = tuple[str, Workload]  # the kernel family, and what it computes
-POINTS: tuple[Point, ...] = tuple(
-    (family, grid_point(head_dim, seqlen, causal, direction=direction))
-    for direction in ("forward", "backward")
-    for family in ("fa2", "hopper")
-    for head_dim in (64, 128, 256)
-    for seqlen, causal in ((512, True), (16384, False), (16384, True))
-)
+FAMILIES = ("fa2", "hopper")
+
+
+def points(families: Iterable[str]) -> list[Point]:
+    """What is counted of ``families``; of "fa1" only the head dims that it takes."""
+    return [
+        (family, grid_point(head_dim, seqlen, causal, direction=direction))
+        for direction, family, head_dim in product(("forward", "backward"), families, (64, 128, 256))
+        if family != "fa1" or head_dim <= config_fa1.MAX_HEAD_DIM
+        for seqlen, causal in ((512, True), (16384, False), (16384, True))
+    ]
 
 
 def why_not() -> str | None:
@@ -55,19 +61,19 @@ def why_not() -> str | None:
     return None if shutil.which("ncu") else "there is no ncu (Nsight Compute)"
 
 
-def measure(points: Iterable[Point] = POINTS) -> list[Row]:
-    """A results row for each point, all counted in one run of ncu."""
+def measure(families: Sequence[str] = FAMILIES) -> list[Row]:
+    """A results row for each point of ``families``, all counted in one run of ncu."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
         command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
         command += ["--clock-control", "none", "--metrics", ",".join(METRICS.values())]
         command += ["--kernel-name", rf"regex:^{KERNEL.pattern}$"]
-        command += [sys.executable, "-m", "benchmarks.counters"]
+        command += [sys.executable, "-m", "benchmarks.counters", *families]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         text = log.read_text() if log.exists() else ""
     if done.returncode:
         raise RuntimeError(f"ncu failed: {(text + done.stdout + done.stderr)[-2000:]}")
-    return rows(points, text)
+    return rows(points(families), text)
 
 
 def rows(points: Iterable[Point], log: str) -> list[Row]:
@@ -95,7 +101,7 @@ def _stem(kernel: str) -> str:
     return match[1] if match else kernel
 
 
-def launch(points: Iterable[Point] = POINTS) -> None:
+def launch(points: Iterable[Point]) -> None:
     """Start each point's kernels once, on random inputs."""
     import torch
 
@@ -112,4 +118,4 @@ def launch(points: Iterable[Point] = POINTS) -> None:
 
 
 if __name__ == "__main__":
-    launch()
+    launch(points(sys.argv[1:]))

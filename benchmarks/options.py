@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import counters
 from benchmarks.peers import DEFAULT_PEERS, PEERS
 from benchmarks.results import RESULTS_DIR
 from benchmarks.workload import HEAD_DIMS, ITEM_BYTES, SEQLENS, Workload, grid
 
 MASKS = ("full", "causal")
 ALGORITHMS = ("fa2", "fa1", "hopper", "standard", "auto")
+COUNTED = ("fa2", "fa1", "hopper")  # families of one main kernel, which is what ncu counts
 
 
 def add_options(add: Callable[..., Any]) -> None:
@@ -29,6 +31,12 @@ def add_options(add: Callable[..., Any]) -> None:
     )
     add("--burst", action="store_true", help="also time single calls with idle gaps")
     add("--deterministic", action="store_true", help="backward: also deterministic=True, in rows of its own")
+    add(
+        "--families",
+        type=_words(COUNTED),
+        default=counters.FAMILIES,
+        help=f"counters: of {','.join(COUNTED)}",
+    )
     add("--steps", type=int, default=300, help="of each run of train (default 300)")
     add("--topic", default=None, help="rows replace <gpu>-<topic>.json (default <algorithm>-<direction>)")
     add("--results-dir", type=Path, default=RESULTS_DIR, help="folder of the results file")

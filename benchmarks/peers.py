@@ -246,6 +246,7 @@ PEERS = {
     "eager": Peer("PyTorch eager", _eager),
     "fa3": Peer("FA3", _fa3),
     "fa4": Peer("FA4", _fa4),
+    "our_hopper": Peer("cuflash hopper", _family("hopper")),
     "our_fa2": Peer("cuflash fa2", _family("fa2")),
     "our_fa1": Peer("cuflash fa1", _family("fa1")),
     "our_standard": Peer("cuflash standard", _family("standard")),

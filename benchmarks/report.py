@@ -8,8 +8,8 @@ A page shows a results file, named without ".json", between two lines:
     <!-- results:h100-fa2-forward -->
     <!-- /results -->
 
-"results:NAME" is the whole table; "results:NAME:summary", ":burst", ":candidates" and ":figure" are other
-views of the file. "results:claims" is the table of ``benchmarks.claims``, from all files.
+"results:NAME" is the whole table; "results:NAME:summary", ":burst", ":candidates", ":against_fa2" and
+":figure" are other views of the file. "results:claims" is the table of ``benchmarks.claims``, from all files.
 """
 
 from __future__ import annotations

@@ -83,11 +83,6 @@ MATMUL: dict[str, tuple[type, ...]] = {
     "ms": (float,),
     "tflops": (float,),
 }  # M × K by K × N: benchmarks/matmul.py
-INSTRUCTIONS: dict[str, tuple[type, ...]] = {  # of a main loop's body
-    "mma": (int,),
-    "other": (int,),
-    "other_per_mma": (float,),
-}
 # Directions whose rows hold no speeds of attention kernels.
 TIMES = {
     "host": HOST,
@@ -96,7 +91,6 @@ TIMES = {
     "counters": COUNTERS,
     "memory": MEMORY,
     "matmul": MATMUL,
-    "instructions": INSTRUCTIONS,
 }
 DIRECTIONS = ("forward", "backward", "decode", *TIMES)
 

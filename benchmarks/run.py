@@ -10,10 +10,9 @@ python -m benchmarks.run train                           loss curves of a small 
 python -m benchmarks.run gpt2                            steps of GPT-2, with each attention
 python -m benchmarks.run memory                          memory beyond inputs and outputs, by each family
 python -m benchmarks.run matmul                          the rate of large matrix products
-python -m benchmarks.run instructions                    what main loops issue for each matrix instruction
 
-Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps; the other
-options are forward's and backward's.
+Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps, counters also
+--families and --topic; the other options are forward's and backward's.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ def _counters(options: argparse.Namespace, command: str) -> int:
         return _skip("counters", reason)
     header = machine.header(command, options.commit, counters.METHOD)
     recorder = Recorder(options.results_dir, options.topic or "counters", header)
-    return _record(["all"], lambda _: counters.measure(), recorder)
+    return _record(["all"], lambda _: counters.measure(options.families), recorder)
 
 
 def _tiles(options: argparse.Namespace, command: str) -> int:
@@ -156,22 +155,6 @@ def _matmul(options: argparse.Namespace, command: str) -> int:
     return _record(matmul.PRODUCTS, measure, Recorder(options.results_dir, matmul.TOPIC, header))
 
 
-def _instructions(options: argparse.Namespace, command: str) -> int:
-    if reason := machine.why_no_cupy():
-        return _skip("instructions", reason)
-    from benchmarks import instructions
-    from cuflash import info
-
-    capability = info.find_gpu().capability
-
-    def measure(kernel: instructions.Kernel) -> list[Row]:
-        return instructions.measure(kernel, capability)
-
-    header = machine.header(command, options.commit, instructions.METHOD)
-    recorder = Recorder(options.results_dir, instructions.TOPIC, header)
-    return _record(instructions.KERNELS, measure, recorder)
-
-
 BENCHMARKS = {
     "forward": _speed,
     "backward": _speed,
@@ -183,7 +166,6 @@ BENCHMARKS = {
     "gpt2": _gpt2,
     "memory": _memory,
     "matmul": _matmul,
-    "instructions": _instructions,
 }
 
 

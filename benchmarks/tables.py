@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.markdown import markdown, short_dtype
 from benchmarks.peers import PEERS
 from benchmarks.results import Results, Row
-from benchmarks.time_tables import TIME_TABLES
+from benchmarks.time_tables import TIME_TABLES, compare_counters
 
 UNTOLD_FEATURES = ("registers", "spill_bytes", "chosen")  # columns, and bold print, of the candidates' tables
 
@@ -44,11 +44,18 @@ def candidates(results: Results) -> str:
     return _sections({**results, "rows": rows}, _candidate_tables)
 
 
+def against_fa2(results: Results) -> str:
+    """What fa1's kernels cost over fa2's, by hardware counters."""
+    rows = [row for row in results["rows"] if row["direction"] == "counters"]
+    return "\n".join([*compare_counters(rows, "fa1", "fa2"), "", footer(results)])
+
+
 VIEWS: dict[str, Callable[[Results], str]] = {
     "table": table,
     "burst": burst,
     "summary": summary,
     "candidates": candidates,
+    "against_fa2": against_fa2,
 }
 
 

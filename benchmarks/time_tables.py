@@ -8,6 +8,7 @@ from itertools import groupby
 
 from benchmarks.markdown import markdown, short_dtype
 from benchmarks.results import CALL, COUNTERS, HOST, Row
+from benchmarks.workload import grid_point
 
 
 def _host_table(rows: list[Row]) -> list[str]:
@@ -46,6 +47,54 @@ def _counters_table(rows: list[Row]) -> list[str]:
         for row in rows
     ]
     return markdown(head, body)
+
+
+POINT = ("head_dim", "causal", "seqlen_q")
+
+
+def compare_counters(rows: list[Row], ours: str, other: str) -> list[str]:
+    """A line for each point of both families: how many times as much ``ours`` takes, and how busy it is."""
+    counted = {(row["family"], row["counted"], *map(row.get, POINT)): row for row in rows}
+    head = ["kernel", "d", "mask", "length", "time", "instructions", "shared-memory accesses"]
+    head += [f"others for each mma ({other})"]
+    head += [f"{name}, % ({other})" for name in ("SMs active", "occupancy", "tensor")]
+    body = []
+    for (family, *point), row in counted.items():
+        than = counted.get((other, *point))
+        if family != ours or than is None:
+            continue
+        part, head_dim, is_causal, seqlen = point
+        body.append(
+            [
+                *(part, str(head_dim), "causal" if is_causal else "full", str(seqlen)),
+                *(f"{value(row) / value(than):.2f}" for value in (_time, _instructions, _accesses)),
+                "-" if is_causal else f"{others_per_mma(row):.1f} ({others_per_mma(than):.1f})",
+                *(f"{row[name]:.0f} ({than[name]:.0f})" for name in ("sm_active", "occupancy", "tensor")),
+            ]
+        )
+    if not body:
+        raise ValueError(f"{ours} and {other} have no point in common")
+    caption = f"{ours} over {other}: times as much; and how busy each keeps the GPU:"
+    return [caption, "", *markdown(head, body)]
+
+
+def others_per_mma(row: Row) -> float:
+    """Instructions beside each mma.sync (m16n8k16), of fa1 and fa2 without a mask: both multiply as much."""
+    flops = grid_point(row["head_dim"], row["seqlen_q"], False, direction=row["counted"]).flops
+    return float(row["instructions"] / (flops / (2 * 16 * 8 * 16)) - 1)
+
+
+def _time(row: Row) -> float:
+    return float(row["ms"])
+
+
+def _instructions(row: Row) -> float:
+    return float(row["instructions"])
+
+
+def _accesses(row: Row) -> float:
+    """In units that cancel: the counter is a share of the active cycles, and those are of the time."""
+    return float(row["shared_memory"] * row["sm_active"] * row["ms"])
 
 
 def _training_table(rows: list[Row]) -> list[str]:
@@ -136,19 +185,6 @@ def _matmul_table(rows: list[Row]) -> list[str]:
     return markdown(["M", "N", "K", "TFLOP/s"], body)
 
 
-def _instructions_table(rows: list[Row]) -> list[str]:
-    head = ["kernel", "d", "matrix instructions", "others", "others for each"]
-    body = [
-        [
-            f"{row['family']} {row['features']['of']}",
-            *(str(row[name]) for name in ("head_dim", "mma", "other")),
-            f"{row['other_per_mma']:.2f}",
-        ]
-        for row in rows
-    ]
-    return markdown(head, body)
-
-
 # By direction, as results.TIMES.
 TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "host": _host_table,
@@ -157,5 +193,4 @@ TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "train": _training_table,
     "memory": _memory_table,
     "matmul": _matmul_table,
-    "instructions": _instructions_table,
 }

@@ -233,6 +233,5 @@ def with_passes(main: BackwardConfig) -> BackwardConfigs:
             main.block_m,
             main.vector_reductions,
             main.vector_out,
-            modifiers=ModifierFlags(window=flags.window),
         ),
     )

@@ -26,7 +26,10 @@ _DS_STAGES = 2  # of P too, where it passes between warpgroups
 
 @dataclass(frozen=True, slots=True)
 class HopperBackwardConfig:
-    """Compile-time constants of one main program (``kernels_cu/hopper/backward.cu``)."""
+    """Compile-time constants of one main program.
+
+    It is ``kernels_cu/hopper/backward.cu`` or, without a dQ warpgroup, ``hopper/backward_narrow.cu``.
+    """
 
     dtype: str
     head_dim: int  # of Q and K, as multiplied: padded to a tile of the table
@@ -34,29 +37,29 @@ class HopperBackwardConfig:
     block_m: int  # query rows per visit
     block_n: int  # keys per thread block
     stages: int  # Q tiles, and dO tiles, in shared memory
-    dq_warpgroup: bool  # a warpgroup of its own computes dQ; otherwise the main ones do, half each
+    dq_warpgroup: bool = field(metadata={"in_stub": False})  # computes dQ; otherwise the main ones, half each
     dq_columns: int  # of dQ in one product
     helper_registers: int  # a thread, by setmaxnreg
     main_registers: int
     spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack
-    dynamic_blocks: bool  # key blocks are taken from an atomic counter, not every grid-th
+    dynamic_blocks: bool  # if persistent: key blocks are taken from an atomic counter, not every grid-th
     causal: bool
     deterministic: bool  # dQ is summed in a fixed order
 
     @property
     def kernel(self) -> str:
         """Path of the source below ``kernels_cu/``."""
-        return "hopper/backward.cu"
+        return "hopper/backward.cu" if self.dq_warpgroup else "hopper/backward_narrow.cu"
 
     @property
     def entry(self) -> str:
         """Name of the ``extern "C"`` kernel."""
-        return "hopper_backward"
+        return "hopper_backward" if self.dq_warpgroup else "hopper_backward_narrow"
 
     @property
     def is_persistent(self) -> bool:
         """A thread block works through several key blocks."""
-        return True
+        return not self.dq_warpgroup
 
     @property
     def threads(self) -> int:
@@ -72,8 +75,10 @@ class HopperBackwardConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a thread block; the kernel asserts that its own map ends here."""
         ds = _tile_bytes(self.block_m, self.block_n)
-        barriers = _BARRIER_BYTES * (3 * self.stages + 2 * _DS_STAGES + 3)  # q, dout, ds; k and v
-        return _streamed_bytes(self) + _DS_STAGES * ds + barriers + _BLOCK_SLOT_BYTES
+        barriers = _BARRIER_BYTES * (3 * self.stages + 2 * _DS_STAGES + 2)  # q, dout, ds; k and v
+        # Persistent, K is also emptied, and its slot says which key block it is of.
+        next_block = _BARRIER_BYTES + _BLOCK_SLOT_BYTES if self.is_persistent else 0
+        return _streamed_bytes(self) + _DS_STAGES * ds + barriers + next_block
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
@@ -191,21 +196,17 @@ class WideTile(NamedTuple):
 
 # The first row that is wide enough is taken. At head_dim 64 the main warpgroups have registers for dQ beside
 # dK and dV; at 128 they do not (docs/hopper-backward.md). The registers of the three warpgroups sum to what
-# the launch allocates, 3 · 168. What is spilled is the loading thread's.
+# the launch allocates, 3 · 168.
 TILES = (
-    Tile(64, 64, 128, 2, False, 64, helper_registers=40, main_registers=232),
-    Tile(96, 96, 64, 3, True, 96, helper_registers=88, main_registers=208, spill_bytes=40),
-    Tile(128, 128, 64, 3, True, 64, helper_registers=72, main_registers=216, spill_bytes=160),
+    Tile(64, 64, 128, 3, False, 64, helper_registers=56, main_registers=224),
+    Tile(96, 96, 64, 3, True, 96, helper_registers=88, main_registers=208),
+    Tile(128, 128, 64, 3, True, 64, helper_registers=72, main_registers=216),
 )
 # After those. Here four warpgroups share 4 · 128 registers.
 WIDE_TILES = (
     WideTile(192, 192, 64, 3, 192, 24, 176, 176, 136),
     WideTile(256, 256, 64, 2, 64, 24, 208, 208, 72),
 )
-
-# Whether "auto" takes these kernels where they can compute a backward. Not before they have run on a GPU.
-CHOSEN_BY_AUTO = False
-WIDE_CHOSEN_BY_AUTO = False
 
 
 def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
@@ -241,7 +242,7 @@ def make_config(
     return HopperBackwardConfig(
         dtype=dtype,
         block_n=MAIN_ROWS * _MAIN_WARPGROUPS,
-        dynamic_blocks=causal,
+        dynamic_blocks=causal and not tile.dq_warpgroup,
         causal=causal,
         deterministic=deterministic,
         **tile._asdict(),
@@ -257,11 +258,6 @@ def with_passes(main: MainConfig, *, vector_out: bool = True) -> HopperBackwardC
             main.dtype, main.head_dim, main.block_m, vector_reductions=True, vector_out=vector_out
         ),
     )
-
-
-def chosen_by_auto(problem: Problem) -> bool:
-    """Whether "auto" takes the kernel for a problem that ``why_not`` has no objection to."""
-    return WIDE_CHOSEN_BY_AUTO if isinstance(_tile(problem), WideTile) else CHOSEN_BY_AUTO
 
 
 def _tile(problem: Problem) -> Tile | WideTile:

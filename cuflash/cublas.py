@@ -141,7 +141,18 @@ def gemm_strided_batched(*arguments: Any) -> None:
 
 
 def prepare() -> None:
-    """Make CuPy's cuBLAS handle for the current device: while a graph captures it is too late."""
+    """Make CuPy's cuBLAS handle for the current device."""
     from cupy.cuda import device
 
     device.get_cublas_handle()
+
+
+def refuse_capture(stream: int) -> None:
+    """RuntimeError if a CUDA graph captures ``stream``: CuPy would refuse later, some work being queued."""
+    from cupy.cuda import runtime
+
+    if runtime.streamIsCapturing(stream):
+        raise RuntimeError(
+            'algorithm="standard" cannot be captured in a CUDA graph: CuPy calls no cuBLAS while a stream is '
+            "captured; the other families can be captured"
+        )

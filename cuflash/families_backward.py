@@ -90,8 +90,6 @@ def _why_not_hopper(request: Request, algorithm: str, gpu: Gpu) -> str | None:
     if reason := config_hopper_backward.why_not(problem, gpu.capability):
         return reason
     if algorithm == "auto":
-        if not config_hopper_backward.chosen_by_auto(problem):
-            return 'it has to be asked for with algorithm="hopper"'
         copied_by_both = _operands(infos, _FA2).copies
         for name, reason in _operands(infos, _HOPPER).copies.items():
             if name in infos and name not in copied_by_both:

@@ -122,7 +122,7 @@ def backward_calls(
 
 def query_blocks(problem: Problem, block_m: int) -> int:
     """Blocks of ``block_m`` queries, counted from the first that sees a key."""
-    return -(-len(visible_rows(problem)) // block_m)
+    return -(-(problem.seqlen_q - visible_rows(problem).start) // block_m)
 
 
 def with_passes(
@@ -137,7 +137,7 @@ def with_passes(
     preprocess, main, postprocess = configs
     rows = visible_rows(problem)
     m_blocks = query_blocks(problem, main.block_m)
-    dq_blocks = -(-problem.seqlen_q // main.block_m)
+    dq_blocks = -(-rows.start // main.block_m) + m_blocks
     heads = problem.batch * problem.heads_q
 
     blocks = heads * m_blocks

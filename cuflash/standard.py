@@ -27,6 +27,7 @@ class StandardLauncher:
 
     def __call__(self, maps: Sequence[EncodedMap], addresses: Sequence[int], stream: int) -> None:
         """Queue one forward: the addresses of q, k, v, out, lse or null, and the workspace."""
+        cublas.refuse_capture(stream)
         q, k, v, out, lse, scores = addresses
         self._scores(q, k, scores, stream)
         self._softmax((), (scores, out, lse), stream)

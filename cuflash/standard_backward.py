@@ -37,6 +37,7 @@ class StandardSteps:
         """Queue one backward: addresses by argument name, gradients' included; dlse is 0 where not given."""
         from cupy.cuda import runtime
 
+        cublas.refuse_capture(stream)
         calls = self.calls
         for name in calls.zeroed:
             if nbytes[name]:

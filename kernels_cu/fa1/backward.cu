@@ -33,7 +33,7 @@
 // Numerics S, dP, dV, dK and dQ in float32; P and dS rounded to Element for the products, P also for dS.
 // Order    fixed: the same bits every time.
 // Configs  head dims to 128 in steps of 16 (others zero-padded by the loads), Dv ≠ D, float16 and bfloat16.
-// Speed    docs/fa1.md, generated from benchmarks/results/.
+// Speed    docs/claims.md; where it goes, docs/fa1.md. Both from benchmarks/results/.
 // Sibling  fa2/backward.cu gives each K/V block a thread block, and sums dQ by atomics.
 #include "core/dq_workspace.cuh"
 #include "core/mask_transposed.cuh"

@@ -31,7 +31,7 @@
 //           are loaded as zeros. A row that sees no key gives out = 0, lse = −inf.
 // Numerics  S, sums and O in float32; P rounded to Element for the second product; m is the exact running maximum.
 // Configs   head dims to 128 in steps of 16 (others zero-padded by the loads), Dv ≠ D, float16 and bfloat16.
-// Speed     docs/fa1.md, generated from benchmarks/results/.
+// Speed     docs/claims.md; where it goes, docs/fa1.md. Both from benchmarks/results/.
 // Sibling   fa2/forward.cu keeps Q and O instead, gives each query block a thread block and each warp queries.
 #include "core/dq_workspace.cuh"
 #include "core/fragment.cuh"

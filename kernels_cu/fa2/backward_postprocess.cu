@@ -2,11 +2,11 @@
 //
 //   dQ = scale · Σ_n dS[n] K[n]
 //
-// Grid     one dimension: a thread block per (kBlockM queries, head, batch), all queries of dQ: rows before the first
-//          that sees a key are zeros.
-// Threads  kThreads; a thread makes 16 bytes of a row from the four lanes' shares of a fragment (core/dq_workspace.cuh).
-//          Threads 0 to kChunks − 1 do neighbouring chunks of one row, the next ones row + 8, which lies in the same
-//          fragments: every byte of a cache line is read within a few instructions.
+// Grid     one dimension: for each (head, batch) a thread block for every block of the workspace, after those for kBlockM
+//          queries each before the first that sees a key, which get zeros. Backwards: what was added last is still in L2.
+// Threads  kThreads; a thread makes 16 bytes each of two rows, r and r + 8, from the four lanes' shares of a fragment
+//          (core/dq_workspace.cuh), which lie together where four floats were added at once. Neighbouring threads do
+//          neighbouring chunks of a row.
 // Speed    limited by memory.
 #include "core/dq_workspace.cuh"
 #include "core/strides.cuh"
@@ -17,7 +17,7 @@ struct PostprocessParams {
   int seqlen_q;   // all queries
   int heads_q, head_dim;
   int m_blocks;   // of the workspace
-  int dq_blocks;  // of dQ
+  int dq_blocks;  // those, and the ones before them
   float scale;
 };
 
@@ -27,46 +27,70 @@ constexpr int kThreads = Config::kThreads;
 constexpr int kChunks = Config::kHeadDim / 8;
 using Workspace = DqWorkspace<kBlockM, Config::kHeadDim, Config::kVectorReductions>;
 
+// What a lane has added to a fragment: two neighbouring columns of row r, then of row r + 8.
+__device__ __forceinline__ Vector16 lane_share(const float* block, int row_tile, int chunk, int lane) {
+  const float* const share = block + Workspace::index(row_tile, chunk, lane, 0);
+  if constexpr (Config::kVectorReductions) {
+    return *reinterpret_cast<const Vector16*>(share);
+  } else {
+    Vector16 vector;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) vector.words[r] = __float_as_uint(share[Workspace::index(0, 0, 0, r)]);
+    return vector;
+  }
+}
+
+__device__ __forceinline__ void store_chunk(Element* target, const Vector16& vector, int columns) {
+  if constexpr (Config::kVectorOut) {
+    *reinterpret_cast<Vector16*>(target) = vector;
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const unsigned short bits = vector.words[j / 2] >> (j % 2 * 16);
+      if (j < columns) target[j].bits = bits;
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads)
 fa2_backward_postprocess(const float* __restrict__ workspace,  // (batch, heads_q, m_blocks) blocks of dQ
                          Element* __restrict__ dq,             // (batch, seqlen_q, heads_q, head_dim)
                          const __grid_constant__ PostprocessParams params) {
-  const int batch_head = blockIdx.x / params.dq_blocks;
-  const int dq_block = blockIdx.x - batch_head * params.dq_blocks;
+  const int index = gridDim.x - 1 - blockIdx.x;
+  const int batch_head = index / params.dq_blocks;
   const int batch = batch_head / params.heads_q;
   const int head = batch_head - batch * params.heads_q;
   dq += batch * params.dq.batch + head * params.dq.head;
-  workspace += (long long)batch_head * params.m_blocks * Workspace::kBlock;
 
-  for (int i = threadIdx.x; i < kBlockM * kChunks; i += kThreads) {
+  const int dq_block = index - batch_head * params.dq_blocks;
+  const int m_block = dq_block - (params.dq_blocks - params.m_blocks);
+  const bool in_workspace = m_block >= 0;
+  const int first_query = in_workspace ? params.first_row + m_block * kBlockM : dq_block * kBlockM;
+  const int end_query = in_workspace ? params.seqlen_q : params.first_row;
+  const float* const block = workspace + ((long long)batch_head * params.m_blocks + m_block) * Workspace::kBlock;
+
+  for (int i = threadIdx.x; i < kBlockM / 2 * kChunks; i += kThreads) {
     const int chunk = i % kChunks;
-    // Counted so that rows r and r + 8 follow each other.
-    const int ordinal = i / kChunks;
-    const int row_in_block = ordinal / 16 * 16 + ordinal % 2 * 8 + ordinal % 16 / 2;
-    const int query = dq_block * kBlockM + row_in_block;
-    if (query >= params.seqlen_q || chunk * 8 >= params.head_dim) continue;
-    Vector16 vector = {};
-    const int row = query - params.first_row;
-    // Without a window all queries from the first that sees a key on have a row.
-    if (row >= 0 && (!Config::kWindow || row < params.m_blocks * kBlockM)) {
-      const float* block = workspace + row / kBlockM * (long long)Workspace::kBlock;
-      const int row_tile = row % kBlockM / 16, half = row % 16 / 8;
+    const int ordinal = i / kChunks;  // of the pair of rows
+    const int row_tile = ordinal / 8, row_in_tile = ordinal % 8;
+    if (chunk * 8 >= params.head_dim) continue;
+    Vector16 rows[2] = {};
+    if (in_workspace) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int lane = row % 8 * 4 + j;
-        const float even = block[Workspace::index(row_tile, chunk, lane, 2 * half)];
-        const float odd = block[Workspace::index(row_tile, chunk, lane, 2 * half + 1)];
-        vector.words[j] = Element::pack(even * params.scale, odd * params.scale);
+        const Vector16 share = lane_share(block, row_tile, chunk, row_in_tile * 4 + j);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float even = __uint_as_float(share.words[2 * half]), odd = __uint_as_float(share.words[2 * half + 1]);
+          rows[half].words[j] = Element::pack(even * params.scale, odd * params.scale);
+        }
       }
     }
-    Element* target = dq + query * params.dq.row + chunk * 8;
-    if constexpr (Config::kVectorOut) {
-      *reinterpret_cast<Vector16*>(target) = vector;
-    } else {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const unsigned short bits = vector.words[j / 2] >> (j % 2 * 16);
-        if (chunk * 8 + j < params.head_dim) target[j].bits = bits;
+    for (int half = 0; half < 2; ++half) {
+      const int query = first_query + row_tile * 16 + row_in_tile + half * 8;
+      if (query < end_query) {
+        store_chunk(dq + query * params.dq.row + chunk * 8, rows[half], params.head_dim - chunk * 8);
       }
     }
   }

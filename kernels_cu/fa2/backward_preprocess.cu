@@ -4,7 +4,8 @@
 //
 // ∂lse/∂S = P, so a gradient through lse, dS = P ∘ (dP − rowsum(dO ∘ O)) + P · dlse, only shifts delta.
 //
-// Grid     one dimension: a thread block per (kBlockM queries, head, batch).
+// Grid     one dimension: a thread block per (kBlockM queries, head, batch). Backwards: what the main kernel starts with is
+//          then still in L2.
 // Threads  kThreads; groups of eight lanes sum one row, 16 bytes a lane and step.
 // Memory   reads dO, O, lse and dlse in place through their strides; writes whole blocks, for rows past the last too:
 //          there delta = 0 and lse_log2 = +inf, so that backward.cu gets P = 2^(S − inf) = 0 without a mask. A row that
@@ -41,8 +42,9 @@ fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, 
                         float* __restrict__ workspace,     // (batch, heads_q, m_blocks) blocks of dQ
                         int* __restrict__ turns,           // (batch, heads_q, m_blocks, turns_per_block) or null
                         const __grid_constant__ PreprocessParams params) {
-  const int batch_head = blockIdx.x / params.m_blocks;
-  const int m_block = blockIdx.x - batch_head * params.m_blocks;
+  const int index = gridDim.x - 1 - blockIdx.x;
+  const int batch_head = index / params.m_blocks;
+  const int m_block = index - batch_head * params.m_blocks;
   const int batch = batch_head / params.heads_q;
   const int head = batch_head - batch * params.heads_q;
   const int lane = threadIdx.x % kLanesPerRow;
@@ -69,7 +71,7 @@ fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, 
 #pragma unroll
     for (int step = 1; step < kLanesPerRow; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (lane == 0 && row_in_block < kBlockM) {
-      const long long target = (long long)blockIdx.x * kBlockM + row_in_block;
+      const long long target = (long long)index * kBlockM + row_in_block;
       float row_lse = infinity();
       if (inside) {
         const int query = params.first_row + row;
@@ -83,11 +85,11 @@ fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, 
   }
 
   constexpr int kBlockFloats = kBlockM * Config::kHeadDim;
-  float* block = workspace + (long long)blockIdx.x * kBlockFloats;
+  float* block = workspace + (long long)index * kBlockFloats;
   for (int i = threadIdx.x * 4; i < kBlockFloats; i += kThreads * 4) {
     *reinterpret_cast<Vector16*>(block + i) = Vector16{};
   }
   if (threadIdx.x < params.turns_per_block) {
-    turns[(long long)blockIdx.x * params.turns_per_block + threadIdx.x] = 0;
+    turns[(long long)index * params.turns_per_block + threadIdx.x] = 0;
   }
 }

@@ -6,63 +6,48 @@
 //
 // Before    fa2/backward_preprocess.cu: delta, lse in base 2, zeros in the dQ workspace. After:
 //           fa2/backward_postprocess.cu: dQ.
-// Grid      persistent: as many thread blocks as run at once. Each works through key blocks of (128 keys, key/value head,
-//           batch), longest first: its own index, then every gridDim-th, or under a causal mask the next that nobody has
-//           taken (an atomic counter, which is back at 0 when the last block is done). For each it visits the query
+// Grid      one dimension: a thread block per (128 keys, key/value head, batch), longest first. It visits the query
 //           blocks that see its keys, of every query head of the group, so dK and dV need no atomics.
 // Threads   two main warpgroups own 64 keys each: dV and dK stay in their registers, and since S and dP are computed
 //           transposed, so are P and dS, as operands of the products with dO and Q. Warpgroup 0 helps: one thread
-//           starts all TMA loads and, with kDqWarpgroup, its warps multiply dS K and add it to dQ. Without, the main
-//           warpgroups do that too, a half each. setmaxnreg gives the main warpgroups the registers they need.
-// Loop      of a main warpgroup, with kDqWarpgroup; P of the visit is ready when it starts:
+//           starts all TMA loads, and its warps multiply dS K and add it to dQ. setmaxnreg gives the main warpgroups the
+//           registers they need.
+// Loop      of a main warpgroup; P of the visit is ready when it starts:
 //             start dPᵀ = V dOᵀ;  start dV += Pᵀ dO;  wait for dP
 //             dS = P ∘ (dP − delta)                                   (under dV)
 //             wait for dV;  store dS for the dQ warpgroup
 //             start Sᵀ = K Qᵀ of the next visit;  start dK += dSᵀ Q;  wait for S
 //             P = 2^(S·scale_log2 − lse), masked                      (under dK)
 //             wait for dK;  release Q and dO
-//           and without, where S and dP are of the same visit:
-//             start Sᵀ = K Qᵀ;  start dPᵀ = V dOᵀ;  wait for S;  P    (under dP)
-//             wait for dP;  dS;  store dS;  start dV += Pᵀ dO;  both main warpgroups meet
-//             start dQ = dS K, a half;  start dK += dSᵀ Q;  wait for dV and dQ
-//             add dQ                                                  (under dK)
-//             wait for dK;  release Q and dO
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
-//           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers |
-//           which key block K is of, 8 bytes
-//           The epilogue stages dV and dK in the panels of dS that the warpgroup stores: the next K and V are on their way.
-// Registers dK and dV: kHeadDim/2 + kHeadDimV/2 a thread, S or dP: kBlockM/2 (both without kDqWarpgroup), P and dS
-//           kBlockM/4 each, dQ kDqColumns/2; docs/hopper-backward.md has ptxas's figures.
+//           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers
+//           The epilogue stages dK in K's place and dV in V's.
+// Registers dK and dV: kHeadDim/2 + kHeadDimV/2 a thread, S or dP: kBlockM/2, P and dS kBlockM/4 each, dQ
+//           kDqColumns/2; docs/hopper-backward.md has ptxas's figures.
 // Barriers  (pipeline.cuh)   who arrives                            who waits
-//           k.full           loader, when it has said which block   everybody, before a key block
-//                            is next, and TMA's bytes
-//           v.full           loader, TMA's bytes                    main warps, before the first product with it
-//           k.empty          main and dQ warps, after their last    loader, before it says so, and loads K and V
-//                            product of a key block
+//           k.full, v.full   loader, TMA's bytes                    main warps, before the first product with it
 //           q.full, dout.full loader, TMA's bytes (lse, delta too)  main warps, before the first product with it
 //           q.empty          each main warp, after a visit          loader, before it loads Q, then dO
-//           ds.full          each main warp, when dS is stored      dQ warps, before the product        kDqWarpgroup
-//           ds.empty         each dQ warp, after the product        main warps, before they store; before dV is staged
-//           bar kDsStored    the main warpgroups, when dS is stored; when it is no longer read          otherwise
-//           bar kStaged + w  main warpgroup w, when dV or dK is staged; when it has left
+//           ds.full          each main warp, when dS is stored      dQ warps, before the product
+//           ds.empty         each dQ warp, after the product        main warps, before they store; before dK is staged
+//           bar kStaged + w  main warpgroup w, when dV or dK is staged
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
 //           past the last. TMA reads rows outside the tensors as zeros; the host starts Q and dO at the first query
 //           that sees a key and ends K and V at the last key some query sees. Other keys get zeros.
-// Numerics  S, dP, dV, dK and dQ in float32; P and dS rounded to Element for the products, with kDqWarpgroup P also
-//           for dS.
+// Numerics  S, dP, dV, dK and dQ in float32; P and dS rounded to Element for the products, P also for dS.
 // Order     dK and dV are bit-stable. dQ is summed in float32 by atomics, in any order, or with kDeterministic in the
 //           order of n_block: each warp that adds has a turn for each query block (core/turn.cuh).
 // Configs   head dims up to 128 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
 //           (cuflash/config_hopper_backward.py).
 // Speed     docs/hopper-backward.md.
-// Sibling   fa2/backward.cu: P and dS pass between warps through shared memory, and dQ is everybody's work.
+// Siblings  hopper/backward_narrow.cu: head dims up to 64, where the main warpgroups have registers for dQ.
+//           hopper/backward_wide.cu: head dims up to 256, where they have none for both dK and dV.
 #include "core/mask_transposed.cuh"
 #include "core/turn.cuh"
 #include "hopper/backward_layout.cuh"
 #include "hopper/key_block.cuh"
 #include "hopper/store_gradient.cuh"
 #include "hopper/transposed.cuh"
-#include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/setmaxnreg.cuh"
@@ -70,7 +55,11 @@
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
-enum Barrier { kDsStored = 1, kStaged };
+constexpr int kKFullOffset = kKvBarriersOffset;
+constexpr int kVFullOffset = kKFullOffset + 8;
+static_assert(kVFullOffset + 8 == Config::kSharedBytes, "the host's map is the same");
+
+enum Barrier { kStaged = 1 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_q, seqlen_q, head_dim)
@@ -82,8 +71,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
                 const float* __restrict__ lse_log2,            // (batch, heads_q, m_blocks · kBlockM)
                 const float* __restrict__ delta,               // (batch, heads_q, m_blocks · kBlockM)
                 float* __restrict__ workspace,  // (batch, heads_q, m_blocks) blocks of dQ, core/dq_workspace.cuh
-                int* __restrict__ turns,        // (batch, heads_q, m_blocks, warps that add); null unless kDeterministic
-                unsigned* __restrict__ blocks_taken,  // 0; used, and left 0, if kDynamicBlocks
+                int* __restrict__ turns,        // (batch, heads_q, m_blocks, 4); null unless kDeterministic
                 const __grid_constant__ BackwardParams params) {
   DYN_SMEM(smem);
   const unsigned k_smem = cvta_to_shared(smem);
@@ -91,317 +79,190 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   const QRing q_ring{{k_smem + kQOffset, k_smem + kBarriersOffset}};
   const DoutRing dout_ring{k_smem + kDoutOffset, q_ring.barriers_smem + QRing::kBarrierBytes};
   const DsRing ds_ring{{k_smem + kDsOffset, dout_ring.barriers_smem + DoutRing::kBarrierBytes}};
-  const KRing k_ring{{k_smem, k_smem + kKvBarriersOffset}};
-  const VRing v_ring{v_smem, k_ring.barriers_smem + KRing::kBarrierBytes};
-  int* const block_slot = reinterpret_cast<int*>(smem + kBlockSlotOffset);  // index of the key block that K is of
+  const unsigned k_full = k_smem + kKFullOffset, v_full = k_smem + kVFullOffset;
 
   if (threadIdx.x == 0) {
     q_ring.init(4 * kMainWarpgroups);
     dout_ring.init();
     ds_ring.init(4, 4 * kMainWarpgroups);
-    k_ring.init(4 * kMainWarpgroups + (kDqWarpgroup ? 4 : 0));
-    v_ring.init();
+    mbarrier_init(k_full, 1);
+    mbarrier_init(v_full, 1);
     fence_mbarrier_init();
   }
   __syncthreads();
 
-  const auto key_block_at = [&](int index) { return key_block<kBlockM, kBlockN, Config::kCausal>(index, params); };
-  // The key block that everybody is to work on as number `block`; past the last if there is none.
-  const auto receive_block = [&](unsigned block) {
-    k_ring.wait_full(block);
-    return *block_slot;
-  };
+  const KeyBlock keys = key_block<kBlockM, kBlockN, Config::kCausal>(blockIdx.x, params);
+  const unsigned visits = keys.visits;
+  const int first_head = keys.head * params.group_size;
   // Index of a query block in (batch, heads_q, m_blocks).
-  const auto block_index = [&](const KeyBlock& keys, const QueryBlock& at) {
-    const long long first_head = (static_cast<long long>(keys.batch) * params.heads_kv + keys.head) * params.group_size;
-    return (first_head + at.head) * params.m_blocks + at.m_block;
+  const auto block_index = [&](const QueryBlock& at) {
+    const long long heads_before = static_cast<long long>(keys.batch) * params.heads_kv * params.group_size;
+    return (heads_before + first_head + at.head) * params.m_blocks + at.m_block;
   };
   const int lane = Fragment::lane();
   const int warp = threadIdx.x / kWarpSize % 4;
   // The same in every lane, and known to be: descriptors made of it stay in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0) - 1;
+
   // One lane, when all have stored or read what others wait to read or store.
   const auto arrive = [&](unsigned barrier) {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(barrier);
   };
 
-  // Adds a part of a visit's dQ; `adder` numbers the warps that add to one query block.
-  constexpr int kAdders = kDqWarpgroup ? 4 : 4 * kMainWarpgroups;
-  const auto add_dq = [&](const Part& part, const float (&acc_dq)[kDqColumns / 8][4], long long query_block) {
-    part.add(workspace + query_block * Part::Workspace::kBlock, acc_dq, warp, lane);
-  };
-  const auto turn_of = [&](long long query_block, int adder) { return turns + query_block * kAdders + adder; };
-
   if (warpgroup < 0) {
     setmaxnreg_dec<Config::kHelperRegisters>();
     const bool loads = threadIdx.x == 0;
-    unsigned block = 0;  // of the one being loaded: key blocks before it, …
-    unsigned v_use = 0;  // … those of them with visits, …
-    unsigned use = 0;    // … and the visits whose loads have started, its own too
-    int to_come = 0;     // its visits whose loads have not
-    int index = blockIdx.x;
-    KeyBlock loading = {};
-    QueryBlock to_load = {};
-    // Late, to balance the load, but before the block is needed: the counter takes its time to answer.
-    const auto claim_block = [&] {
-      if constexpr (Config::kDynamicBlocks) index = gridDim.x + atomicInc(blocks_taken, params.key_blocks - 1);
-      else index += gridDim.x;
-    };
-    const auto load_q = [&] {
+    QueryBlock to_load = keys.first();
+    const auto load_q = [&](unsigned use) {
       q_ring.wait_empty(use);
       mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes + kFloatsBytes);
-      QTile::load(q_ring.slot(use), &q_map, q_ring.full(use), to_load.m_block * kBlockM,
-                  loading.head * params.group_size + to_load.head, loading.batch);
-      cp_async_bulk_load(k_smem + kLseOffset + use % kStages * kFloatsBytes,
-                         lse_log2 + block_index(loading, to_load) * kBlockM, kFloatsBytes, q_ring.full(use));
+      QTile::load(q_ring.slot(use), &q_map, q_ring.full(use), to_load.m_block * kBlockM, first_head + to_load.head,
+                  keys.batch);
+      cp_async_bulk_load(k_smem + kLseOffset + use % kStages * kFloatsBytes, lse_log2 + block_index(to_load) * kBlockM,
+                         kFloatsBytes, q_ring.full(use));
     };
-    const auto load_dout = [&] {  // after load_q
+    const auto load_dout = [&](unsigned use) {  // after load_q of the same use
       mbarrier_arrive_expect_tx(dout_ring.full(use), DoutTile::kBytes + kFloatsBytes);
       DoutTile::load(dout_ring.slot(use), &dout_map, dout_ring.full(use), to_load.m_block * kBlockM,
-                     loading.head * params.group_size + to_load.head, loading.batch);
-      cp_async_bulk_load(k_smem + kDeltaOffset + use % kStages * kFloatsBytes,
-                         delta + block_index(loading, to_load) * kBlockM, kFloatsBytes, dout_ring.full(use));
-      loading.advance(to_load);
-      ++use;
-      if (--to_come == 0) claim_block();
+                     first_head + to_load.head, keys.batch);
+      cp_async_bulk_load(k_smem + kDeltaOffset + use % kStages * kFloatsBytes, delta + block_index(to_load) * kBlockM,
+                         kFloatsBytes, dout_ring.full(use));
     };
-    // Says which key block is next and loads K, V and its first visit, what is needed first first. False if none is.
-    const auto start_block = [&] {
-      k_ring.wait_empty(block);
-      *block_slot = index;
-      const bool exists = index < params.key_blocks;
-      if (exists) loading = key_block_at(index);
-      if (exists && loading.visits > 0) {
-        to_load = loading.first();
-        to_come = loading.visits;
-        mbarrier_arrive_expect_tx(k_ring.full(block), KTile::kBytes);
-        KTile::load(k_smem, &k_map, k_ring.full(block), loading.first_key, loading.head, loading.batch);
-        load_q();
-        mbarrier_arrive_expect_tx(v_ring.full(v_use), VTile::kBytes);
-        VTile::load(v_smem, &v_map, v_ring.full(v_use), loading.first_key, loading.head, loading.batch);
-        load_dout();
-        ++v_use;
-      } else {
-        mbarrier_arrive(k_ring.full(block));
-        if (exists) claim_block();
+    unsigned loaded = 0;
+    const auto load_visits_before = [&](unsigned end) {
+      for (; loaded < min(end, visits); ++loaded) {
+        load_q(loaded);
+        load_dout(loaded);
+        keys.advance(to_load);
       }
-      ++block;
-      return exists;
     };
-    if constexpr (!kDqWarpgroup) {
-      if (!loads) return;
-      while (start_block()) {
-        while (to_come > 0) {
-          load_q();
-          load_dout();
-        }
-      }
-      return;
+    if (loads && visits > 0) {  // what is needed first comes first
+      mbarrier_arrive_expect_tx(k_full, KTile::kBytes);
+      KTile::load(k_smem, &k_map, k_full, keys.first_key, keys.head, keys.batch);
+      load_q(0);
+      mbarrier_arrive_expect_tx(v_full, VTile::kBytes);
+      VTile::load(v_smem, &v_map, v_full, keys.first_key, keys.head, keys.batch);
+      load_dout(0);
+      keys.advance(to_load);
+      loaded = 1;
     }
-    if (loads) start_block();
-    unsigned ds_use = 0;
-    for (unsigned received = 0;; ++received) {
-      const int block_here = receive_block(received);
-      if (block_here >= params.key_blocks) return;
-      const KeyBlock keys = key_block_at(block_here);
-      const auto leave_k = [&] {
-        arrive(k_ring.empty(received));
-        if (loads) start_block();
-      };
-      if (keys.visits == 0) leave_k();
-      QueryBlock at = keys.first();
-      for (int visit = 0; visit < keys.visits; ++visit, ++ds_use) {
-        // The last slot to fill is that of the visit before, which is released without this warpgroup's help.
-        while (loads && to_come > 0 && use < ds_use + kStages) {
-          load_q();
-          load_dout();
-        }
-        __syncwarp();
-        ds_ring.wait_full(ds_use);
-        const long long query_block = block_index(keys, at);
+    const auto turn_of = [&](const QueryBlock& at) { return turns + block_index(at) * 4 + warp; };
+    QueryBlock at = keys.first();
+    for (unsigned visit = 0; visit < visits; ++visit) {
+      // The last slot to fill is that of the visit before, which is released without this warpgroup's help.
+      if (loads) load_visits_before(visit + kStages);
+      __syncwarp();
+      ds_ring.wait_full(visit);  // and K has landed, as its storers know
 #pragma unroll
-        for (int i = 0; i < Part::kParts; ++i) {
-          const Part part = Part::at(i);
-          float acc_dq[kDqColumns / 8][4];
-          part.start(acc_dq, ds_ring.slot(ds_use), k_smem);
-          wgmma_wait_group<0>();
-          pin_registers(acc_dq);
-          if (i == Part::kParts - 1) {
-            arrive(ds_ring.empty(ds_use));
-            if (visit == keys.visits - 1) leave_k();  // before the last adds: the next block's loads take longer
-          }
-          if (Config::kDeterministic && i == 0) wait_for_turn(turn_of(query_block, warp), keys.n_block);
-          add_dq(part, acc_dq, query_block);
-        }
-        if constexpr (Config::kDeterministic) pass_turn(turn_of(query_block, warp));
-        keys.advance(at);
+      for (int i = 0; i < Part::kParts; ++i) {
+        const Part part = Part::at(i);
+        float acc_dq[kDqColumns / 8][4];
+        part.start(acc_dq, ds_ring.slot(visit), k_smem);
+        wgmma_wait_group<0>();
+        pin_registers(acc_dq);
+        if (i == Part::kParts - 1) arrive(ds_ring.empty(visit));
+        if (Config::kDeterministic && i == 0) wait_for_turn(turn_of(at), keys.n_block);
+        part.add(workspace + block_index(at) * Part::Workspace::kBlock, acc_dq, warp, lane);
       }
+      if constexpr (Config::kDeterministic) pass_turn(turn_of(at));
+      keys.advance(at);
     }
+    return;
   }
 
   setmaxnreg_inc<Config::kMainRegisters>();
   const int warp_row = warpgroup * 64 + warp * 16;  // the warp's first key of the block
   const unsigned my_k_smem = k_smem + warpgroup * 64 * kPanelRowBytes;
   const unsigned my_v_smem = v_smem + warpgroup * 64 * kPanelRowBytes;
-  const bool stores = threadIdx.x % kWarpgroupThreads == 0;
-  unsigned use = 0;    // visits before this one, of all key blocks so far
-  unsigned v_use = 0;  // key blocks with visits before this one
-  for (unsigned block = 0;; ++block) {
-    const int index = receive_block(block);
-    if (index >= params.key_blocks) break;
-    const KeyBlock keys = key_block_at(index);
-    const unsigned end = use + keys.visits;
-    QueryBlock at = keys.first();
-    float acc_dk[kHeadDim / 8][4] = {};
-    float acc_dv[kHeadDimV / 8][4] = {};
-    unsigned p_reg[kNTiles / 2][4], ds_reg[kNTiles / 2][4];
+  float acc_dk[kHeadDim / 8][4] = {};
+  float acc_dv[kHeadDimV / 8][4] = {};
+  unsigned p_reg[kNTiles / 2][4], ds_reg[kNTiles / 2][4];
+  QueryBlock at = keys.first();
 
-    const auto start_s = [&](float (&acc_s)[kNTiles][4], unsigned use) {
-      start_transposed<Element, KTile, QTile, kHeadDim>(acc_s, my_k_smem, q_ring.slot(use));
-    };
-    const auto start_dp = [&](float (&acc_dp)[kNTiles][4], unsigned use) {
-      start_transposed<Element, VTile, DoutTile, kHeadDimV>(acc_dp, my_v_smem, dout_ring.slot(use));
-    };
-    // Whether one of the block's queries does not see one of this warpgroup's keys. A visit with a mask has code of its
-    // own: a branch around the mask would keep ptxas from moving exponentials past the next wait.
-    const auto is_masked = [&](const QueryBlock& at) {
-      const int last_key = keys.first_key + warpgroup * 64 + 63;
-      return last_key >= params.seqlen_k || (Config::kCausal && last_key > at.m_block * kBlockM + params.causal_offset);
-    };
-    // From the scores of a visit to its P.
-    const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned use, auto masked) {
-      exponentiate(acc_s[0], params.scale_log2, lane_pairs(smem + kLseOffset + use % kStages * kFloatsBytes));
-      if constexpr (decltype(masked)::value) {
-        zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp_row, at.m_block * kBlockM, params.seqlen_k,
-                                     params.causal_offset);
-      }
-    };
-    const auto delta_of = [&](unsigned use) { return lane_pairs(smem + kDeltaOffset + use % kStages * kFloatsBytes); };
-    // The last block's dV and dK have left their place before dS is stored there.
-    if (stores) cp_async_bulk_wait_group_read<0>();
-    bar_sync(kStaged + warpgroup, kWarpgroupThreads);
-
-    if constexpr (kDqWarpgroup) {
-      if (use < end) {
-        float acc_s[1][kNTiles][4];
-        q_ring.wait_full(use);
-        start_s(acc_s[0], use);
-        wgmma_wait_group<0>();
-        pin_registers(acc_s[0]);
-        probabilities(acc_s, use, Constant<true>{});
-        round_operand<Element>(p_reg, acc_s[0]);
-        v_ring.wait_full(v_use);
-      }
-      const auto finish_visit = [&](unsigned use, auto next_masked) {  // `at` is the next
-        {
-          float acc_dp[kNTiles][4];
-          dout_ring.wait_full(use);
-          start_dp(acc_dp, use);
-          start_gradient<Element, DoutTile, kHeadDimV>(acc_dv, p_reg, dout_ring.slot(use));
-          wgmma_wait_group<1>();
-          pin_registers(acc_dp);
-          differentiate<Element>(acc_dp, p_reg, delta_of(use));
-          wgmma_wait_group<0>();
-          pin_registers(acc_dp);
-          pin_registers(p_reg);  // and only now may P and dS change: they are, or were, operands
-          round_operand<Element>(ds_reg, acc_dp);
-        }
-        ds_ring.wait_empty(use);
-        store_transposed<DsTile>(ds_ring.slot(use), ds_reg, warp_row);
-        fence_proxy_async_shared();
-        arrive(ds_ring.full(use));
-
-        // Beside dK comes the next S. After the last visit its own once more, which is dropped: a second way through
-        // this code would make ptxas treat the loop as divergent.
-        const unsigned next = min(use + 1, end - 1);
-        float acc_s[1][kNTiles][4];
-        q_ring.wait_full(next);
-        start_s(acc_s[0], next);
-        start_gradient<Element, QTile, kHeadDim>(acc_dk, ds_reg, q_ring.slot(use));
-        wgmma_wait_group<1>();
-        pin_registers(acc_s[0]);
-        probabilities(acc_s, next, next_masked);
-        wgmma_wait_group<0>();
-        pin_registers(acc_s[0]);
-        pin_registers(ds_reg);
-        arrive(q_ring.empty(use));
-        round_operand<Element>(p_reg, acc_s[0]);
-      };
-      for (; use < end; ++use) {
-        keys.advance(at);
-        if (is_masked(at)) finish_visit(use, Constant<true>{});
-        else finish_visit(use, Constant<false>{});
-      }
-    } else {
-      const Part part = Part::at(warpgroup);
-      const int adder = 4 * warpgroup + warp;
-      if (use < end) v_ring.wait_full(v_use);
-      const auto do_visit = [&](unsigned use, auto masked) {
-        {
-          float acc_s[1][kNTiles][4], acc_dp[kNTiles][4];
-          q_ring.wait_full(use);
-          start_s(acc_s[0], use);
-          dout_ring.wait_full(use);
-          start_dp(acc_dp, use);
-          wgmma_wait_group<1>();
-          pin_registers(acc_s[0]);
-          probabilities(acc_s, use, masked);
-          wgmma_wait_group<0>();
-          pin_registers(acc_dp);
-          pin_registers(acc_s[0]);
-          round_operand<Element>(p_reg, acc_s[0]);
-          differentiate(acc_dp, acc_s[0], delta_of(use));
-          round_operand<Element>(ds_reg, acc_dp);
-        }
-        // Two slots and one meeting a visit: who stores here has met those who read this slot last.
-        store_transposed<DsTile>(ds_ring.slot(use), ds_reg, warp_row);
-        start_gradient<Element, DoutTile, kHeadDimV>(acc_dv, p_reg, dout_ring.slot(use));
-        fence_proxy_async_shared();
-        bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);
-        float acc_dq[kDqColumns / 8][4];
-        part.start(acc_dq, ds_ring.slot(use), k_smem);
-        start_gradient<Element, QTile, kHeadDim>(acc_dk, ds_reg, q_ring.slot(use));
-        wgmma_wait_group<1>();
-        pin_registers(acc_dq);
-        const long long query_block = block_index(keys, at);
-        if constexpr (Config::kDeterministic) wait_for_turn(turn_of(query_block, adder), keys.n_block);
-        add_dq(part, acc_dq, query_block);
-        if constexpr (Config::kDeterministic) pass_turn(turn_of(query_block, adder));
-        wgmma_wait_group<0>();
-        pin_registers(p_reg);
-        pin_registers(ds_reg);
-        arrive(q_ring.empty(use));
-      };
-      for (; use < end; ++use) {
-        if (is_masked(at)) do_visit(use, Constant<true>{});
-        else do_visit(use, Constant<false>{});
-        keys.advance(at);
-      }
+  const auto start_s = [&](float (&acc_s)[kNTiles][4], unsigned visit) {
+    start_transposed<Element, KTile, QTile, kHeadDim>(acc_s, my_k_smem, q_ring.slot(visit));
+  };
+  const auto start_dp = [&](float (&acc_dp)[kNTiles][4], unsigned visit) {
+    start_transposed<Element, VTile, DoutTile, kHeadDimV>(acc_dp, my_v_smem, dout_ring.slot(visit));
+  };
+  // Whether one of the block's queries does not see one of this warpgroup's keys. A visit with a mask has code of its
+  // own: a branch around the mask would keep ptxas from moving exponentials past the next wait.
+  const auto is_masked = [&](const QueryBlock& at) {
+    const int last_key = keys.first_key + warpgroup * 64 + 63;
+    return last_key >= params.seqlen_k || (Config::kCausal && last_key > at.m_block * kBlockM + params.causal_offset);
+  };
+  // From the scores of a visit to its P.
+  const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned visit, auto masked) {
+    exponentiate(acc_s[0], params.scale_log2, lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes));
+    if constexpr (decltype(masked)::value) {
+      zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp_row, at.m_block * kBlockM, params.seqlen_k,
+                                   params.causal_offset);
     }
-    pin_registers(acc_dv);
-    pin_registers(acc_dk);
-    arrive(k_ring.empty(block));
-    if (keys.visits > 0) ++v_use;
-
-    // Epilogue: dV and dK into this warpgroup's panels of dS, once nobody multiplies by it any more. Meanwhile the next
-    // K and V are on their way.
-    if constexpr (kDqWarpgroup) {
-      ds_ring.wait_empty(use);
-      ds_ring.wait_empty(use + 1);
-    } else {
-      bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);
-    }
-    const unsigned staged = ds_ring.slots_smem + warpgroup * DsTile::kPanelBytes;
-    const int row = keys.first_key + warpgroup * 64;
-    store_gradient<Element, DsTile::kBytes>(acc_dv, 1.0f, staged, kStaged + warpgroup, &dv_map, row, keys.head, keys.batch);
-    if constexpr (!kStagedTogether) {
-      if (stores) cp_async_bulk_wait_group_read<0>();
-      bar_sync(kStaged + warpgroup, kWarpgroupThreads);
-    }
-    store_gradient<Element, DsTile::kBytes>(acc_dk, params.scale,
-                                            staged + (kStagedTogether ? VTile::kPanels * DsTile::kBytes : 0),
-                                            kStaged + warpgroup, &dk_map, row, keys.head, keys.batch);
+  };
+  const auto delta_of = [&](unsigned visit) {
+    return lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes);
+  };
+  if (visits > 0) {
+    float acc_s[1][kNTiles][4];
+    mbarrier_wait(k_full, 0);
+    q_ring.wait_full(0);
+    start_s(acc_s[0], 0);
+    wgmma_wait_group<0>();
+    pin_registers(acc_s[0]);
+    probabilities(acc_s, 0, Constant<true>{});
+    round_operand<Element>(p_reg, acc_s[0]);
+    mbarrier_wait(v_full, 0);
   }
-  if (stores) cp_async_bulk_wait_group_read<0>();  // shared memory outlives its reader
+  const auto finish_visit = [&](unsigned visit, auto next_masked) {  // `at` is the next
+    {
+      float acc_dp[kNTiles][4];
+      dout_ring.wait_full(visit);
+      start_dp(acc_dp, visit);
+      start_gradient<Element, DoutTile, kHeadDimV>(acc_dv, p_reg, dout_ring.slot(visit));
+      wgmma_wait_group<1>();
+      pin_registers(acc_dp);
+      differentiate<Element>(acc_dp, p_reg, delta_of(visit));
+      wgmma_wait_group<0>();
+      pin_registers(acc_dp);
+      pin_registers(p_reg);  // and only now may P and dS change: they are, or were, operands
+      round_operand<Element>(ds_reg, acc_dp);
+    }
+    ds_ring.wait_empty(visit);
+    store_transposed<DsTile>(ds_ring.slot(visit), ds_reg, warp_row);
+    fence_proxy_async_shared();
+    arrive(ds_ring.full(visit));
+
+    // Beside dK comes the next S. After the last visit its own once more, which is dropped: a second way through
+    // this code would make ptxas treat the loop as divergent.
+    const unsigned next = min(visit + 1, visits - 1);
+    float acc_s[1][kNTiles][4];
+    q_ring.wait_full(next);
+    start_s(acc_s[0], next);
+    start_gradient<Element, QTile, kHeadDim>(acc_dk, ds_reg, q_ring.slot(visit));
+    wgmma_wait_group<1>();
+    pin_registers(acc_s[0]);
+    probabilities(acc_s, next, next_masked);
+    wgmma_wait_group<0>();
+    pin_registers(acc_s[0]);
+    pin_registers(ds_reg);
+    arrive(q_ring.empty(visit));
+    round_operand<Element>(p_reg, acc_s[0]);
+  };
+  for (unsigned visit = 0; visit < visits; ++visit) {
+    keys.advance(at);
+    if (is_masked(at)) finish_visit(visit, Constant<true>{});
+    else finish_visit(visit, Constant<false>{});
+  }
+  pin_registers(acc_dv);
+  pin_registers(acc_dk);
+
+  // Epilogue: dV into this warpgroup's rows of V; dK into those of K, once nobody multiplies by K any more.
+  const int row = keys.first_key + warpgroup * 64;
+  store_gradient<Element, VTile::kPanelBytes>(acc_dv, 1.0f, my_v_smem, kStaged + warpgroup, &dv_map, row, keys.head,
+                                              keys.batch);
+  ds_ring.wait_empty(visits + kDsStages - 1);
+  store_gradient<Element, KTile::kPanelBytes>(acc_dk, params.scale, my_k_smem, kStaged + warpgroup, &dk_map, row,
+                                              keys.head, keys.batch);
+  if (threadIdx.x % kWarpgroupThreads == 0) cp_async_bulk_wait_group_read<0>();  // shared memory outlives its reader
 }

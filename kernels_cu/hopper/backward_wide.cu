@@ -36,7 +36,9 @@
 //           ds.full            each warp of gradients, when stored        queries, before dQ
 //           ds.empty           each warp of queries, after the product    gradients, before they store dS
 //           bar kStaged + w    all warps of probabilities, gradients, when dV, dK is staged: themselves
-// Masks, numerics, order as in hopper/backward.cu with kDqWarpgroup: dS too is made from P rounded to Element.
+// Arrivals  that release what a warp has read come after the first use of the values. A load that is only issued may
+//           still be overtaken: on the H100 (CUDA 13.0), P released right after its loads was overwritten under them.
+// Masks, numerics, order as in hopper/backward.cu: dS too is made from P rounded to Element.
 // Configs   head dims up to 256 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
 //           (cuflash/config_hopper_backward.py).
 // Speed     docs/hopper-backward.md.
@@ -207,6 +209,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
       pin_registers(acc_s[0]);
       pin_registers(p_reg);  // and only now may P change: it was an operand
       exponentiate(acc_s[0], params.scale_log2, lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes));
+      pin_registers(acc_s[0]);  // used: see Arrivals
       const int query = at.m_block * kBlockM, last_key = keys.first_key + kBlockN - 1;
       if (last_key >= params.seqlen_k || (Config::kCausal && last_key > query + params.causal_offset)) {
         zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp * 16, query, params.seqlen_k, params.causal_offset);
@@ -246,8 +249,9 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
       p_ring.wait_full(visit);
       unsigned p_reg[kNTiles / 2][4];
       PFragments::load(p_reg, smem + kPOffset + visit % kPassed * PFragments::kBytes);
-      arrive(p_ring.empty(visit));
       differentiate<Element>(acc_dp, p_reg, lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes));
+      pin_registers(acc_dp);  // used: see Arrivals
+      arrive(p_ring.empty(visit));
       arrive(dout_ring.empty(visit));
       round_operand<Element>(ds_reg, acc_dp);
       ds_ring.wait_empty(visit);

@@ -46,7 +46,7 @@ standard_softmax(Element* __restrict__ scores,  // (batch, heads_q, seqlen_q −
     return;
   }
 
-  Element* row_scores = 
+  Element* row_scores =
       scores + (row.batch_head * (params.seqlen_q - params.first_row) + row.query - params.first_row) * params.row_step;
   float x[kVectors][8];
   float row_max = -infinity(), row_sum = 0.0f;

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks import claims, instructions
+from benchmarks import claims, counters, plots
 from benchmarks import results as results_files
 from benchmarks.workload import grid
 from cuflash.__main__ import main
@@ -77,19 +77,49 @@ def test_memory_is_compared_with_inputs_and_outputs_and_grows_as_it_should() -> 
     assert cells(text, "linearly")[2].endswith("fa2 × 2.00, standard × 4.00")
 
 
+def test_what_is_no_matrix_product_is_what_was_executed_beside_those_that_are() -> None:
+    rows = [
+        {"family": family, "direction": "counters", **w.fields(), "counted": w.direction}
+        | dict.fromkeys(results_files.COUNTERS, 50.0)
+        | {"instructions": w.flops / 4096 * (10 if family == "fa1" else 4)}
+        for family, w in counters.points(["fa1", "fa2"])
+    ]
+    results = {**HEADER, "command": "counters", "rows": rows}
+    assert results_files.problems(results) == []
+    measured = cells(claims.table({"h100-fa1-counters": results}), "no matrix products")[2]
+    assert measured.split(": ", 1)[1].split("; ") == [
+        f"{part} d {head_dim}: FA1 9.0, FA2 3.0" for part in ("forward", "backward") for head_dim in (64, 128)
+    ]
+
+
+def test_the_figure_of_memory_has_a_line_for_each_attention_and_starts_at_nothing() -> None:
+    pytest.importorskip("matplotlib")
+    results = memory()
+    results["rows"][0]["extra_mb"] = 0.0  # a forward that takes nothing still has its point
+    figure = plots.make_figure(results)
+    assert plots.title(results) == "Memory against sequence length on NVIDIA H100"
+    assert [axes.get_title() for axes in figure.axes] == [
+        "forward, PyTorch's allocator",
+        "training, PyTorch's allocator",
+    ]
+    for axes in figure.axes:
+        assert [line.get_label() for line in axes.lines] == ["fa2", "standard", "PyTorch eager"]
+        assert axes.get_ylim()[0] == 0
+
+
+def test_the_figure_of_the_families_tells_ours_from_the_others() -> None:
+    pytest.importorskip("matplotlib")
+    lines = plots.make_figure(families("forward")).axes[0].lines
+    assert {line.get_label(): line.get_linestyle() for line in lines} == {
+        "PyTorch eager": "-",
+        "cuflash fa2": "--",
+        "cuflash fa1": "--",
+        "cuflash standard": "--",
+        "cuflash hopper": "-",
+    }
+    assert len({line.get_color() for line in lines[:-1]}) == 4
+
+
 def test_the_command_prints_the_table_of_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--claims"]) == 0
     assert "GPT-2 small at 1024" in capsys.readouterr().out
-
-
-def test_the_main_loop_is_the_innermost_one_with_most_matrix_instructions() -> None:
-    lines = [".L_x_0:", "HMMA.16816.F32.BF16 R0, R1, R2, R3 ;", ".L_x_1:", *["HMMA.16816.F32 R0, R1 ;"] * 4]
-    lines += ["FFMA R1, R2, R3 ;", "@P0 BRA `(.L_x_1) ;", ".L_x_2:", "HMMA.16816.F32 R0, R1 ;"]
-    lines += ["@!P1 BRA `(.L_x_2) ;", "@P2 BRA `(.L_x_0) ;", ".L_x_3:", "BRA `(.L_x_3);"]
-    sass = "\n".join(
-        line if line.startswith(".L") else f"        /*{16 * i:04x}*/                   {line}"
-        for i, line in enumerate(lines)
-    )
-    assert instructions.main_loop(sass) == instructions.Count(mma=4, other=2)
-    with pytest.raises(ValueError, match="no loop"):
-        instructions.main_loop("/*0000*/ EXIT ;")

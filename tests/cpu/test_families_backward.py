@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_hopper_config import HOPPER, contiguous, problem_of
 
-from cuflash import config_hopper_backward, families_backward
+from cuflash import families_backward
 from cuflash.arrays import ArrayInfo
 from cuflash.checks import Options, Request
 from cuflash.checks_backward import BackwardOptions
@@ -39,9 +39,8 @@ def test_a_named_family_is_taken_and_every_other_says_why_not(family):
     assert asked == {f'algorithm="{family}" was asked for'}
 
 
-def test_auto_takes_hopper_or_fa2_and_never_what_is_there_to_be_compared_with(monkeypatch):
-    for switched_on, gpu, family in ((True, H100, "hopper"), (False, H100, "fa2"), (True, A100, "fa2")):
-        monkeypatch.setattr(config_hopper_backward, "CHOSEN_BY_AUTO", switched_on)
+def test_auto_takes_hopper_or_fa2_and_never_what_is_there_to_be_compared_with():
+    for gpu, family in ((H100, "hopper"), (A100, "fa2")):
         kernels = choose("auto", gpu)
         assert kernels.family == family
         assert "to be compared with" in kernels.not_used["fa1"]

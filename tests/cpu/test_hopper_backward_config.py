@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from test_hopper_config import HOPPER, contiguous, problem_of
+from test_hopper_config import HOPPER, ROOT, contiguous, problem_of
 from test_launch_backward import members
 
 from cuflash import config_hopper_backward, families_backward, jit
@@ -101,13 +101,33 @@ def test_tiles_fit_shared_memory_and_registers(tile):
 def test_shared_memory_map_of_head_dim_128():
     config = choose_hopper(problem_of(128), deterministic=False).main
     k, q, ds = 128 * 256, 64 * 256, 64 * 256
-    assert config.shared_bytes == 2 * k + 3 * (2 * q + 2 * 64 * 4) + 2 * ds + 8 * (3 * 3 + 2 * 2 + 3 + 1)
+    assert config.shared_bytes == 2 * k + 3 * (2 * q + 2 * 64 * 4) + 2 * ds + 8 * (3 * 3 + 2 * 2 + 2)
 
 
 def test_shared_memory_map_of_head_dim_256():
     config = choose_hopper(problem_of(256), deterministic=False).main
     tile, ds = 64 * 512, 64 * 128
     assert config.shared_bytes == 2 * tile + 2 * (2 * tile + 2 * 64 * 4) + 4 * ds + 8 * (4 * 2 + 4 * 2 + 2)
+
+
+@pytest.mark.parametrize("tile", ALL_TILES, ids=IDS)
+def test_the_page_shows_the_shared_memory_of_each_tile(tile):
+    config = make_config(tile, dtype="bfloat16", causal=True)
+    kb = 1 / 1024
+    both = sum(-(-d // 64) * 64 for d in (config.head_dim, config.head_dim_v))  # whole panels
+    k_and_v = config.block_n * both * 2 * kb
+    q_and_dout = config.stages * config.block_m * both * 2 * kb
+    ds = 2 * config.block_m * config.block_n * 2 * kb
+    p = ds if isinstance(config, HopperWideBackwardConfig) else 0
+    rest = config.shared_bytes * kb - k_and_v - q_and_dout - ds - p
+    cells = (
+        config.head_dim,
+        f"{config.block_n} \u00d7 {config.block_m}",
+        *(f"{k_and_v:.0f}", f"{q_and_dout:.0f}", config.stages, f"{ds:.0f}", f"{p:.0f}" if p else "-"),
+        *(f"{rest:.1f}", f"{config.shared_bytes * kb:.1f}"),
+    )
+    row = f"| {' | '.join(map(str, cells))} |"
+    assert row in (ROOT / "docs" / "hopper-backward.md").read_text().splitlines()
 
 
 def test_the_passes_agree_with_the_main_program_about_the_workspace():
@@ -148,20 +168,14 @@ def objection(algorithm="auto", head_dim=64, **changed):
     return None if told == "hopper" else told
 
 
-def test_auto_takes_each_kernel_only_once_that_is_switched_on(monkeypatch):
-    for switch, on, off in (("CHOSEN_BY_AUTO", 128, 256), ("WIDE_CHOSEN_BY_AUTO", 136, 128)):
-        monkeypatch.setattr(config_hopper_backward, "CHOSEN_BY_AUTO", False)
-        monkeypatch.setattr(config_hopper_backward, "WIDE_CHOSEN_BY_AUTO", False)
-        assert "has to be asked for" in objection(head_dim=on)
-        assert objection("hopper", head_dim=on) is None
-        assert "was asked for" in objection("fa2", head_dim=on)
-        monkeypatch.setattr(config_hopper_backward, switch, True)
-        assert objection(head_dim=on) is None
-        assert "has to be asked for" in objection(head_dim=off)
+def test_auto_takes_them_and_any_family_can_be_asked_for():
+    for head_dim in (64, 128, 136, 256):
+        assert objection(head_dim=head_dim) is None
+        assert objection("hopper", head_dim=head_dim) is None
+        assert "was asked for" in objection("fa2", head_dim=head_dim)
 
 
-def test_auto_leaves_to_fa2_what_only_tma_would_copy(monkeypatch):
-    monkeypatch.setattr(config_hopper_backward, "CHOSEN_BY_AUTO", True)
+def test_auto_leaves_to_fa2_what_only_tma_would_copy():
     backwards = info(2, 300, 2, 64, strides=(300 * 256, -256, 128, 2))
     assert "TMA cannot read k where it lies" in objection(k=backwards)
     assert objection("hopper", k=backwards) is None

@@ -6,14 +6,17 @@ Sizes are the smallest that reach every path: more than one pass over K/V (256 k
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
 from arrays import VIEWS, check_extreme_logits, check_forward, make_inputs, to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numerics import assert_within_contract
 
 import cuflash
+from cuflash import reference
 from emulator import emulator
 
 CAUSAL = (False, True, "top_left")
@@ -123,6 +126,34 @@ def test_any_finite_scale_is_right(cp, scale):
     for causal in (False, True):
         problem, inputs = make_inputs(7, 1, (70, 300), (1, 1), (64, 64), "float16", causal, scale)
         check_forward(cp, problem, inputs, causal, algorithm="fa1")
+
+
+def test_keys_and_values_of_stride_zero_are_read_in_place(cp):
+    problem, inputs = make_inputs(8, 2, (70, 300), (2, 2), (64, 64), "float16", True)
+    q, k, v = (cp.asarray(x) for x in inputs[:3])
+    k, v = (cp.broadcast_to(x[:1, :1], x.shape) for x in (k, v))
+    out = attention(q, k, v, causal=True)
+    arrays = [to_numpy(x) for x in (q, k, v)]
+    options: dict[str, Any] = {"causal_offset": problem.causal_offset, "scale": problem.scale}
+    expected = reference.attention(*arrays, **options)[0]
+    assert_within_contract(
+        to_numpy(out), expected, reference.standard_attention(*arrays, **options)[0], "out"
+    )
+
+
+def test_q_k_v_as_views_of_one_buffer_are_read_in_place(cp):
+    packed = cp.asarray(np.random.default_rng(9).standard_normal((2, 300, 3, 4, 64)).astype(np.float16))
+    q, k, v = (packed[:, :, i] for i in range(3))
+    separate = attention(*(cp.ascontiguousarray(x) for x in (q, k, v)), causal=True)
+    assert (attention(q, k, v, causal=True) == separate).all()
+
+
+def test_inputs_are_left_unchanged(cp):
+    _, inputs = make_inputs(11, 1, (70, 300), (2, 2), (59, 59), "float16", False)
+    arrays = [cp.asarray(x) for x in inputs[:3]]
+    attention(*arrays)
+    for array, original in zip(arrays, inputs[:3], strict=True):
+        np.testing.assert_array_equal(to_numpy(array), original)
 
 
 @pytest.mark.parametrize("head_dim", [64, 59])

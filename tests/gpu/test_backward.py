@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 from arrays import VIEWS, make_inputs, to_numpy
-from conftest import hopper_or_skip, skip_if_standard
+from conftest import hopper_or_skip, skip_if_not_captured, skip_if_standard
 from hypothesis import assume, currently_in_test_context, example, given
 from hypothesis import strategies as st
-from numerics import assert_gradient_within_contract, assert_within_contract
+from numerics import assert_gradient_within_contract
 
 import cuflash
 from cuflash import config_fa1, config_hopper_backward, reference
@@ -57,13 +57,14 @@ def attend(problem, inputs, causal):
     return dout, q, k, v, out, lse
 
 
-def assert_gradients(problem, inputs, gradients, dlse=None, hold=assert_within_contract):
+def assert_gradients(problem, inputs, gradients, dlse=None):
+    """Hold them to the contract for random problems: dq is summed in another order in every run."""
     options = {"causal_offset": problem.causal_offset, "scale": problem.scale, "dlse": dlse}
     q, k, v, dout, _ = inputs
     expected = reference.attention_backward(dout, q, k, v, **options)
     standard = reference.standard_attention_backward(dout, q, k, v, **options)
     for name, actual, want, allowed in zip(NAMES, gradients, expected, standard, strict=True):
-        hold(to_numpy(actual), want, allowed, name)
+        assert_gradient_within_contract(to_numpy(actual), want, allowed, name)
 
 
 def check_backward(
@@ -74,7 +75,6 @@ def check_backward(
     *,
     with_dlse=True,
     deterministic=False,
-    hold=assert_within_contract,
 ):
     """Run the kernels on dout, q, k, v in the given memory layouts and hold the gradients to the contract."""
     arguments = attend(problem, inputs, causal)
@@ -88,7 +88,7 @@ def check_backward(
         scale=problem.scale,
         deterministic=deterministic,
     )
-    assert_gradients(problem, inputs, gradients, dlse, hold)
+    assert_gradients(problem, inputs, gradients, dlse)
 
 
 def assert_bit_equal(a, b):
@@ -117,7 +117,7 @@ def test_random_problems_in_any_memory_layout_stay_within_the_numerics_contract(
 ):
     problem, inputs = make_inputs(seed, batch, seqlens, heads, head_dims, dtype, causal, scale)
     options = {"with_dlse": with_dlse, "deterministic": deterministic}
-    check_backward(problem, inputs, causal, views, **options, hold=assert_gradient_within_contract)
+    check_backward(problem, inputs, causal, views, **options)
 
 
 @pytest.mark.parametrize("causal", CAUSAL)
@@ -137,7 +137,7 @@ def test_lengths_around_every_tile_boundary_are_right(seqlen, head_dim, nan_pool
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_thirty_deterministic_runs_agree_bit_for_bit(head_dim, causal):
     problem, inputs = make_inputs(0, 2, (1000, 1100), (4, 2), (head_dim, head_dim), "bfloat16", causal)
     arguments = attend(problem, inputs, causal)
@@ -146,6 +146,18 @@ def test_thirty_deterministic_runs_agree_bit_for_bit(head_dim, causal):
         again = cuflash.attention_backward(*arguments, causal=causal, deterministic=True)
         assert_bit_equal(again, first)
     assert_gradients(problem, inputs, first)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_forty_deterministic_runs_that_fill_the_gpu_agree_bit_for_bit(head_dim):
+    """Here warps run as far ahead of each other as they may: what is released too early is overwritten."""
+    problem, inputs = make_inputs(0, 1, (4096, 4096), (8, 8), (head_dim, head_dim), "bfloat16", True)
+    arguments = attend(problem, inputs, True)
+    first = cuflash.attention_backward(*arguments, causal=True, deterministic=True)
+    for _ in range(40):
+        again = cuflash.attention_backward(*arguments, causal=True, deterministic=True)
+        for name, x, y in zip(NAMES, again, first, strict=True):
+            assert (x.view(np.uint16) == y.view(np.uint16)).all(), name
 
 
 def test_dk_and_dv_agree_bit_for_bit_without_asking_for_it():
@@ -324,6 +336,7 @@ def test_a_hundred_runs_behind_a_slow_producer_agree_bit_for_bit():
 
 
 def test_a_graph_captures_the_call_and_replays_it_on_new_values():
+    skip_if_not_captured(FAMILY)
     problem, inputs = make_inputs(13, 2, (200, 200), (2, 2), (64, 64), "float16", False)
     dout, *rest = attend(problem, inputs, False)
     cuflash.attention_backward(dout, *rest, deterministic=True)

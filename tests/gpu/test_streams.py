@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import skip_if_not_captured
 
 import cuflash
 
@@ -64,6 +65,7 @@ def test_the_call_returns_before_the_device_has_run_it():
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_graph_captures_calls_and_replays_them_on_new_values_beside_other_work(causal, algorithm):
     """Under a causal mask the hopper kernel counts tiles: a captured launch must not share that counter."""
+    skip_if_not_captured(algorithm)
     attention = functools.partial(cuflash.attention, causal=causal, algorithm=algorithm)
     q, k, v = _inputs()
     outs = [cp.empty_like(q) for _ in range(3)]
@@ -101,6 +103,24 @@ def test_capturing_a_call_that_needs_a_copy_is_refused_not_replayed_on_reused_me
                 cuflash.attention(q, k, v, out=out)
         finally:  # a capture left open would fail every later test of this process
             stream.end_capture()
+
+
+def test_capturing_the_standard_family_is_refused_before_anything_is_queued():
+    q, k, v = _inputs()
+    attention = functools.partial(cuflash.attention, algorithm="standard")
+    out, lse = attention(q, k, v, return_lse=True)
+    cuflash.attention_backward(out, q, k, v, out, lse, algorithm="standard")
+    cp.cuda.Device().synchronize()
+    with cp.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match='algorithm="standard" cannot be captured'):
+                attention(q, k, v, out=out)
+            with pytest.raises(RuntimeError, match='algorithm="standard" cannot be captured'):
+                cuflash.attention_backward(out, q, k, v, out, lse, algorithm="standard")
+        finally:
+            stream.end_capture()
+    assert (attention(q, k, v) == out).all()
 
 
 def test_a_thread_whose_first_work_on_the_gpu_is_a_call_gets_the_result():
