@@ -10,7 +10,7 @@ import numpy as np
 from cuflash import arrays, cpu, plan_backward
 from cuflash.arrays import GpuArrays, HostArrays, Native, loans
 from cuflash.checks_backward import BackwardOptions, check_backward_call, named_backward
-from cuflash.modifiers import collect, differentiable
+from cuflash.modifiers import collect, differentiable, values_of
 from cuflash.problem import Causal
 
 if TYPE_CHECKING:
@@ -126,11 +126,10 @@ def differentiate(
 def _differentiate(
     native: Native, named: dict[str, Any], options: BackwardOptions, operands: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """``operands`` names them, and holds a seed that is an int; the arrays are those of ``named``."""
+    """``operands`` names them, and holds those that are numbers; the arrays are those of ``named``."""
     if native.on_gpu(named["q"]):
         assert isinstance(native, GpuArrays)
-        seed = operands.get("seed")
-        return plan_backward.differentiate(native, named, options, seed if isinstance(seed, int) else None)
+        return plan_backward.differentiate(native, named, options, values_of(operands))
     assert isinstance(native, HostArrays)
     return _differentiate_on_cpu(native, named, options, operands)
 

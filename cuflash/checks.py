@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from cuflash.arrays import ArrayInfo, Native
 from cuflash.arrays.overlap import Footprint
-from cuflash.checks_modifiers import check_operands
+from cuflash.checks_modifiers import check_formulas, check_operands
+from cuflash.formulas import is_mod_arg
 from cuflash.modifiers import NO_MODIFIERS, NO_OPERANDS, OPERANDS, Modifiers, arrays_of
 from cuflash.problem import Causal, Problem, make_problem
 
@@ -62,6 +63,7 @@ def check_call(native: Native, arrays: dict[str, Any], options: Options) -> Requ
     )
     check_operands(problem, infos)
     check_algorithm(native, q, options.algorithm)
+    check_formulas(problem, infos)
     if "out" in infos:
         _check_out(problem, infos, options.layout)
     return Request(problem, infos)
@@ -76,7 +78,7 @@ def check_arrays(native: Native, arrays: Mapping[str, Any]) -> dict[str, ArrayIn
     for name, info in infos.items():
         if info.device != q.device:
             raise ValueError(f"{name} is on {info.place}, q on {q.place}; they must be on one device")
-        if name not in _OF_OTHER_DTYPES and info.dtype != q.dtype:
+        if name not in _OF_OTHER_DTYPES and info.dtype != q.dtype and not is_mod_arg(name):
             raise TypeError(f"{name} has dtype {info.dtype}, q has {q.dtype}; they must agree")
     return infos
 

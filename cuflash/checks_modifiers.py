@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from cuflash import formulas
 from cuflash.arrays import ArrayInfo
+from cuflash.config_modifiers import mod_args_of
 from cuflash.problem import Problem
 
 _LENGTHS = ("int32", "int64")
@@ -16,6 +18,30 @@ def check_operands(problem: Problem, infos: Mapping[str, ArrayInfo]) -> None:
     for name, check in _CHECKS.items():
         if name in infos:
             check(name, infos[name], problem)
+
+
+def check_formulas(problem: Problem, infos: Mapping[str, ArrayInfo]) -> None:
+    """Check the arguments of formulas, and that their arrays are where formulas are evaluated."""
+    given = problem.formulas.given
+    if not given:
+        return
+    if infos["q"].device is None:
+        raise ValueError(
+            f"{' and '.join(given)}: formulas are compiled into CUDA kernels, and q is in host memory, where "
+            "none runs. Move the arrays to a GPU, or give what the formula computes as bias or mask"
+        )
+    for name, info in infos.items():
+        if not formulas.is_mod_arg(name):
+            continue
+        if info.dtype not in formulas.DTYPES:
+            raise TypeError(f"{name} has dtype {info.dtype}; it must be one of {', '.join(formulas.DTYPES)}")
+        if len(info.shape) > formulas.MAX_AXES:
+            raise ValueError(f"{name} has {len(info.shape)} axes; at most {formulas.MAX_AXES} can be indexed")
+        if 0 in info.shape or max(info.shape, default=1) >= 2**31:
+            raise ValueError(
+                f"{name} has shape {info.shape}; every axis must have from 1 to 2**31 - 1 elements"
+            )
+    formulas.check_axes(problem.formulas, mod_args_of(problem, infos))
 
 
 def _check_per_head(name: str, info: ArrayInfo, problem: Problem) -> None:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from cuflash.config_modifiers import PLAIN, ModifierFlags
 from cuflash.problem import Problem
 from cuflash.resources import shared_memory_per_block
-from cuflash.stub import translation_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class Config:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return translation_unit(self, self.kernel, self.modifiers.constants())
+        return self.modifiers.stub(self, self.kernel)
 
 
 class Tile(NamedTuple):
@@ -131,7 +130,8 @@ def choose(
 def _for_modifiers(tile: Tile, modifiers: ModifierFlags) -> Tile:
     """A third block on a multiprocessor leaves too few registers for those that do much (not measured)."""
     blocks = tile.min_blocks_per_sm
-    if modifiers.alibi or modifiers.bias or modifiers.mask or (modifiers.window and modifiers.softcap):
+    heavy = modifiers.alibi or modifiers.bias or modifiers.masks or modifiers.score_mod
+    if heavy or (modifiers.window and modifiers.softcap):
         blocks = min(2, blocks)
     return tile._replace(min_blocks_per_sm=blocks, spill_bytes=MODIFIED_SPILL_BYTES)
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from cuflash.config_modifiers import PLAIN, ModifierFlags
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
-from cuflash.stub import translation_unit
 
 _STAGES = 2  # of the rings of Q and dO tiles: the kernel's barriers rely on two
 
@@ -64,13 +63,15 @@ class BackwardConfig:
         p_and_ds = 2 * self.block_m * self.block_n * ELEMENT_BYTES
         lse_and_delta = 2 * self.block_m * 4
         plain = k_and_v + _STAGES * (q_and_dout + lse_and_delta) + p_and_ds
-        # With warps along the columns, dS takes another P than dV where softcap or dropout make it one.
-        is_split = self.warps > 2 * self.key_warps and (self.modifiers.softcap or self.modifiers.dropout)
+        # With warps along the columns, dS takes another P than dV where a slope or dropout make it one.
+        flags = self.modifiers
+        makes_two = bool(flags.score_mod) or flags.softcap or flags.dropout
+        is_split = self.warps > 2 * self.key_warps and makes_two
         return plain + is_split * self.block_m * self.block_n * ELEMENT_BYTES
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return translation_unit(self, self.kernel, self.modifiers.constants())
+        return self.modifiers.stub(self, self.kernel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class PreprocessConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
-        return translation_unit(self, self.kernel, self.modifiers.constants())
+        return self.modifiers.stub(self, self.kernel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ class PostprocessConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
-        return translation_unit(self, self.kernel, self.modifiers.constants())
+        return self.modifiers.stub(self, self.kernel)
 
 
 class BackwardConfigs(NamedTuple):
@@ -208,8 +209,11 @@ def choose(
 
 
 def _for_modifiers(tile: Tile, modifiers: ModifierFlags) -> Tile:
-    """A bias is read element by element, at a row's distance: fewer queries leave registers for that."""
-    if modifiers.bias and tile.block_m == 64:
+    """A bias is read element by element, at a row's distance: fewer queries leave registers for that.
+
+    And for formulas, which may do as much.
+    """
+    if (modifiers.bias or modifiers.score_mod or modifiers.mask_mod) and tile.block_m == 64:
         half = tile.block_m // 2
         if half % (16 * tile.dq_row_warps) == half % (16 * tile.warps // 2 // tile.key_warps) == 0:
             tile = tile._replace(block_m=half)

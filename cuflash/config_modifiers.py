@@ -6,12 +6,18 @@ Pure Python without CuPy. Only what changes the code is here: values, shapes and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
+from cuflash import formulas
 from cuflash.arrays import ArrayInfo
+from cuflash.formulas import ModArg
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
 from cuflash.stub import translation_unit
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +36,55 @@ class ModifierFlags:
     query_padding: bool = False
     sinks: bool = False
     dropout: bool = False
+    score_mod: str = ""  # the formula, "" for none
+    mask_mod: str = ""
+    mod_args: tuple[ModArg, ...] = ()
 
     def __bool__(self) -> bool:
         return self != PLAIN
 
     def __str__(self) -> str:
-        return " ".join(name for name, on in asdict(self).items() if on) or "none"
+        return " ".join(name for name, on in self._flags().items() if on) or "none"
 
-    def constants(self) -> dict[str, bool]:
+    def constants(self) -> dict[str, int]:
         """What a stub defines of them."""
-        return asdict(self) | {"modified": bool(self)}
+        return self._flags() | {"modified": bool(self), "mod_args": len(self.mod_args)}
+
+    @property
+    def masks(self) -> bool:
+        """Keys are hidden element by element, and tiles where all of their elements are."""
+        return self.mask or bool(self.mask_mod)
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The operands that are arguments of formulas, in the order of their addresses."""
+        return tuple(arg.operand for arg in self.mod_args)
+
+    def _flags(self) -> dict[str, bool]:
+        return {
+            field.name: bool(getattr(self, field.name)) for field in fields(self) if field.name != "mod_args"
+        }
+
+    def stub(self, config: DataclassInstance, kernel: str) -> str:
+        """The translation unit of ``config``, which has these modifiers, given to NVRTC."""
+
+        def functions(first_line: int) -> str:
+            return formulas.source(self.score_mod, self.mask_mod, self.mod_args, first_line)
+
+        return translation_unit(config, kernel, self.constants(), functions)
 
 
 PLAIN = ModifierFlags()
+
+
+def mod_args_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> tuple[ModArg, ...]:
+    """The arguments of the formulas of ``problem``, arrays and numbers, in the order of their names."""
+    kinds = {formulas.operand_name(name): ModArg(name, kind) for name, kind in problem.formulas.numbers}
+    for operand, info in infos.items():
+        if formulas.is_mod_arg(operand):
+            name = operand[len("mod_args['") : -len("']")]
+            kinds[operand] = ModArg(name, info.dtype, len(info.shape))
+    return tuple(kinds[operand] for operand in sorted(kinds))
 
 
 def flags_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> ModifierFlags:
@@ -62,6 +104,9 @@ def flags_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> ModifierFlags:
         query_padding="query_padding" in infos,
         sinks="sinks" in infos,
         dropout=problem.dropout_p > 0,
+        score_mod=problem.formulas.score_mod,
+        mask_mod=problem.formulas.mask_mod,
+        mod_args=mod_args_of(problem, infos),
     )
 
 
@@ -93,14 +138,19 @@ class MaskSummaryConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
-        return translation_unit(self, self.kernel, self.modifiers.constants())
+        return self.modifiers.stub(self, self.kernel)
 
 
 def mask_summary_config(
     problem: Problem, modifiers: ModifierFlags, block_m: int, block_n: int
 ) -> MaskSummaryConfig:
     """Of a main kernel with such tiles. One program serves whatever other modifiers there are."""
-    relevant = ModifierFlags(window=modifiers.window, mask=True)
+    relevant = ModifierFlags(
+        window=modifiers.window,
+        mask=modifiers.mask,
+        mask_mod=modifiers.mask_mod,
+        mod_args=modifiers.mod_args if modifiers.mask_mod else (),
+    )
     return MaskSummaryConfig(block_m, block_n, problem.is_causal, relevant)
 
 
@@ -124,7 +174,7 @@ class SinksGradientConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
-        return translation_unit(self, self.kernel, self.modifiers.constants())
+        return self.modifiers.stub(self, self.kernel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +210,7 @@ class BiasGradientConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
-        return translation_unit(self, self.kernel, self.modifiers.constants())
+        return self.modifiers.stub(self, self.kernel)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from cuflash.config_modifiers import flags_of
 from cuflash.config_standard import SoftmaxConfig, choose_softmax
 from cuflash.launch import KernelCall
 from cuflash.launch_hopper import HopperCall, hopper_forward_call
-from cuflash.launch_modifiers import modifier_params
+from cuflash.launch_modifiers import modifier_params, with_mod_args
 from cuflash.launch_standard import StandardForward, forward_calls
 from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts, standard_layouts
 from cuflash.modified import MaskSummary
@@ -130,7 +130,8 @@ def _fa2(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str])
     modifiers = None
     if flags:
         blocks = summary.blocks if summary else None
-        modifiers = modifier_params(problem, infos, launch.kernel_scale(problem), mask_blocks=blocks)
+        numbers = modifier_params(problem, infos, launch.kernel_scale(problem), mask_blocks=blocks)
+        modifiers = with_mod_args(numbers, flags.mod_args, infos)
     call = launch.forward_call(problem, config, q, k, v, out, gpu.l2_bytes, modifiers)
     program = jit.compile(config, arch)
     words = summary.words if summary else None

@@ -29,7 +29,7 @@ def _main_takes(main: BackwardConfig | Fa1BackwardConfig | MainConfig) -> tuple[
 
 def _arrays_of(config: BackwardConfig | PreprocessConfig) -> tuple[str, ...]:
     """The arrays of modifiers, which a kernel that has some finds at the start of its params."""
-    return MODIFIER_ARRAYS if config.modifiers else ()
+    return (*config.modifiers.arrays, *MODIFIER_ARRAYS) if config.modifiers else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,11 +89,12 @@ def backward_calls(
     strides: BackwardStrides,
     l2_bytes: int,
     modifiers: Any = None,
+    of_preprocess: Any = None,
 ) -> BackwardCalls:
     """The launches of the fa2 backward of ``problem`` on a GPU with ``l2_bytes`` of L2 cache.
 
     Queries are counted from the first that sees a key: those before it are not read, and get zeros.
-    ``modifiers`` are the parameters of Configs that have some.
+    ``modifiers`` and ``of_preprocess`` are the parameters of Configs that have some.
     ValueError where a size does not fit the kernels' 32-bit fields, or scale float32.
     """
     check_ranges(problem)
@@ -116,7 +117,7 @@ def backward_calls(
         *(problem.scale * LOG2_E, problem.scale),
         modifiers=modifiers,
     )
-    of_preprocess = modifiers if configs.preprocess.modifiers else None
+    of_preprocess = of_preprocess if configs.preprocess.modifiers else None
     return with_passes(problem, configs, strides, call, modifiers=of_preprocess)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash.arrays import ArrayInfo
+from cuflash.formulas import MAX_AXES, ModArg, depends_on
 from cuflash.launch import LOG2_E, KernelCall
 from cuflash.problem import Problem
 
@@ -34,6 +35,8 @@ MODIFIER_PARAMS = np.dtype(
     ],
     align=True,
 )
+# ModArgAxes in kernels_cu/core/mod_args.cuh
+MOD_ARG_AXES = np.dtype([("strides", np.int64, (MAX_AXES,)), ("sizes", np.int32, (MAX_AXES,))], align=True)
 MASK_SUMMARY_PARAMS = np.dtype(
     [
         ("mask", _OPERAND_STRIDES),
@@ -62,14 +65,52 @@ class MaskBlocks(NamedTuple):
     n_blocks: int
 
     @classmethod
-    def of(cls, mask: ArrayInfo, queries: int, block_m: int, block_n: int) -> MaskBlocks:
-        """Of ``queries`` of its rows, unless they are broadcast."""
-        batch, heads, rows, keys = mask.shape
+    def of(cls, shape: tuple[int, ...], queries: int, block_m: int, block_n: int) -> MaskBlocks:
+        """Of ``queries`` of the rows of a mask of this ``shape``, unless they are broadcast."""
+        batch, heads, rows, keys = shape
         return cls(batch, heads, -(-min(queries, rows) // block_m), -(-keys // block_n))
 
     @property
     def tiles(self) -> int:
         return math.prod(self)
+
+
+def mask_shape(problem: Problem, infos: Mapping[str, ArrayInfo]) -> tuple[int, int, int, int]:
+    """The shape of mask and mask_mod together, 1 where neither depends on an axis."""
+    of_mask = infos["mask"].shape if "mask" in infos else (1, 1, 1, problem.seqlen_k)
+    formula = problem.formulas.mask_mod
+    full = (problem.batch, problem.heads_q, problem.seqlen_q)
+    sizes = (
+        whole if depends_on(formula, index) else size
+        for whole, size, index in zip(full, of_mask[:3], ("b", "h", "q"), strict=True)
+    )
+    batch, heads, rows = sizes
+    return batch, heads, rows, problem.seqlen_k
+
+
+def with_mod_args(params: Any, mod_args: tuple[ModArg, ...], infos: Mapping[str, ArrayInfo]) -> Any:
+    """A struct that starts with the addresses of ``mod_args`` and ends with their axes; plain without any."""
+    if not mod_args:
+        return params
+    count = (len(mod_args),)
+    names = params.dtype.names
+    dtype = np.dtype(
+        [
+            ("mod_args", np.uint64, count),
+            *((name, params.dtype[name]) for name in names),
+            ("mod_arg_axes", MOD_ARG_AXES, count),
+        ],
+        align=True,
+    )
+    made: Any = np.zeros((), dtype)
+    for name in names:
+        made[name] = params[name]
+    for axes, arg in zip(made["mod_arg_axes"], mod_args, strict=True):
+        if arg.operand in infos:
+            info = infos[arg.operand]
+            axes["strides"][: arg.ndim] = element_strides(arg.operand, info)
+            axes["sizes"][: arg.ndim] = info.shape
+    return made
 
 
 def modifier_params(
@@ -90,7 +131,7 @@ def modifier_params(
         if name in infos:
             params[f"{name}_strides"] = element_strides(name, infos[name])
     if mask_blocks is not None:
-        batch, heads, rows, keys = infos["mask"].shape
+        batch, heads, rows, keys = mask_shape(problem, infos)
         per_head = mask_blocks.m_blocks * mask_blocks.n_blocks
         tiles = (heads * per_head, per_head, mask_blocks.n_blocks)
         kept = [step if size > 1 else 0 for step, size in zip(tiles, (batch, heads, rows), strict=True)]
@@ -116,7 +157,8 @@ def modifier_params(
     params["blind_rows"] = blind_rows
     if problem.softcap is not None:
         params["softcap_log2"] = problem.softcap * LOG2_E
-        rate = 2 * LOG2_E * scale / problem.softcap
+        # A formula's score is scaled already.
+        rate = 2 * LOG2_E * (1.0 if problem.formulas.score_mod else scale) / problem.softcap
         params["softcap_rate"] = np.clip(rate, -_LARGE, _LARGE)  # times a score of 0 it must stay 0
     params["dropped_below"] = int(problem.dropout_p * 2.0**32)
     params["kept_scale"] = 1 / (1 - problem.dropout_p)
@@ -124,21 +166,29 @@ def modifier_params(
 
 
 def mask_summary_call(
-    problem: Problem, mask: ArrayInfo, blocks: MaskBlocks, threads: int, first_row: int, queries: int
+    problem: Problem,
+    infos: Mapping[str, ArrayInfo],
+    mod_args: tuple[ModArg, ...],
+    blocks: MaskBlocks,
+    threads: int,
+    first_row: int,
+    queries: int,
 ) -> KernelCall:
     """The launch of ``fa2_mask_summary`` for ``queries`` from ``first_row`` on."""
+    *_, rows, keys = mask_shape(problem, infos)
     params: Any = np.array(
         (
-            element_strides("mask", mask),
+            element_strides("mask", infos["mask"]) if "mask" in infos else (0, 0, 0, 0),
             first_row,
-            min(queries, mask.shape[2]),
-            mask.shape[3],
+            min(queries, rows),
+            keys,
             *blocks[1:],
             (problem.causal_offset or 0) + first_row,
             (problem.window_offset or 0) + first_row,
         ),
         MASK_SUMMARY_PARAMS,
-    )[()]
+    )
+    params = with_mod_args(params, mod_args, infos)[()]
     return KernelCall((blocks.tiles,), (threads,), threads // 32 * 4, params)
 
 

@@ -31,7 +31,7 @@ from cuflash.launch_backward import (
     query_blocks,
     visible_rows,
 )
-from cuflash.launch_modifiers import MODIFIER_ARRAYS, modifier_params
+from cuflash.launch_modifiers import MODIFIER_ARRAYS, modifier_params, with_mod_args
 from cuflash.modified import MaskSummary, SummaryLauncher
 from cuflash.problem import Problem
 
@@ -100,7 +100,8 @@ def modified_calls(
         blind_rows=first_visible_row(problem) - rows.start,
         mask_blocks=summary.blocks if summary else None,
     )
-    flash = backward_calls(problem, configs, strides, l2_bytes, params)
+    main_params = with_mod_args(params, flags.mod_args, infos)
+    flash = backward_calls(problem, configs, strides, l2_bytes, main_params, params)
     rows_per_head = query_blocks(problem, main.block_m) * main.block_m
     sinks = bias = None
     if "sinks" in options.wanted:
@@ -159,6 +160,7 @@ def _bias_gradient(
     # Its queries are all, counted from 0; of the mask's summary it takes which keys are seen.
     params = modifier_params(problem, infos, problem.scale)
     params["keys_seen_strides"] = summary_params["keys_seen_strides"]
+    params = with_mod_args(params, flags.mod_args, infos)
     s = strides
     call = kernel_call(
         "bias",
@@ -196,6 +198,7 @@ class ModifiedSteps:
     summary_word: int  # where in the workspace what they write starts
     parts_word: int
     workspace_words: int
+    mod_args: tuple[str, ...]
     takes_counter: ClassVar[bool] = False
 
     def run(self, at: dict[str, int], workspace: int, nbytes: dict[str, int], stream: int) -> None:
@@ -203,14 +206,17 @@ class ModifiedSteps:
         at = dict.fromkeys(MODIFIER_ARRAYS, 0) | at | self.flash.sums_at(workspace)
         if self.summary is not None:
             summary = workspace + 4 * self.summary_word
-            at["mask_tiles"], at["keys_seen"] = self.summary(at["mask"], summary, stream)
+            at["mask_tiles"], at["keys_seen"] = self.summary(
+                at["mask"], [at[name] for name in self.mod_args], summary, stream
+            )
         self.flash.run(at, workspace, nbytes, stream)
         arrays = [at[name] for name in MODIFIER_ARRAYS]
         if self.sinks is not None:
             self.sinks((), [*(at[name] for name in _SINKS_TAKES), *arrays], stream)
         if self.bias is not None:
             parts = at["dbias"] if self.sum_bias is None else workspace + 4 * self.parts_word
-            self.bias((), [*(at[name] for name in _BIAS_TAKES), parts, *arrays], stream)
+            mod_args = [at[name] for name in self.mod_args]
+            self.bias((), [*(at[name] for name in _BIAS_TAKES), parts, *mod_args, *arrays], stream)
             if self.sum_bias is not None:
                 self.sum_bias((), [parts, at["dbias"]], stream)
 
@@ -222,17 +228,21 @@ def load_modified_steps(configs: BackwardConfigs, calls: ModifiedCalls, arch: st
     summary_word = flash.workspace_words
     parts_word = summary_word + (summary.words if summary else 0)
     arrays = len(MODIFIER_ARRAYS)
+    mod_args = configs.main.modifiers.arrays
     return ModifiedSteps(
         flash,
         SummaryLauncher.load(summary, arch) if summary else None,
         launcher.load(sinks.config, sinks.call, arch, addresses=len(_SINKS_TAKES), arrays=arrays)
         if sinks
         else None,
-        launcher.load(bias.config, bias.call, arch, addresses=len(_BIAS_TAKES) + 1, arrays=arrays)
+        launcher.load(
+            bias.config, bias.call, arch, addresses=len(_BIAS_TAKES) + 1, arrays=len(mod_args) + arrays
+        )
         if bias
         else None,
         launcher.load(bias.sum_config, bias.sum_call, arch, addresses=2) if bias else None,
         summary_word,
         parts_word,
         parts_word + (bias.words if bias else 0),
+        mod_args,
     )

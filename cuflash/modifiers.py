@@ -11,6 +11,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
+from cuflash.formulas import NO_FORMULAS, Formulas, collect_formulas, is_mod_arg, number_bits
+
 Window = tuple[int | None, int | None]
 
 # Operands, and how many axes each has when its batch axis, always the first, is there.
@@ -29,6 +31,7 @@ NO_DROPOUT = (
     0.0  # the default of dropout_p: the very object, so that a call without any is recognised at once
 )
 _SEED_BITS = 64
+_FORMULA_ARGUMENTS = {"score_mod", "mask_mod", "mod_args"}
 
 
 class Modifiers(NamedTuple):
@@ -37,6 +40,7 @@ class Modifiers(NamedTuple):
     window: Window = (None, None)
     softcap: float | None = None
     dropout_p: float = 0.0
+    formulas: Formulas = NO_FORMULAS
 
 
 NO_MODIFIERS = Modifiers()
@@ -56,29 +60,49 @@ class Arguments(TypedDict, total=False):
     sinks: Any
     dropout_p: float
     seed: Any
+    score_mod: str | None
+    mask_mod: str | None
+    mod_args: Mapping[str, Any] | None
 
 
 def collect(given: Arguments) -> tuple[Modifiers, Mapping[str, Any]]:
     """The scalars, checked, and the operands that are not None; among these "seed", where there is dropout.
 
-    A ``seed`` that is a number becomes an int; any other is taken for an array.
+    A ``seed`` that is a number becomes an int; any other is taken for an array. Likewise arguments of
+    formulas, which are called as ``cuflash.formulas.operand_name`` says.
     """
     for name in given:
         if name not in Arguments.__annotations__:
             raise TypeError(f"got an unexpected keyword argument {name!r}")
+    formulas, mod_args = NO_FORMULAS, NO_OPERANDS
+    if given.keys() & _FORMULA_ARGUMENTS:
+        formulas, mod_args = collect_formulas(given)
     modifiers = Modifiers(
-        _window(given.get("window")), _softcap(given.get("softcap")), _dropout_p(given.get("dropout_p", 0.0))
+        _window(given.get("window")),
+        _softcap(given.get("softcap")),
+        _dropout_p(given.get("dropout_p", 0.0)),
+        formulas,
     )
     operands = {name: x for name, x in given.items() if name in OPERANDS and x is not None}
     seed = _seed(given.get("seed"))
     if modifiers.dropout_p and seed is not None:
         operands["seed"] = seed
-    return modifiers, operands
+    return modifiers, {**operands, **mod_args}
 
 
 def arrays_of(operands: Mapping[str, Any]) -> dict[str, Any]:
-    """The operands that are arrays: all but a seed that is an int."""
-    return {name: x for name, x in operands.items() if not isinstance(x, int)}
+    """The operands that are arrays: all but a seed and arguments of formulas that are numbers."""
+    return {name: x for name, x in operands.items() if not _is_number(name, x)}
+
+
+def values_of(operands: Mapping[str, Any]) -> dict[str, int]:
+    """The others, as they are passed in an address's place."""
+    given = {name: x for name, x in operands.items() if _is_number(name, x)}
+    return {name: int(x) if name == "seed" else number_bits(x) for name, x in given.items()}
+
+
+def _is_number(name: str, x: Any) -> bool:
+    return isinstance(x, int) or (isinstance(x, float) and is_mod_arg(name))
 
 
 def differentiable(operands: Mapping[str, Any]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from cuflash.checks import Request
 from cuflash.checks_backward import BackwardOptions, check_backward_call
 from cuflash.families import Gpu
 from cuflash.families_backward import Steps, choose_backward
+from cuflash.modifiers import NO_OPERANDS
 from cuflash.resources import ELEMENT_BYTES
 
 _MAX_PLANS = 4096  # as in cuflash.plan
@@ -37,11 +38,15 @@ class Plan:
 
 
 def differentiate(
-    gpu: GpuArrays, arrays: dict[str, Any], options: BackwardOptions, seed: int | None = None
+    gpu: GpuArrays,
+    arrays: dict[str, Any],
+    options: BackwardOptions,
+    values: Mapping[str, int] = NO_OPERANDS,
 ) -> tuple[Any, ...]:
     """Return dq, dk, dv, and the gradients of ``options.wanted``, of GPU arrays by argument name.
 
-    They are of the library ``gpu``. ``seed`` is dropout's, unless that is an array too.
+    They are of the library ``gpu``. ``values`` are the operands that are numbers, as ``values_of``
+    has them.
     """
     try:
         key = (
@@ -51,7 +56,7 @@ def differentiate(
             type(options.causal),
             type(options.scale),
             type(options.deterministic),
-            seed is None,
+            "seed" in values,
         )
         plan = _plans.get(key)
     except (RuntimeError, TypeError):
@@ -63,14 +68,14 @@ def differentiate(
             _plans.clear()
         _plans[key] = plan
     if plan.get_current_device() == plan.device:
-        return _run(plan, gpu, arrays, seed)
+        return _run(plan, gpu, arrays, values)
     from cupy import cuda
 
     with cuda.Device(plan.device):
-        return _run(plan, gpu, arrays, seed)
+        return _run(plan, gpu, arrays, values)
 
 
-def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any], seed: int | None) -> tuple[Any, ...]:
+def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any], values: Mapping[str, int]) -> tuple[Any, ...]:
     dtype = arrays["q"].dtype
     dq, dk, dv = (gpu.empty(shape, dtype, plan.device) for shape in plan.shapes)
     others = {f"d{x}": gpu.empty(arrays[x].shape, arrays[x].dtype, plan.device) for x in plan.wanted}
@@ -87,8 +92,7 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any], seed: int | None) -
 
     at = {name: gpu.pointer(x) for name, x in (inputs | {"dq": dq} | targets | others).items()}
     at.setdefault("dlse", 0)
-    if seed is not None:
-        at["seed"] = seed
+    at |= values
     stream = gpu.stream(plan.device)
     at["counter"] = 0
     if plan.steps.takes_counter:

@@ -10,6 +10,7 @@ import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cuflash.formulas import NO_FORMULAS, Formulas
 from cuflash.modifiers import NO_MODIFIERS, OPERANDS, Modifiers
 
 MAX_HEAD_DIM = 256
@@ -43,6 +44,7 @@ class Problem:
     softcap: float | None = None
     dropout_p: float = 0.0
     modifiers: tuple[str, ...] = ()  # the arguments of ``attention`` that modify the scores or probabilities
+    formulas: Formulas = NO_FORMULAS
 
     @property
     def diagonal(self) -> int:
@@ -153,7 +155,12 @@ def make_problem(
         window_offset=window_offset,
         softcap=modifiers.softcap,
         dropout_p=modifiers.dropout_p,
-        modifiers=(*(name for name, on in active.items() if on), *(n for n in OPERANDS if n in operands)),
+        modifiers=(
+            *(name for name, on in active.items() if on),
+            *(name for name in OPERANDS if name in operands),
+            *modifiers.formulas.given,
+        ),
+        formulas=modifiers.formulas,
     )
 
 

@@ -14,7 +14,7 @@ also returns the gradients of bias and sinks, where they are given, after dv.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,7 @@ class Extras(NamedTuple):
     key_padding: Array | None = None
     query_padding: Array | None = None
     sinks: Array | None = None
+    score_mod: Callable[[Array], Array] | None = None  # of all scores, (B, Hq, Sq, Sk); tests give it
 
     @classmethod
     def of(cls, problem: Problem, operands: Mapping[str, Any]) -> Extras:
@@ -55,6 +56,7 @@ class Extras(NamedTuple):
 
 
 PLAIN = Extras()
+_STEP = 1e-5  # of the difference that a formula's derivative is taken from
 
 
 def attention(
@@ -159,10 +161,15 @@ def _scores(
     dtype = q_scaled.dtype
     scores = _wide(_matmul(q_scaled, k_heads.mT))
     slope = np.ones((), scores.dtype)
+    if extras.score_mod is not None:
+        exact = scores.astype(np.float64)
+        difference = extras.score_mod(exact + _STEP) - extras.score_mod(exact - _STEP)
+        slope = (difference / (2 * _STEP)).astype(scores.dtype)
+        scores = _wide(extras.score_mod(exact).astype(dtype))
     if extras.softcap is not None:
         tanh = _wide(np.tanh(scores / extras.softcap).astype(dtype))
         scores = _wide((tanh * extras.softcap).astype(dtype))
-        slope = 1 - tanh * tanh
+        slope = slope * (1 - tanh * tanh)
     seqlen_q, seqlen_k = scores.shape[-2:]
     offsets = np.arange(seqlen_k) - np.arange(seqlen_q)[:, None]
     if extras.alibi_slopes is not None:

@@ -40,7 +40,7 @@ class TorchTensors(HostArrays, GpuArrays):
         from cuflash.torch import autocast
 
         q, k, v = autocast(q.detach(), k.detach(), v.detach())
-        return q, k, v, {name: x if isinstance(x, int) else x.detach() for name, x in operands.items()}
+        return q, k, v, {name: x.detach() if self.owns(x) else x for name, x in operands.items()}
 
     def untraced(self, function: Callable[..., Any]) -> Callable[..., Any]:
         # Inside torch.compile a call is a graph break: Dynamo follows tensor operations, not addresses.

@@ -14,7 +14,7 @@ struct MaskView {
 };
 
 template <class Params>
-__device__ __forceinline__ MaskView mask_of(const Params& params, int batch, int head, int first_query) {
+__device__ __forceinline__ MaskView array_of(const Params& params, int batch, int head, int first_query) {
   if constexpr (Config::kMask) {
     const OperandStrides& s = params.mask_strides;
     return {params.mask + batch * s.batch + head * s.head + first_query * s.row, s.row, s.key};
@@ -23,10 +23,34 @@ __device__ __forceinline__ MaskView mask_of(const Params& params, int batch, int
   }
 }
 
+// The same and mask_mod, a function that the stub defines.
+template <class Params>
+struct FormulaMaskView {
+  MaskView array;
+  const Params& params;
+  int batch, head, first_query;
+
+  __device__ __forceinline__ bool hides(int query_index, int key_index) const {
+    if constexpr (Config::kMask) {
+      if (array.hides(query_index, key_index)) return true;
+    }
+    return !mask_mod(params, batch, head, first_query + query_index, key_index);
+  }
+};
+
+template <class Params>
+__device__ __forceinline__ auto mask_of(const Params& params, int batch, int head, int first_query) {
+  if constexpr (Config::kMaskMod) {
+    return FormulaMaskView<Params>{array_of(params, batch, head, first_query), params, batch, head, first_query};
+  } else {
+    return array_of(params, batch, head, first_query);
+  }
+}
+
 // scores: of rows `row` + 16·m + … and columns `column` + … of one warp.
-template <bool kTransposed, int kMTiles, int kNTiles, class Params>
+template <bool kTransposed, int kMTiles, int kNTiles, class Params, class Mask>
 __device__ __forceinline__ void hide(float (&scores)[kMTiles][kNTiles][4], int row, int column,
-                                     const Visible<Params>& visible, const MaskView& mask, float value) {
+                                     const Visible<Params>& visible, const Mask& mask, float value) {
   const int lane_column = column + Fragment::column(0, 0);
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
@@ -41,7 +65,7 @@ __device__ __forceinline__ void hide(float (&scores)[kMTiles][kNTiles][4], int r
         for (int parity = 0; parity < 2; ++parity) {
           const int this_column = lane_column + 8 * j + parity;
           bool hidden = this_column < first || this_column >= end;
-          if constexpr (Config::kMask) {
+          if constexpr (kMasks) {
             if (!hidden) hidden = kTransposed ? mask.hides(this_column, this_row) : mask.hides(this_row, this_column);
           }
           if (hidden) scores[m][j][2 * half + parity] = value;

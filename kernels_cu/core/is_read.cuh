@@ -13,7 +13,7 @@ struct KeyIsRead {
     if constexpr (Config::kWindow) {
       if (first + row < params.first_key) return false;
     }
-    if constexpr (Config::kMask) {
+    if constexpr (kMasks) {
       const HeadStrides& s = params.keys_seen_strides;
       bool seen = false;
       for (int i = 0; i < heads; ++i) seen |= params.keys_seen[batch * s.batch + (head + i) * s.head + first + row] != 0;

@@ -9,8 +9,8 @@ struct MaskTiles {
   const int* tiles;
   long long step;
 
-  __device__ __forceinline__ bool hides(int block) const { return Config::kMask && tiles[block * step] == kHiddenTile; }
-  __device__ __forceinline__ bool is_mixed(int block) const { return Config::kMask && tiles[block * step] == kMixedTile; }
+  __device__ __forceinline__ bool hides(int block) const { return kMasks && tiles[block * step] == kHiddenTile; }
+  __device__ __forceinline__ bool is_mixed(int block) const { return kMasks && tiles[block * step] == kMixedTile; }
 
   // The last block before this one that is not hidden whole; −1 if there is none.
   __device__ __forceinline__ int before(int block) const {
@@ -29,7 +29,7 @@ __device__ __forceinline__ int count_shown(const MaskTiles& tiles, int begin, in
 
 template <class Params>
 __device__ __forceinline__ MaskTiles tiles_of_queries(const Params& params, int batch, int head, int m_block) {
-  if constexpr (Config::kMask) {
+  if constexpr (kMasks) {
     const OperandStrides& s = params.mask_tiles_strides;
     return {params.mask_tiles + batch * s.batch + head * s.head + m_block * s.row, s.key};
   } else {
@@ -39,7 +39,7 @@ __device__ __forceinline__ MaskTiles tiles_of_queries(const Params& params, int 
 
 template <class Params>
 __device__ __forceinline__ MaskTiles tiles_of_keys(const Params& params, int batch, int head, int n_block) {
-  if constexpr (Config::kMask) {
+  if constexpr (kMasks) {
     const OperandStrides& s = params.mask_tiles_strides;
     return {params.mask_tiles + batch * s.batch + head * s.head + n_block * s.key, s.row};
   } else {

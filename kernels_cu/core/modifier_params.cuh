@@ -1,5 +1,6 @@
 // What a kernel is told of the modifiers of a call (docs/modifiers.md): their arrays, how to read them, and numbers.
 #pragma once
+#include "core/mod_args.cuh"
 
 struct OperandStrides {
   long long batch, head, row, key;  // in elements; 0 where the operand is broadcast
@@ -9,13 +10,7 @@ struct HeadStrides {
   long long batch, head;
 };
 
-// A plain program has none, and the parameters that derive from this stay what they are. Members are read in templates
-// only, under if constexpr, so that a plain program need not have them.
-template <bool kModified>
-struct ModifierParams {};
-
-template <>
-struct ModifierParams<true> {
+struct ModifierNumbers {
   // Addresses come first: each call has its own, the rest belongs to the plan.
   const void* alibi_slopes;         // (batch or 1, heads_q)
   const void* bias;                 // (batch or 1, heads_q or 1, seqlen_q or 1, seqlen_k)
@@ -44,3 +39,28 @@ struct ModifierParams<true> {
   float kept_scale;                              // 1 / (1 − dropout_p)
   int unused;                                    // 8-byte alignment, in sight
 };
+
+// With the arguments of formulas.
+template <int kModArgs>
+struct FormulaNumbers : ModArgAddresses<kModArgs>, ModifierNumbers, ModArgLayouts<kModArgs> {};
+
+// A plain program has none, and the parameters that derive from this stay what they are; so do those of a program without
+// formulas. Members are read in templates only, under if constexpr, so that a plain program need not have them.
+template <bool kModified, int kModArgs>
+struct ChosenParams {
+  using Type = FormulaNumbers<kModArgs>;
+};
+template <>
+struct ChosenParams<true, 0> {
+  using Type = ModifierNumbers;
+};
+template <int kModArgs>
+struct ChosenParams<false, kModArgs> {
+  struct Type {};
+};
+
+template <bool kModified>
+using ModifierParams = typename ChosenParams<kModified, Config::kModArgs>::Type;
+
+// Some keys are hidden from some queries element by element.
+constexpr bool kMasks = Config::kMask || Config::kMaskMod;

@@ -3,13 +3,10 @@
 #include "core/fragment.cuh"
 #include "core/modifier_params.cuh"
 #include "core/read_operand.cuh"
+#include "core/tanh.cuh"
 
-constexpr bool kModifiesScores = Config::kSoftcap || Config::kAlibi || Config::kBias;
-
-// tanh x from 2^(x·2·log2(e)); its error is absolute, one of float32 near 1, which is what a capped score has to bear.
-__device__ __forceinline__ float tanh_from_ex2(float exponent) {
-  return 1.0f - 2.0f * rcp_approx(1.0f + ex2_approx(exponent));
-}
+constexpr bool kModifiesScores = Config::kScoreMod || Config::kSoftcap || Config::kAlibi || Config::kBias;
+constexpr bool kHasSlope = Config::kScoreMod || Config::kSoftcap;  // ∂score/∂(scaled product) is not 1
 
 // Of one (batch, head).
 template <class Element>
@@ -21,7 +18,7 @@ struct ScoreModifiers {
   const void* bias;
   long long bias_row, bias_key;
 
-  // Products q·k of rows `row` + 16·m + … and columns `column` + … of one warp become scores in base 2. Rows are
+  // Products q·k, or what core/score_mod.cuh made of them, of rows `row` + 16·m + … and columns `column` + … of one warp become scores in base 2. Rows are
   // queries or, if kTransposed, keys; elements from `queries` or `keys` on are not read. Calls slope(m, j, r, ∂capped
   // score/∂score) with softcap.
   template <bool kTransposed, int kMTiles, int kNTiles, class Slope>
@@ -93,7 +90,7 @@ struct ScoreModifiers {
 template <class Element, class Params>
 __device__ __forceinline__ ScoreModifiers<Element> score_modifiers(const Params& params, int batch, int head,
                                                                    int first_query) {
-  ScoreModifiers<Element> made = {params.scale_log2};
+  ScoreModifiers<Element> made = {Config::kScoreMod ? kLog2E : params.scale_log2};
   if constexpr (Config::kSoftcap) {
     made.softcap_log2 = params.softcap_log2;
     made.softcap_rate = params.softcap_rate;

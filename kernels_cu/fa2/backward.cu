@@ -112,9 +112,10 @@ constexpr int kDsOffset = kPOffset + kBlockM * kBlockN * 2;
 constexpr int kLseOffset = kDsOffset + kBlockM * kBlockN * 2;
 constexpr int kDeltaOffset = kLseOffset + kStages * kBlockM * 4;
 // P as the gradient warps need it: apart from P[key][query] where that multiplies dO and is another.
-constexpr bool kSplitP = kColumnWarps > 1 && (Config::kSoftcap || Config::kDropout);
+constexpr bool kTwoPs = kHasSlope || Config::kDropout;
+constexpr bool kSplitP = kColumnWarps > 1 && kTwoPs;
 constexpr int kGradientPOffset = kSplitP ? kDeltaOffset + kStages * kBlockM * 4 : kPOffset;
-constexpr bool kBanded = Config::kWindow || Config::kMask;
+constexpr bool kBanded = Config::kWindow || kMasks;
 constexpr bool kChangesP = kModifiesScores || kBanded || Config::kDropout;
 
 enum Barrier { kPReady = 1, kDsReady, kDsStored, kPStored, kDsShared };
@@ -251,7 +252,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
   const auto skip_hidden = [&](QueryBlock& at) {
     while (at.head < params.group_size && mask_tiles(at.head).hides(at.m_block)) at.advance(m_begin, m_end);
   };
-  if constexpr (Config::kMask) {
+  if constexpr (kMasks) {
     if (visits > 0) {
       visits = 0;
       for (int i = 0; i < params.group_size; ++i) visits += count_shown(mask_tiles(i), m_begin, m_end);
@@ -261,13 +262,13 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
   const auto advance = [&](QueryBlock& at) {
     // A plain kernel's code is that of the parameter, not of a variable.
     at.advance(m_begin, Config::kWindow || Config::kQueryPadding ? m_end : params.m_blocks);
-    if constexpr (Config::kMask) skip_hidden(at);
+    if constexpr (kMasks) skip_hidden(at);
   };
   // How many thread blocks add to a query block of dQ before this one.
   const auto turn_at = [&](const QueryBlock& at) {
     if constexpr (Config::kDeterministic && kBanded) {
       const int from = first_visited<kBlockM, kBlockN>(params, at.m_block);
-      if constexpr (!Config::kMask) return n_block - from;
+      if constexpr (!kMasks) return n_block - from;
       else return count_shown(tiles_of_queries(params, tile.batch, first_head + at.head, at.m_block), from, n_block);
     } else {
       return n_block;
@@ -356,7 +357,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
         pack<Element>(p_reg, acc_s);
       }
       // Where the gradient warps need another P, which is stored, registers have the one that multiplies dO.
-      if constexpr (kSplitP || !(Config::kSoftcap || Config::kDropout)) {
+      if constexpr (kSplitP || !kTwoPs) {
         store_operand(smem + kPOffset, p_reg, key_row, query_column / 8);
       }
       cp_async_wait_group<0>();
@@ -381,6 +382,15 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       {
         float acc_dp[kMTiles][kNTiles][4] = {};
         multiply_a_bt<Element, kHeadDimV>(acc_dp, v_smem, key_row, k_smem + kDoutOffset + slot * kDoutBytes, query_column);
+        if constexpr (Config::kDropout && Config::kScoreMod) {
+          // The slope of a formula may be negative: no sign bit is left to tell what was dropped.
+#pragma unroll
+          for (int i = 0; i < kMTiles * kNTiles * 4; ++i) acc_dp[i / 4 / kNTiles][i / 4 % kNTiles][i % 4] *= kept_scale(params);
+          dropout_of(params, tile.batch, first_head + at.head)
+              .template for_each_dropped<true, kMTiles, kNTiles>(
+                  block_key + key_row, params.first_row + at.m_block * kBlockM + query_column,
+                  [&](int m, int j, int r) { acc_dp[m][j][r] = 0.0f; });
+        }
         const FloatPair* delta_pair = reinterpret_cast<const FloatPair*>(smem + kDeltaOffset) +
                                       (slot * kBlockM + query_column) / 2 + lane % 4;
         bar_sync(kPReady, kThreads);
@@ -393,7 +403,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
             unsigned& p_then_ds = ds_reg.reg[m][i / 4][i % 4];
             const FloatPair p = widen<Element>(p_then_ds);
             const float(&dp)[4] = acc_dp[m][i / 2];
-            if constexpr (Config::kDropout) {
+            if constexpr (Config::kDropout && !Config::kScoreMod) {
               p_then_ds = Element::pack(ds_of_signed(p.lo, dp[i % 2 * 2], delta_of.lo, kept_scale(params)),
                                         ds_of_signed(p.hi, dp[i % 2 * 2 + 1], delta_of.hi, kept_scale(params)));
             } else {

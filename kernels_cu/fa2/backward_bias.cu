@@ -20,6 +20,7 @@
 #include "core/layout.cuh"
 #include "core/modifier_params.cuh"
 #include "core/score.cuh"
+#include "core/score_mod.cuh"
 #include "core/strides.cuh"
 #include "core/visible.cuh"
 #include "fa2/load_tile.cuh"
@@ -130,6 +131,10 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
     multiply_a_bt<Element, kHeadDim>(p, k_smem + kQOffset, warp * 16, k_smem, 0);
     multiply_a_bt<Element, kHeadDimV>(dp, k_smem + kDoutOffset, warp * 16, k_smem + kVOffset, 0);
     const int warp_row = block_row + warp * 16;
+    if constexpr (Config::kScoreMod) {
+      apply_score_mod<false>(p, warp_row, block_key, visible.queries(), visible.keys(), params, batch, head, 0,
+                             [](int, int, int, float) {});
+    }
     score_modifiers<Element>(params, batch, head, 0)
         .template apply<false>(p, warp_row, block_key, visible.queries(), visible.keys(), [](int, int, int, float) {});
     hide<false>(p, warp_row, block_key, visible, mask_of(params, batch, head, 0), -infinity());

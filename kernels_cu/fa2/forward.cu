@@ -40,6 +40,7 @@
 #include "core/modifier_params.cuh"
 #include "core/scheduler.cuh"
 #include "core/score.cuh"
+#include "core/score_mod.cuh"
 #include "core/sinks.cuh"
 #include "core/softmax.cuh"
 #include "core/strides.cuh"
@@ -73,10 +74,10 @@ constexpr int kWarpRows = kBlockM / Config::kWarps;
 constexpr int kMTiles = kWarpRows / 16;  // m16 tiles of a warp: with two, each K/V fragment is used twice
 constexpr int kNTiles = kBlockN / 8;
 constexpr int kDTiles = kHeadDimV / 8;
-constexpr bool kBanded = Config::kWindow || Config::kQueryPadding || Config::kMask;  // more than the end of a row is hidden
+constexpr bool kBanded = Config::kWindow || Config::kQueryPadding || kMasks;  // more than the end of a row is hidden
 static_assert(kBlockM % (16 * Config::kWarps) == 0 && kBlockN % 16 == 0, "whole mma tiles");
 static_assert(kStages >= 2, "a K tile and a V tile");
-static_assert(!Config::kMask || kStages <= 3, "only the next tile is loaded ahead");
+static_assert(!kMasks || kStages <= 3, "only the next tile is loaded ahead");
 
 using VTile = SwizzledTile<kHeadDimV>;
 using OTile = SwizzledTile<kHeadDimV>;
@@ -163,7 +164,7 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
     }
     cp_async_commit_group();
   };
-  const int first = Config::kMask ? mask_tiles.before(tiles.end) : tiles.end - 1;  // the tile visited first
+  const int first = kMasks ? mask_tiles.before(tiles.end) : tiles.end - 1;  // the tile visited first
 
   // The ring holds K and V tiles in the order they are used, K first. kStages − 1 of them are on their way.
   load_tile<kBlockM, kHeadDim, kThreads>(q_smem, q, params.q.row, visible.queries() - block_row, params.head_dim,
@@ -186,13 +187,13 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
   float acc_o[kMTiles][kDTiles][4] = {};
   OnlineSoftmax<kMTiles> softmax;
   const ScoreModifiers<Element> modifiers = score_modifiers<Element>(params, tile.batch, tile.head, 0);
-  const MaskView mask = mask_of(params, tile.batch, tile.head, 0);
+  const auto mask = mask_of(params, tile.batch, tile.head, 0);
   const Dropout dropout = dropout_of(params, tile.batch, tile.head);
   // Modified scores are in base 2 already.
   const float scale_log2 = kModifiesScores ? 1.0f : params.scale_log2;
 
   const auto visit = [&](int n_block, auto masked) {
-    const int ahead = Config::kMask ? mask_tiles.before(n_block) : n_block - kStages / 2;
+    const int ahead = kMasks ? mask_tiles.before(n_block) : n_block - kStages / 2;
     const unsigned k_smem = next_tile();
     if constexpr (kStages % 2 == 1) load_k(ahead, free_slot());
     else load_v(n_block - (kStages / 2 - 1), free_slot());
@@ -206,6 +207,10 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
         float& s = acc_s[i / (kNTiles * 4)][i / 4 % kNTiles][i % 4];
         s = -s;
       }
+    }
+    if constexpr (Config::kScoreMod) {
+      apply_score_mod<false>(acc_s, warp_row, n_block * kBlockN, visible.queries(), visible.keys(), params, tile.batch,
+                             tile.head, 0, [](int, int, int, float) {});
     }
     if constexpr (kModifiesScores) {
       modifiers.template apply<false>(acc_s, warp_row, n_block * kBlockN, visible.queries(), visible.keys(),

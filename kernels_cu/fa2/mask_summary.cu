@@ -1,8 +1,9 @@
-// One pass over a mask before the kernels that read it tile by tile: which tiles it hides whole, and need no visit; which
-// it shows whole, and need no look at the mask; and which keys some query sees, for nothing else is loaded.
+// One pass over a mask, a mask_mod or both before the kernels that look at it tile by tile: which tiles it hides whole, and
+// need no visit; which it shows whole, and need no look at the mask; and which keys some query sees, for nothing else is
+// loaded.
 //
 // Grid     one dimension: a thread block per (kBlockN keys, kBlockM queries, head, batch) of the mask, as often as it has
-//          these: once for an axis that is broadcast.
+//          these: once for an axis that is broadcast, or whose index a mask_mod does not name.
 // Threads  kThreads; kBlockN neighbours read a row.
 // Memory   reads the mask once, through its strides. keys_seen is zeros before; whoever sees a key makes it 1, in any
 //          order.
@@ -13,13 +14,14 @@
 #include "core/types.cuh"
 #include "ptx/shared_memory.cuh"
 
-struct MaskSummaryParams {
+struct MaskSummaryNumbers {
   OperandStrides mask;       // of its elements
   int first_row;             // where the kernel's queries start
   int seqlen_q, seqlen_k;    // of the mask from there on: seqlen_q is 1 if it is broadcast
   int heads, m_blocks, n_blocks;
   int causal_offset, window_offset;
 };
+struct MaskSummaryParams : ModArgAddresses<Config::kModArgs>, MaskSummaryNumbers, ModArgLayouts<Config::kModArgs> {};
 
 constexpr int kBlockM = Config::kBlockM;
 constexpr int kBlockN = Config::kBlockN;
@@ -27,6 +29,12 @@ constexpr int kThreads = Config::kThreads;
 constexpr int kRowsAtOnce = kThreads / kBlockN;
 constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kThreads % kBlockN == 0, "whole rows at once");
+
+// A template, in which programs without a mask_mod need not have it.
+template <class Params>
+__device__ __forceinline__ bool shows(const Params& params, int batch, int head, int query, int key) {
+  return mask_mod(params, batch, head, query, key);
+}
 
 extern "C" __global__ void __launch_bounds__(kThreads)
 fa2_mask_summary(const unsigned char* __restrict__ mask,  // (batch or 1, heads or 1, seqlen_q or 1, seqlen_k)
@@ -41,7 +49,9 @@ fa2_mask_summary(const unsigned char* __restrict__ mask,  // (batch or 1, heads 
   const int batch = batch_head / params.heads;
   const int head = batch_head - batch * params.heads;
   const int key = n_block * kBlockN + threadIdx.x % kBlockN;
-  mask += batch * params.mask.batch + head * params.mask.head + params.first_row * params.mask.row + key * params.mask.key;
+  if constexpr (Config::kMask) {
+    mask += batch * params.mask.batch + head * params.mask.head + params.first_row * params.mask.row + key * params.mask.key;
+  }
 
   bool any = false, all = true;
   if (key < params.seqlen_k) {
@@ -49,7 +59,9 @@ fa2_mask_summary(const unsigned char* __restrict__ mask,  // (batch or 1, heads 
     for (int i = threadIdx.x / kBlockN; i < kBlockM; i += kRowsAtOnce) {
       const int query = m_block * kBlockM + i;
       if (query >= params.seqlen_q) break;
-      const bool shown = mask[query * params.mask.row] != 0;
+      bool shown = true;
+      if constexpr (Config::kMask) shown = mask[query * params.mask.row] != 0;
+      if constexpr (Config::kMaskMod) shown = shown && shows(params, batch, head, params.first_row + query, key);
       all &= shown;
       bool seen = shown;
       if (params.seqlen_q > 1) {

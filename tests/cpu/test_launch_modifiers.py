@@ -24,8 +24,8 @@ from cuflash.problem import Problem, make_problem
 
 KERNELS = Path(__file__).parents[2] / "kernels_cu"
 STRUCTS = [
-    ("core/modifier_params.cuh", "ModifierParams<true>", MODIFIER_PARAMS),
-    ("fa2/mask_summary.cu", "MaskSummaryParams", MASK_SUMMARY_PARAMS),
+    ("core/modifier_params.cuh", "ModifierNumbers", MODIFIER_PARAMS),
+    ("fa2/mask_summary.cu", "MaskSummaryNumbers", MASK_SUMMARY_PARAMS),
     ("fa2/sum_parts.cu", "SumParams", SUM_PARAMS),
 ]
 KINDS = {"int": "<i4", "float": "<f4", "unsigned": "<u4", "long long": "<i8"}
@@ -73,12 +73,12 @@ def test_an_axis_that_is_broadcast_is_walked_in_steps_of_zero() -> None:
 
 def test_a_mask_is_divided_as_the_kernel_divides_its_queries() -> None:
     infos = {"mask": facts((2, 1, 300, 500), "bool")}
-    blocks = MaskBlocks.of(infos["mask"], 250, 64, 128)
+    blocks = MaskBlocks.of(infos["mask"].shape, 250, 64, 128)
     assert blocks == (2, 1, 4, 4)
     params = modifier_params(problem_of(), infos, 1.0, mask_blocks=blocks)
     assert params["mask_tiles_strides"].item() == (16, 0, 4, 1)
     assert params["keys_seen_strides"].item() == (500, 0)
-    assert MaskBlocks.of(facts((1, 1, 1, 500), "bool"), 300, 64, 128).m_blocks == 1
+    assert MaskBlocks.of((1, 1, 1, 500), 300, 64, 128).m_blocks == 1
 
 
 def test_scalars_are_in_the_kernels_units() -> None:

@@ -19,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 
-from cuflash import cublas, jit, launcher, tensor_map
+from cuflash import cublas, formulas, jit, launcher, tensor_map
 from cuflash.launch import Launchable
 from cuflash.tensor_map import EncodedMap
 from emulator import banks, device_memory, host_cublas, toolchain
@@ -127,7 +127,10 @@ def emulator(
     toolchain.runtime().emu_clear_bank_counts()
 
     def compile_(config: Any, arch: str, sources: Path | None = None) -> EmulatedProgram:
-        path = toolchain.compile_kernel(config.stub(), config.entry, session.edits)
+        try:
+            path = toolchain.compile_kernel(config.stub(), config.entry, session.edits)
+        except toolchain.CompileError as error:
+            raise formulas.blamed(str(error), config) or error from error
         return EmulatedProgram(config, arch, path)
 
     def load(program: EmulatedProgram, dynamic_shared_bytes: int = 0) -> Any:
