@@ -36,8 +36,8 @@ def attention(
 ) -> Any:
     """Exact attention: ``out = softmax(scale · q kᵀ + mask) v``, without ever storing the score matrix.
 
-    docs/modifiers.md has an example of each modifier, from ``window`` to ``seed``. Arrays in host memory and
-    the fa2 kernels take all of them; another family that is asked for by name raises.
+    docs/modifiers.md has an example of each modifier, from ``window`` to ``mod_args``. The fa2 kernels take
+    all of them, arrays in host memory all but formulas; another family that is asked for by name raises.
 
     On a GPU the FlashAttention-2 forward pass (Dao, arXiv 2307.08691, Algorithm 1, sections 3.1 to 3.3) as a
     CUDA kernel, compiled for the call at its first use and cached on disk; on Hopper one with the ideas of
@@ -85,6 +85,13 @@ def attention(
     seed : int, or integer array of one element or of two (low and high 32 bits)
         Which probabilities are dropped: a function of it and of (batch, head, row, column) alone. PyTorch
         draws it from its generator where it is None; with other libraries it must be given.
+    score_mod : str, optional
+        A formula for the scores, a CUDA C++ expression, as "score + slope[h] * (kv - q)": ``score`` is the
+        scaled logit, ``b, h, q, kv`` are its indices. It is code: only from trusted callers. GPU only.
+    mask_mod : str, optional
+        A formula for which keys a query sees, as "doc[b, q] == doc[b, kv]". Likewise.
+    mod_args : mapping of names to arrays or numbers, optional
+        What formulas mention beside these: arrays of up to 4 axes of q's library and device, of any dtype.
     layout : "bshd" or "bhsd"
         Axis order of q, k, v and out: as above, or (batch, heads, seqlen, head_dim).
     return_lse : bool

@@ -54,7 +54,7 @@ def attention_backward(
         What it returned with ``return_lse=True``: float32, or float64 where q is float64.
     dlse : array (batch, heads_q, seqlen_q), optional
         ∂loss/∂lse, of lse's dtype, where the loss depends on lse.
-    causal, scale, layout and the modifiers from window to seed
+    causal, scale, layout and the modifiers from window to mod_args
         As given to ``attention``; ``layout`` is also that of dout, out and the gradients. With dropout,
         ``seed`` must be given, PyTorch's too.
     deterministic : bool

@@ -315,7 +315,8 @@ def blamed(log: str, config: Any) -> ValueError | None:
     name, line = found[1], int(found[2])
     lines = text.split("\n")
     shown = lines[min(line, len(lines)) - 1].strip()
-    return ValueError(f"{name} does not compile: line {line}, {shown!r}. The compiler says:\n{log.strip()}")
+    said = log.strip(" \n\0")
+    return ValueError(f"{name} does not compile: line {line}, {shown!r}. The compiler says:\n{said}")
 
 
 def number_bits(x: int | float) -> int:

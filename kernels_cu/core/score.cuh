@@ -30,7 +30,7 @@ struct ScoreModifiers {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int this_row = row + 16 * m + Fragment::row(half);
-        float row_distance = 0.0f;
+        [[maybe_unused]] float row_distance = 0.0f;
         if constexpr (Config::kAlibi) {
           row_distance = kTransposed ? lane_column + diagonal - this_row : this_row + diagonal - lane_column;
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from test_compile import CAPABILITIES
 
@@ -14,6 +16,7 @@ from cuflash.config_modifiers import (
     SumPartsConfig,
     bias_gradient_config,
 )
+from cuflash.formulas import ModArg
 from cuflash.problem import make_problem
 from cuflash.resources import shared_bytes, shared_memory_per_block
 
@@ -66,6 +69,48 @@ def compile_within_limits(program_config, capability):
     assert program.warnings == ()
     assert program.spill_stores <= getattr(program_config, "spill_bytes", 0)
     assert program.static_shared_bytes == 0
+
+
+FORMULAS = ModifierFlags(
+    score_mod="score > 0 ? slope[h] * tanh(score) : exp(score) - sqrt(fabs(score) + 1) * pow(score, 2) / cap",
+    mask_mod="doc[b, q] == doc[b, kv]",
+    mod_args=(ModArg("cap", "float"), ModArg("doc", "int64", 2), ModArg("slope", "bfloat16", 1)),
+)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
+def test_formulas_compile_for_every_target(capability):
+    for program_config in configs_for(capability, 128, FORMULAS):
+        compile_within_limits(program_config, capability)
+
+
+def test_formulas_compile_together_with_all_modifiers():
+    flags = replace(
+        EVERYTHING, **{name: getattr(FORMULAS, name) for name in ("score_mod", "mask_mod", "mod_args")}
+    )
+    for program_config in (
+        *configs_for((9, 0), 64, flags),
+        bias_gradient_config(problem_of(128), (9, 0), flags),
+        MaskSummaryConfig(128, 64, True, replace(FORMULAS, mask=True)),
+    ):
+        compile_within_limits(program_config, (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"score_mod": "score +\n  slope[h] * q(3)"},
+            r"score_mod does not compile: line 2, 'slope\[h\] \* q\(3\)'",
+        ),
+        ({"mask_mod": "doc"}, "mask_mod does not compile: line 1, 'doc'"),
+    ],
+)
+def test_nvrtc_points_into_a_formula_that_does_not_compile(wrong, message):
+    config = configs_for((9, 0), 64, replace(FORMULAS, **wrong))[0]
+    with pytest.raises(ValueError, match=message) as caught:
+        jit.compile(config, jit.architecture((9, 0)))
+    assert "\0" not in str(caught.value)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
