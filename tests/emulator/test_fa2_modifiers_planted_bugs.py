@@ -103,7 +103,7 @@ BUGS = [
     planted("a mixed tile taken for a hidden one", SUMMARY,
         "!some ? kHiddenTile", "!whole ? kHiddenTile", DOCUMENTS),
     planted("the load after a hidden tile is of the tile before", "fa2/forward.cu",
-        "Config::kMask ? mask_tiles.before(n_block) : n_block - kStages / 2;", "n_block - kStages / 2;", DOCUMENTS),
+        "kMasks ? mask_tiles.before(n_block) : n_block - kStages / 2;", "n_block - kStages / 2;", DOCUMENTS),
     planted("turns are counted as if no tile were passed over", BACKWARD,
         "from, n_block);\n    } else {\n      return n_block;", "0, n_block) + n_block / 2;\n    } else {\n      return n_block;", DOCUMENTS, "deadlock"),
     planted("the length of another sequence", VISIBLE,
