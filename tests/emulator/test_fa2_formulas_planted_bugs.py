@@ -26,16 +26,31 @@ class Planted(NamedTuple):
     options: dict[str, Any]
 
 
-def planted(name: str, file: str, old: str, new: str, case: Case, seqlens=(70, 90), **options: Any) -> Planted:
-    return Planted(Bug(name, file, old, new, WRONG_RESULT), case, {"seqlens": seqlens, **options})
+def planted(
+    name: str, file: str, old: str, new: str, case: Case, seqlens=(70, 90), check=WRONG_RESULT, **options: Any
+) -> Planted:
+    return Planted(Bug(name, file, old, new, check), case, {"seqlens": seqlens, **options})
 
 
+SQUARE = Case(lambda *_: {}, "0.5f * score * score", lambda score, b, h, q, kv: 0.5 * score * score)
+STRIPES = Case(
+    lambda *_: {}, mask_mod="(q / 7 + kv) % 5 != 0", mask=lambda b, h, q, kv: (q // 7 + kv) % 5 != 0
+)
+# Whole tiles, of the queries from the first that sees a key on.
+DIAGONAL = Case(
+    lambda *_: {}, mask_mod="kv / 64 == (q - 150) / 64", mask=lambda b, h, q, kv: kv // 64 == (q - 150) // 64
+)
+OF_BATCH = Case(
+    lambda *_: {},
+    mask_mod="kv / 64 == (q / 128 + b) % 4",
+    mask=lambda b, h, q, kv: kv // 64 == (q // 128 + b) % 4,
+)
 SIGNED = CASES["a slope of either sign"]
 BLIND = {"seqlens": (150, 70), "causal": True}  # the backward starts past the first query
 DROPPED = {"modifiers": {"dropout_p": 0.4}}
 BUGS = [
     planted("half of the product rule", "core/dual.cuh",
-        "a.slope * b.value + a.value * b.slope", "a.slope * b.value", CASES["both"]._replace(score_mod="score * score", score=lambda score, *_, **__: score * score)),
+        "a.slope * b.value + a.value * b.slope", "a.slope * b.value", SQUARE),
     planted("the slope of tanh left out", "core/dual.cuh",
         "return chained(x, y, 1.0f - y * y);", "return chained(x, y, 1.0f);", CASES["soft cap"]),
     planted("the formula's slope lost to the cap's", "fa2/modified_probabilities.cuh",
@@ -45,13 +60,13 @@ BUGS = [
     planted("a formula of the kernel's first query", "core/score_mod.cuh",
         "first_query + query, key);", "query, key);", SIGNED, **BLIND),
     planted("a mask_mod of the kernel's first query", "core/hide.cuh",
-        "first_query + query_index, key_index);", "query_index, key_index);", CASES["documents"], **BLIND),
+        "first_query + query_index, key_index);", "query_index, key_index);", STRIPES, **BLIND),
     planted("a summary of the kernel's first query", "fa2/mask_summary.cu",
-        "params.first_row + query, key);", "query, key);", CASES["documents"], (400, 250), causal=True),
+        "params.first_row + query, key);", "query, key);", DIAGONAL, (400, 250), causal=True),
     planted("the first batch element's tiles for all", "core/mask_tiles.cuh",
-        "return {params.mask_tiles + batch * s.batch + head * s.head + m_block * s.row, s.key};", "return {params.mask_tiles + head * s.head + m_block * s.row, s.key};", CASES["documents"], (300, 300)),
+        "return {params.mask_tiles + batch * s.batch + head * s.head + m_block * s.row, s.key};", "return {params.mask_tiles + head * s.head + m_block * s.row, s.key};", OF_BATCH, (300, 300)),
     planted("strides of the first axis for all", "core/mod_args.cuh",
-        "axes.strides[kAxis]", "axes.strides[0]", CASES["relative positions"]),
+        "axes.strides[kAxis]", "axes.strides[0]", CASES["relative positions"], check="bounds"),
     planted("indices not clamped at the end", "core/mod_args.cuh",
         "min(max(index, 0), size - 1)", "max(index, 0) % size", CASES["relative positions"]._replace(
             score_mod="score + table[h, 2 * kv]", score=lambda score, b, h, q, kv, table: score + table[h, np.minimum(2 * kv, table.shape[1] - 1)].astype(np.float64),
