@@ -155,7 +155,8 @@ def attention(
     if framework is arrays.CUPY:  # never traced, and always on a GPU: the shortest way, since it counts in µs
         result, lse = plan.attend(framework, q, k, v, out, options, operands)
     elif out is None and (adapter := framework.adapter(q, k, v, *arrays_of(operands).values())) is not None:
-        refuse_tracing(options.modifiers.formulas, framework.noun)
+        if framework is arrays.TORCH:
+            refuse_tracing(options.modifiers.formulas, framework.noun)
         result, lse = adapter.attend(q, k, v, options, operands)
     elif isinstance(framework, Native):
         result, lse = framework.untraced(attend)(framework, q, k, v, out, options, operands)

@@ -240,7 +240,7 @@ def check_axes(formulas: Formulas, args: Sequence[ModArg]) -> None:
 
 
 def refuse_tracing(formulas: Formulas, noun: str) -> None:
-    """Formulas have no gradient, and no trace, in the frameworks' adapters."""
+    """Of a library whose adapter knows no formulas."""
     if formulas.given:
         raise ValueError(
             f"{' and '.join(formulas.given)}: {noun} that the library traces or differentiates cannot meet a "

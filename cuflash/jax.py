@@ -28,6 +28,7 @@ from cuflash import cpu, launch, plan, plan_backward, vmapping
 from cuflash.arrays.jax import JaxAvals, XlaBuffers
 from cuflash.checks import GPU_ALGORITHMS, Options, check_call, out_shape
 from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
+from cuflash.formulas import NO_FORMULAS, is_mod_arg
 from cuflash.modifiers import DIFFERENTIABLE, NO_OPERANDS
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
@@ -40,14 +41,20 @@ def attend(
     q: Any, k: Any, v: Any, options: Options, operands: Mapping[str, Any] = NO_OPERANDS
 ) -> tuple[Any, Any]:
     """``cuflash.attention`` of arrays that JAX traces: out and lse, both differentiable."""
-    traced = {name: _seed_array(x) if isinstance(x, int) else x for name, x in operands.items()}
+    traced = {name: _number_array(name, x) for name, x in operands.items()}
+    formulas = options.modifiers.formulas._replace(numbers=())  # they are arrays now, of no axes
+    options = options._replace(modifiers=options.modifiers._replace(formulas=formulas))
     _check_traced((q, k, v, *traced.values()), tuple(traced), options)
     return _attention(q, k, v, traced, options._replace(return_lse=True))
 
 
-def _seed_array(seed: int) -> Any:
-    """A seed that is a number, as an array whatever widths JAX has enabled."""
-    return jnp.asarray(np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32))
+def _number_array(name: str, x: Any) -> Any:
+    """An operand that is a number as an array, whatever widths JAX has enabled; others as they are."""
+    if name == "seed" and isinstance(x, int):
+        return jnp.asarray(np.array([x & 0xFFFFFFFF, x >> 32], np.uint32))
+    if isinstance(x, int | float):
+        return jnp.asarray(np.array(x, np.int32 if isinstance(x, int) else np.float32))
+    return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -142,7 +149,10 @@ def _check_traced(arrays: Arrays, names: Names, options: Options) -> Problem:
     """All checks but those that depend on the device, which only compilation knows."""
     if options.algorithm in GPU_ALGORITHMS:
         options = options._replace(algorithm="auto")
-    return check_call(JaxAvals(None), _named(_FORWARD, arrays, names), options).problem
+    # Formulas are for GPUs; the lowering for a CPU refuses them.
+    options = options._replace(modifiers=options.modifiers._replace(formulas=NO_FORMULAS))
+    named = {name: x for name, x in _named(_FORWARD, arrays, names).items() if not is_mod_arg(name)}
+    return check_call(JaxAvals(None), named, options).problem
 
 
 def _batched(primitive: Primitive, first: Names) -> Callable[..., tuple[Arrays, Arrays]]:
@@ -151,7 +161,7 @@ def _batched(primitive: Primitive, first: Names) -> Callable[..., tuple[Arrays, 
     def rule(arrays: Arrays, axes: Arrays, *, options: Any, names: Names) -> tuple[Arrays, Arrays]:
         size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
         bind = functools.partial(primitive.bind, options=options, names=names)
-        if "seed" in names:
+        if "seed" in names or options.modifiers.formulas.given:
             mapped = [
                 None if axis is None else jnp.moveaxis(x, axis, 0)
                 for x, axis in zip(arrays, axes, strict=True)

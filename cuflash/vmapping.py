@@ -1,8 +1,8 @@
 """vmap, for PyTorch and JAX: an axis that is mapped becomes part of the batch axis, the first in every array.
 
 Operands that lack a batch axis, or have 1 there, get one; their gradients are summed over it again. ``xp`` is
-``torch`` or ``jax.numpy``. Dropout is the exception: its draws depend on the batch index, and a mapped call
-must give what calls one by one give, so the adapters make them one by one.
+``torch`` or ``jax.numpy``. Dropout and formulas are exceptions: they depend on the batch index, and a mapped
+call must give what calls one by one give, so the adapters make them one by one.
 """
 
 from __future__ import annotations

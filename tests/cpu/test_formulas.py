@@ -84,15 +84,21 @@ def test_formulas_are_for_gpus_and_say_so() -> None:
         cuflash.attention_backward(q, q, q, q, q, np.ones((1, 1, 4), np.float32), mask_mod="kv <= q")
 
 
-def test_traced_arrays_are_refused() -> None:
+def test_tensors_that_pytorch_differentiates_are_refused() -> None:
     torch = pytest.importorskip("torch")
     q = torch.ones(1, 4, 1, 8, requires_grad=True)
     with pytest.raises(ValueError, match=r"^score_mod: a PyTorch tensor that the library traces"):
         cuflash.attention(q, q, q, score_mod="score")
+
+
+def test_jax_compiled_for_a_cpu_refuses_formulas() -> None:
     jax = pytest.importorskip("jax")
     x = jax.numpy.ones((1, 4, 1, 8))
-    with pytest.raises(ValueError, match=r"^score_mod: a JAX array that the library traces"):
-        jax.jit(lambda x: cuflash.attention(x, x, x, score_mod="score"))(x)
+    given: dict[str, Any] = {"score_mod": "score * a", "mod_args": {"a": 2.0}}
+    with pytest.raises(ValueError, match=r"score_mod: formulas are compiled into CUDA kernels"):
+        jax.jit(lambda x: cuflash.attention(x, x, x, **given))(x)
+    with pytest.raises(NotImplementedError, match=r"mod_args\['a'\] has no gradient"):
+        jax.grad(lambda a: cuflash.attention(x, x, x, score_mod="score * a", mod_args={"a": a}).sum())(2.0)
 
 
 def test_an_axis_that_a_formula_does_not_mention_is_broadcast() -> None:

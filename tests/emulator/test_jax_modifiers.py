@@ -16,7 +16,7 @@ from numerics import (
 
 from cuflash.checks import Options
 from cuflash.checks_backward import BackwardOptions
-from cuflash.modifiers import Modifiers
+from cuflash.modifiers import Modifiers, collect
 
 jax = pytest.importorskip("jax")
 
@@ -77,6 +77,32 @@ def test_operands_reach_the_kernels_and_their_gradients_come_back(on_gpu, head_d
         arguments = np.asarray(actual), getattr(expected, name), getattr(standard, name), name
         assert_gradient_within_contract(*arguments)
     np.testing.assert_allclose(np.asarray(gradients[4]), expected.dsinks, atol=0.1, rtol=0.02)
+
+
+def test_formulas_reach_the_kernels_and_are_differentiated(on_gpu):
+    problem, inputs, _ = make_modified(2, 2, (70, 90), (4, 2), (64, 64), "bfloat16", True, {})
+    slope = jnp.asarray(0.5 ** np.arange(1, 5, dtype=np.float32))
+    texts = {"score_mod": "score + slope[h] * (kv - q) * rate", "mask_mod": "(kv + b) % 5 != 0"}
+    scalars, operands = collect({**texts, "mod_args": {"slope": slope, "rate": 2.0}})
+    options = Options(True, None, "bshd", True, "auto", scalars)
+    formulas = scalars.formulas._replace(numbers=())
+    static = options._replace(modifiers=scalars._replace(formulas=formulas))
+    arrays = {name: adapter._number_array(name, x) for name, x in operands.items()}
+    q, k, v, dout = (jnp.asarray(x) for x in inputs[:4])
+    out, lse = adapter._forward_on_gpu(q, k, v, *arrays.values(), options=static, names=tuple(arrays))
+    backward = BackwardOptions(True, None, "bshd", False, "auto", static.modifiers)
+    given = (dout, q, k, v, out, lse, jnp.asarray(inputs.dlse), *arrays.values())
+    gradients = adapter._backward_on_gpu(*given, options=backward, names=tuple(arrays))
+    b, h, i, j = np.ogrid[:2, :4, :70, :90]
+    bias = (np.asarray(slope)[h] * (j - i) * 2.0).astype(np.float32) + 0 * b
+    shown = np.broadcast_to((j + b) % 5 != 0, bias.shape)
+    expected = reference_results(problem, inputs, {"bias": bias, "mask": shown})
+    standard = standard_results(problem, inputs, {"bias": bias, "mask": shown})
+    for name, actual in zip(("out", "lse"), (out, lse), strict=True):
+        assert_within_contract(np.asarray(actual), getattr(expected, name), getattr(standard, name), name)
+    for name, actual in zip(("dq", "dk", "dv"), gradients, strict=True):
+        arguments = np.asarray(actual), getattr(expected, name), getattr(standard, name), name
+        assert_gradient_within_contract(*arguments)
 
 
 def test_without_keys_the_sink_and_its_gradient_remain(on_gpu):
