@@ -5,6 +5,7 @@ A formula is code. What is refused here keeps mistakes from becoming other progr
 
 from __future__ import annotations
 
+import functools
 import keyword
 import math
 import numbers
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 NAMES = ("score_mod", "mask_mod")
 MAX_ARGS = 16  # a kernel's parameters have to fit into 4 KB
 MAX_AXES = 4
+_REMEMBERED = 1024  # formulas that were checked: a call of a known one costs microseconds
 
 _INDICES = ("b", "h", "q", "kv")
 _VARIABLES = {"score_mod": ("score", *_INDICES), "mask_mod": _INDICES}
@@ -100,6 +102,7 @@ def is_mod_arg(operand: str) -> bool:
 def collect_formulas(given: Mapping[str, Any]) -> tuple[Formulas, dict[str, Any]]:
     """The formulas, checked as far as the arrays' axes do not matter, and their arguments as operands."""
     args = _mod_args(given.get("mod_args"))
+    names, arrays = tuple(args), tuple(name for name, x in args.items() if not isinstance(x, int | float))
     texts = {}
     used: set[str] = set()
     for name in NAMES:
@@ -108,8 +111,7 @@ def collect_formulas(given: Mapping[str, Any]) -> tuple[Formulas, dict[str, Any]
             continue
         if not isinstance(text, str):
             raise TypeError(f"{name} must be a string, a CUDA C++ expression, or None, got {text!r}")
-        used |= set(_words(name, text)) & set(args)
-        _check_names(name, text, args)
+        used |= _mentioned(name, text, names, arrays)
         texts[name] = text
     if unused := [name for name in args if name not in used]:
         raise ValueError(f"mod_args has {' and '.join(unused)}, which no formula mentions")
@@ -131,14 +133,19 @@ def _mod_args(given: Any) -> dict[str, Any]:
     for name in given:
         if not isinstance(name, str):
             raise TypeError(f"mod_args must have names for keys, got {name!r}")
-        is_name = re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) is not None
-        reserved = {*_VARIABLES["score_mod"], *_WORDS, *_TAKEN}
-        if not is_name or name in reserved or keyword.iskeyword(name) or name.startswith("cuflash"):
-            raise ValueError(
-                f"mod_args has {name!r}, which cannot be an argument's name: it must begin with a letter and "
-                "be neither an index, a function nor a keyword"
-            )
+        _check_arg_name(name)
     return {name: _number(name, given[name]) for name in sorted(given)}
+
+
+@functools.lru_cache(_REMEMBERED)
+def _check_arg_name(name: str) -> None:
+    is_name = re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) is not None
+    reserved = {*_VARIABLES["score_mod"], *_WORDS, *_TAKEN}
+    if not is_name or name in reserved or keyword.iskeyword(name) or name.startswith("cuflash"):
+        raise ValueError(
+            f"mod_args has {name!r}, which cannot be an argument's name: it must begin with a letter and "
+            "be neither an index, a function nor a keyword"
+        )
 
 
 def _number(name: str, x: Any) -> Any:
@@ -190,7 +197,9 @@ def _words(name: str, text: str) -> list[str]:
     return [token for kind, token in _tokens(name, text) if kind == "word"]
 
 
-def _check_names(name: str, text: str, args: Mapping[str, Any]) -> None:
+@functools.lru_cache(_REMEMBERED)
+def _mentioned(name: str, text: str, args: tuple[str, ...], arrays: tuple[str, ...]) -> frozenset[str]:
+    """Those of ``args`` that a formula mentions, once it is checked."""
     known = {*_VARIABLES[name], *_WORDS, *args}
     unknown = list(dict.fromkeys(word for word in _words(name, text) if word not in known))
     if unknown:
@@ -201,8 +210,9 @@ def _check_names(name: str, text: str, args: Mapping[str, Any]) -> None:
             f"{of_args}"
         )
     for array, _ in _subscripts(name, text):
-        if array not in args or isinstance(args[array], int | float):
+        if array not in arrays:
             raise _refuse(name, f"{array or 'what is no name'} is indexed, but only an array can be")
+    return frozenset(_words(name, text)).intersection(args)
 
 
 def _subscripts(name: str, text: str) -> Iterator[tuple[str, int]]:
