@@ -139,6 +139,20 @@ def test_a_mask_mod_that_hides_all_gives_zeros(cp):
     assert np.isneginf(to_numpy(lse)).all()
 
 
+@pytest.mark.parametrize("sizes", [(0, 5, 5), (2, 0, 5), (2, 5, 0)], ids=str)
+def test_empty_arrays_give_empty_or_zero_results(cp, sizes):
+    batch, seqlen_q, seqlen_k = sizes
+    q = cp.asarray(np.ones((batch, seqlen_q, 2, 64), np.float16))
+    k = cp.asarray(np.ones((batch, seqlen_k, 2, 64), np.float16))
+    given = {"score_mod": "score + a[b, kv]", "mask_mod": "a[b, kv] == 0"}
+    given["mod_args"] = {"a": cp.asarray(np.zeros((batch, seqlen_k), np.float32))}
+    out, lse = cuflash.attention(q, k, k, return_lse=True, **given)
+    assert out.shape == q.shape
+    assert (to_numpy(out) == 0).all()
+    gradients = cuflash.attention_backward(q, q, k, k, out, lse, **given)
+    assert all((to_numpy(x) == 0).all() for x in gradients)
+
+
 def test_one_plan_and_one_program_serve_other_values(cp):
     from cuflash import plan
 
