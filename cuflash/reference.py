@@ -56,7 +56,7 @@ class Extras(NamedTuple):
 
 
 PLAIN = Extras()
-_STEP = 1e-5  # of the difference that a formula's derivative is taken from
+_STEP = 1e-7  # of the difference that a formula's derivative is taken from: few scores are so near a kink
 
 
 def attention(

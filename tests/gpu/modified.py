@@ -107,12 +107,12 @@ def check_modified(
     for name, actual in zip(names, gradients, strict=True):
         got, want, allowed = to_numpy(actual), getattr(expected, name), getattr(standard, name)
         if name == "dsinks":
-            assert_within_contract(got, want, allowed, name, _sinks_allowance(inputs, operands, expected))
+            assert_within_contract(got, want, allowed, name, sinks_allowance(inputs, operands, expected))
         else:
             assert_gradient_within_contract(got, want, allowed, name)
 
 
-def _sinks_allowance(inputs: Inputs, operands: Mapping[str, Any], expected: Any) -> float:
+def sinks_allowance(inputs: Inputs, operands: Mapping[str, Any], expected: Any) -> float:
     """Four standard deviations of what rounding out to the input dtype does to dsinks.
 
     Its terms cancel over all queries, and there are so few sinks that standard attention may be lucky in all.
