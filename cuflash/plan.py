@@ -125,9 +125,9 @@ def _run(
     of_operands = operand_addresses(gpu, operands) if plan.is_modified else ()
     if plan.workspace_words is not None:
         workspace = gpu.empty((plan.workspace_words,), "float32", plan.device)
-        if not gpu.keeps_temporaries():
-            _captured.append(workspace)
         plan.launch((), (*where, lse_address, *of_operands, pointer(workspace)), stream)
+        if not gpu.keeps_temporaries():  # and not if the launch was refused
+            _captured.append(workspace)
     elif plan.encoders is None:
         plan.launch((), (*where, lse_address, *of_operands), stream)
     else:

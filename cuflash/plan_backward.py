@@ -87,8 +87,6 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any], values: Mapping[str
         name: gpu.empty((*x.shape[:3], plan.copied[name]), dtype, plan.device) if name in plan.copied else x
         for name, x in (("dk", dk), ("dv", dv))
     }
-    if not gpu.keeps_temporaries():
-        _captured.append((buffer, inputs, targets))
 
     at = {name: gpu.pointer(x) for name, x in (inputs | {"dq": dq} | targets | others).items()}
     at.setdefault("dlse", 0)
@@ -98,6 +96,8 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any], values: Mapping[str
     if plan.steps.takes_counter:
         at["counter"] = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
     plan.steps.run(at, gpu.pointer(buffer), plan.nbytes, stream)
+    if not gpu.keeps_temporaries():  # and not if the launches were refused
+        _captured.append((buffer, inputs, targets))
     for name, gradient in (("dk", dk), ("dv", dv)):
         if name in plan.copied:
             gpu.assign(gradient, targets[name][..., : gradient.shape[3]])
