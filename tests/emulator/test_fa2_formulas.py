@@ -37,6 +37,13 @@ def test_formulas_combine_with_every_other_modifier(cp, modifiers):
     check_formulas(cp, CASES["both"], (90, 140), causal=True, modifiers=modifiers)
 
 
+@pytest.mark.parametrize("dropout_p", [0.3, 0.4])
+def test_dropout_with_a_single_key_is_right_but_for_the_rounding_of_out(cp, dropout_p):
+    """dP − delta cancels: what is left is what rounding out = v / (1 − p) did to delta."""
+    modifiers = {"softcap": 2.0, "dropout_p": dropout_p}
+    check_formulas(cp, CASES["soft cap"], (34, 1), seed=913734, dtype="float16", modifiers=modifiers)
+
+
 @pytest.mark.parametrize("head_dim", [59, 256])
 def test_formulas_are_right_in_other_tiles(cp, head_dim):
     options = {"batch": 1, "heads": (2, 1), "head_dim": head_dim, "dtype": "float16"}
