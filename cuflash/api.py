@@ -11,7 +11,6 @@ from cuflash import arrays, cpu, families, families_backward, plan
 from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
 from cuflash.checks import GPU_ALGORITHMS, Options, check_call, named, out_shape
 from cuflash.explanation import Explanation
-from cuflash.formulas import refuse_tracing
 from cuflash.modifiers import NO_OPERANDS, arrays_of, collect
 from cuflash.problem import Causal
 
@@ -155,8 +154,6 @@ def attention(
     if framework is arrays.CUPY:  # never traced, and always on a GPU: the shortest way, since it counts in µs
         result, lse = plan.attend(framework, q, k, v, out, options, operands)
     elif out is None and (adapter := framework.adapter(q, k, v, *arrays_of(operands).values())) is not None:
-        if framework is arrays.TORCH:
-            refuse_tracing(options.modifiers.formulas, framework.noun)
         result, lse = adapter.attend(q, k, v, options, operands)
     elif isinstance(framework, Native):
         result, lse = framework.untraced(attend)(framework, q, k, v, out, options, operands)

@@ -82,8 +82,7 @@ def mod_args_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> tuple[ModAr
     kinds = {formulas.operand_name(name): ModArg(name, kind) for name, kind in problem.formulas.numbers}
     for operand, info in infos.items():
         if formulas.is_mod_arg(operand):
-            name = operand[len("mod_args['") : -len("']")]
-            kinds[operand] = ModArg(name, info.dtype, len(info.shape))
+            kinds[operand] = ModArg(formulas.arg_name(operand), info.dtype, len(info.shape))
     return tuple(kinds[operand] for operand in sorted(kinds))
 
 
@@ -214,6 +213,40 @@ class BiasGradientConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ModArgsGradientConfig(BiasGradientConfig):
+    """Compile-time constants of ``kernels_cu/fa2/backward_mod_args.cu``, whose tiles are the bias's."""
+
+    wanted: tuple[str, ...] = field(metadata={"in_stub": False})  # names of arguments
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa2/backward_mod_args.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa2_backward_mod_args"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The argument that is read at each place where the formula reads one of those wanted."""
+        return formulas.sites(self.modifiers.score_mod, self.modifiers.mod_args, self.wanted)
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        flags = self.modifiers
+
+        def functions(first_line: int) -> str:
+            source = formulas.source(flags.score_mod, flags.mask_mod, flags.mod_args, first_line)
+            first_line += source.count("\n")
+            return source + formulas.gradient_source(flags.score_mod, flags.mod_args, self.wanted, first_line)
+
+        constants = flags.constants() | {"sites": len(self.sites)}
+        return translation_unit(self, self.kernel, constants, functions)
+
+
+@dataclass(frozen=True, slots=True)
 class SumPartsConfig:
     """Compile-time constants of ``kernels_cu/fa2/sum_parts.cu``."""
 
@@ -246,3 +279,12 @@ def bias_gradient_config(
     )
     limit = shared_memory_per_block(capability)
     return next(config for config in configs if config.shared_bytes <= limit)
+
+
+def mod_args_gradient_config(
+    problem: Problem, capability: tuple[int, int], modifiers: ModifierFlags, wanted: tuple[str, ...]
+) -> ModArgsGradientConfig:
+    """The same for the gradients of the arguments called ``wanted``."""
+    tiles = bias_gradient_config(problem, capability, modifiers)
+    of_tiles = {f.name: getattr(tiles, f.name) for f in fields(tiles)}
+    return ModArgsGradientConfig(**of_tiles, wanted=wanted)

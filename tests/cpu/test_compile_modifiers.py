@@ -15,6 +15,7 @@ from cuflash.config_modifiers import (
     SinksGradientConfig,
     SumPartsConfig,
     bias_gradient_config,
+    mod_args_gradient_config,
 )
 from cuflash.formulas import ModArg
 from cuflash.problem import make_problem
@@ -111,6 +112,22 @@ def test_nvrtc_points_into_a_formula_that_does_not_compile(wrong, message):
     with pytest.raises(ValueError, match=message) as caught:
         jit.compile(config, jit.architecture((9, 0)))
     assert "\0" not in str(caught.value)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
+def test_the_gradients_of_arguments_compile_for_every_target(capability):
+    for head_dim in (64, 256):
+        config = mod_args_gradient_config(problem_of(head_dim), capability, FORMULAS, ("slope",))
+        compile_within_limits(config, capability)
+
+
+def test_the_gradients_of_arguments_compile_with_all_modifiers_and_several_sites():
+    formula = "score * a[h] * a[q] + (one - tanh(a[kv % 3]))"
+    args = (ModArg("a", "float32", 1), ModArg("one", "float16"))
+    flags = replace(EVERYTHING, score_mod=formula, mod_args=args)
+    config = mod_args_gradient_config(problem_of(128), (9, 0), flags, ("one", "a"))
+    assert config.sites == ("a", "a", "a", "one")
+    compile_within_limits(config, (9, 0))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)

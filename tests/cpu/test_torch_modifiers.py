@@ -174,7 +174,7 @@ def test_checkpoint_replays_the_dropout_mask() -> None:
 def test_opcheck(dtype: Any) -> None:
     call = ("bottom_right", None, "bshd")
     given = operands(dtype)
-    modifiers = (4, None, 1.5, 0.3, *(given[name] for name in cuflash.torch._MODIFIERS[4:]))
+    modifiers = (4, None, 1.5, 0.3, *[""] * 4, *(given[name] for name in cuflash.torch._TENSORS))
     inputs = tensors(dtype)
     torch.library.opcheck(torch.ops.cuflash.attention_forward.default, (*inputs, *call, "auto", *modifiers))
     options = {"window": (4, None), "softcap": 1.5, "dropout_p": 0.3, **given}

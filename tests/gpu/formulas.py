@@ -31,6 +31,15 @@ class Case(NamedTuple):
     score: Callable[..., Any] | None = None  # (score, b, h, q, kv, **args)
     mask_mod: str | None = None
     mask: Callable[..., Any] | None = None  # (b, h, q, kv, **args)
+    # Of arguments of score_mod: (∂loss/∂result, score, b, h, q, kv, **args) → the gradient.
+    gradients: Mapping[str, Callable[..., Any]] = {}
+
+
+def _added(shape: tuple[int, ...], terms: Any, *index: Any) -> Any:
+    """Zeros to which ``terms`` are added, each at its ``index``."""
+    total = np.zeros(shape, np.float64)
+    np.add.at(total, np.broadcast_arrays(*index, terms)[:-1], terms)
+    return total
 
 
 def _documents(batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
@@ -47,11 +56,17 @@ def _table(batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> dict[str, An
     return {"table": table, "offset": seqlen_q - 1}
 
 
+def _gates(batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
+    gate = np.random.default_rng(4).uniform(-1, 1, (batch, max(seqlen_q, seqlen_k)))
+    return {"gate": gate.astype(np.float32), "shift": np.asarray(0.3)}
+
+
 CASES = {
     "ALiBi": Case(
         _slopes,
         "score + slope[h] * (kv - q)",
         lambda score, b, h, q, kv, slope: score + slope[h] * (kv - q),
+        gradients={"slope": lambda dscore, score, b, h, q, kv, slope: (dscore * (kv - q)).sum((0, 2, 3))},
     ),
     "soft cap": Case(
         lambda *_: {"cap": 2.0},
@@ -72,6 +87,27 @@ CASES = {
         _table,
         "score + table[h, kv - q\n  + offset]",
         lambda score, b, h, q, kv, table, offset: score + table[h, kv - q + offset].astype(np.float64),
+        gradients={
+            "table": lambda dscore, score, b, h, q, kv, table, offset: _added(
+                table.shape, dscore, h, kv - q + offset
+            )
+        },
+    ),
+    "gates, each read twice": Case(
+        _gates,
+        "gate[b, q] * score\n  * gate[b, kv] + (kv > q ? shift : tanh(shift * score))",
+        lambda score, b, h, q, kv, gate, shift: (
+            gate[b, q] * score * gate[b, kv] + np.where(kv > q, shift, np.tanh(shift * score))
+        ),
+        gradients={
+            "shift": lambda dscore, score, b, h, q, kv, gate, shift: np.sum(
+                dscore * np.where(kv > q, 1, score * (1 - np.tanh(shift * score) ** 2))
+            ),
+            "gate": lambda dscore, score, b, h, q, kv, gate, shift: (
+                _added(gate.shape, dscore * score * gate[b, kv], b, q)
+                + _added(gate.shape, dscore * score * gate[b, q], b, kv)
+            ),
+        },
     ),
     "a slope of either sign": Case(
         lambda *_: {},
@@ -84,6 +120,7 @@ CASES = {
         lambda score, b, h, q, kv, slope, doc: np.exp(-np.abs(score)) + slope[h] * score,
         "doc[b, q] >= doc[b, kv] && (kv + h) % 7 != 0",
         lambda b, h, q, kv, slope, doc: (doc[b, q] >= doc[b, kv]) & ((kv + h) % 7 != 0),
+        {"slope": lambda dscore, score, b, h, q, kv, slope, doc: (dscore * score).sum((0, 2, 3))},
     ),
 }
 
@@ -125,6 +162,8 @@ def check_formulas(
     formulas["mod_args"] = {
         name: x if isinstance(x, int | float) else of_args(cp.asarray(x)) for name, x in args.items()
     }
+    # Sums by atomics are not deterministic.
+    gradients_of = {} if deterministic else case.gradients
     q, k, v, dout = (cp.asarray(x) for x in inputs[:4])
     out, lse = cuflash.attention(q, k, v, return_lse=True, **options, **on_device, **formulas)
     gradients = cuflash.attention_backward(
@@ -132,6 +171,7 @@ def check_formulas(
         dlse=cp.asarray(inputs.dlse),
         deterministic=deterministic,
         **options,
+        mod_args_grad=tuple(gradients_of),
         **on_device,
         **formulas,
     )
@@ -143,7 +183,10 @@ def check_formulas(
         extras = extras._replace(mask=shown if extras.mask is None else extras.mask & shown)
     if case.score is not None:
         of_score = case.score
-        extras = extras._replace(score_mod=lambda score: of_score(score, *grid, **args))
+        extras = extras._replace(
+            score_mod=lambda score: of_score(score, *grid, **args),
+            score_mod_args=lambda *of: tuple(f(*of, *grid, **args) for f in gradients_of.values()),
+        )
     where = {"causal_offset": problem.causal_offset, "scale": problem.scale, "extras": extras}
     expected = (
         *reference.attention(*inputs[:3], **where),
@@ -156,7 +199,8 @@ def check_formulas(
     results = AllResults(*expected[:5])
     rounded = with_rounded_out(inputs, results.out)
     stored = reference.attention_backward(inputs.dout, *inputs[:3], dlse=rounded.dlse, **where)
-    names = ("out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in differentiable(operands)))
+    others = *differentiable(operands), *gradients_of
+    names = ("out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in others))
     actual = map(to_numpy, (out, lse, *gradients))
     for name, got, want, allowed, kept in zip(
         names, actual, expected, standard, (*expected[:2], *stored), strict=True
@@ -165,6 +209,10 @@ def check_formulas(
             assert_within_contract(got, want, allowed, name)
         elif name == "dsinks":
             assert_within_contract(got, want, allowed, name, sinks_allowance(inputs, operands, results))
+        elif name[1:] in gradients_of:
+            # Few sums of terms that cancel: standard attention may be lucky in all of them.
+            assert got.dtype == args[name[1:]].dtype
+            assert_within_contract(got, want, allowed, name, 2 * float(np.abs(kept - want).max()))
         else:
             allowance = rounding_allowance(problem, want, kept)
             assert_gradient_within_contract(got, want, allowed, name, allowance)
