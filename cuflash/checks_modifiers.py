@@ -52,13 +52,13 @@ def check_mod_args_grad(
     for name in filter(formulas.is_mod_arg, wanted):
         if name not in infos:
             raise ValueError(
-                f"mod_args_grad names {formulas.arg_name(name)}, which is no array in mod_args; what is to be "
-                "differentiated by must be one, of no axes for a single number"
+                f"mod_args_grad names {formulas.arg_name(name)}, which is no array in mod_args; what has a "
+                "gradient must be one, of no axes for a single number"
             )
         if infos[name].dtype not in formulas.FLOAT_DTYPES:
             raise TypeError(
-                f"mod_args_grad names {formulas.arg_name(name)}, of dtype {infos[name].dtype}; only floats have "
-                "gradients"
+                f"mod_args_grad names {formulas.arg_name(name)}, of dtype {infos[name].dtype}; only floats "
+                "have gradients"
             )
         if deterministic:
             raise ValueError(

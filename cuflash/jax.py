@@ -72,12 +72,16 @@ def _attention_fwd(
 ) -> tuple[tuple[Any, Any], Any]:
     values = {name: x.value for name, x in operands.items()}
     for name, x in operands.items():
-        if x.perturbed and name not in DIFFERENTIABLE:
+        if x.perturbed and not _has_gradient(name):
             raise NotImplementedError(f"{name} has no gradient: wrap it in jax.lax.stop_gradient")
     q, k, v = q.value, k.value, v.value
     out, lse = _forward(q, k, v, values, options)
-    wanted = {name: None for name in DIFFERENTIABLE if name in operands and operands[name].perturbed}
+    wanted = {name: None for name, x in operands.items() if x.perturbed}
     return (out, lse), (q, k, v, out, lse, values, wanted)  # wanted: part of the structure, not of the values
+
+
+def _has_gradient(operand: str) -> bool:
+    return operand in DIFFERENTIABLE or is_mod_arg(operand)
 
 
 def _attention_bwd(options: Options, saved: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
@@ -90,7 +94,7 @@ def _attention_bwd(options: Options, saved: Any, cotangents: tuple[Any, Any]) ->
         _deterministic(),
         options.algorithm,
         options.modifiers,
-        tuple(name for name in DIFFERENTIABLE if name in wanted),
+        tuple(sorted(wanted)),  # as ``wanted`` is
     )
     dq, dk, dv, *others = _backward_p.bind(
         dout, q, k, v, out, lse, dlse, *operands.values(), options=backward_options, names=tuple(operands)

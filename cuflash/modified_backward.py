@@ -230,13 +230,11 @@ def _mod_args_gradient(
     for operand in wanted:
         info, first[arg_name(operand)] = infos[operand], words
         count = math.prod(info.shape)
-        # A config of a dtype that is no kernel's element only has to be some other.
-        dtype = info.dtype if info.itemsize == ELEMENT_BYTES else problem.dtype
-        config = SumPartsConfig(dtype)
-        blocks = -(-count // config.threads)
-        call = kernel_call(operand, blocks, config.threads, 0, SUM_PARAMS, count, 1, info.itemsize)
-        if call is not None:
-            stores.append((operand, words, config, call))
+        store = SumPartsConfig(info.dtype if info.itemsize == ELEMENT_BYTES else problem.dtype)
+        blocks = -(-count // store.threads)
+        store_call = kernel_call(operand, blocks, store.threads, 0, SUM_PARAMS, count, 1, info.itemsize)
+        if store_call is not None:
+            stores.append((operand, words, store, store_call))
         words += count
     config = mod_args_gradient_config(problem, capability, flags, tuple(first))
     if not config.sites:
@@ -258,7 +256,8 @@ def _mod_args_gradient(
         params,
         *(s.q, s.k, s.v, s.dout),
         *(rows.start, len(rows), rows_per_head),
-        *(problem.seqlen_q, problem.seqlen_k_visible, problem.heads_q, problem.group_size if problem.heads_kv else 0),
+        *(problem.seqlen_q, problem.seqlen_k_visible, problem.heads_q),
+        problem.group_size if problem.heads_kv else 0,
         *(problem.head_dim, problem.head_dim_v, problem.causal_offset or 0, m_blocks),
         problem.scale * LOG2_E,
         [first[name] for name in config.sites],
@@ -289,7 +288,7 @@ class ModArgsLauncher:
         return cls(main, tuple(stores), of.words, takes)
 
     def __call__(self, at: Mapping[str, int], sums: int, stream: int) -> None:
-        """Queue them, with their sums at that address: addresses by name, as ``ModifiedSteps.run`` has them."""
+        """Queue them: addresses by name, as ``ModifiedSteps.run`` has them, and that of the sums."""
         from cupy.cuda import runtime
 
         runtime.memsetAsync(sums, 0, 4 * self.words, stream)

@@ -12,8 +12,10 @@ from numerics import (
     assert_within_contract,
     reference_results,
     standard_results,
+    with_rounded_out,
 )
 
+import cuflash
 from cuflash.checks import Options
 from cuflash.checks_backward import BackwardOptions
 from cuflash.modifiers import Modifiers, collect
@@ -90,7 +92,8 @@ def test_formulas_reach_the_kernels_and_are_differentiated(on_gpu):
     arrays = {name: adapter._number_array(name, x) for name, x in operands.items()}
     q, k, v, dout = (jnp.asarray(x) for x in inputs[:4])
     out, lse = adapter._forward_on_gpu(q, k, v, *arrays.values(), options=static, names=tuple(arrays))
-    backward = BackwardOptions(True, None, "bshd", False, "auto", static.modifiers)
+    wanted = "mod_args['rate']", "mod_args['slope']"
+    backward = BackwardOptions(True, None, "bshd", False, "auto", static.modifiers, wanted)
     given = (dout, q, k, v, out, lse, jnp.asarray(inputs.dlse), *arrays.values())
     gradients = adapter._backward_on_gpu(*given, options=backward, names=tuple(arrays))
     b, h, i, j = np.ogrid[:2, :4, :70, :90]
@@ -100,9 +103,31 @@ def test_formulas_reach_the_kernels_and_are_differentiated(on_gpu):
     standard = standard_results(problem, inputs, {"bias": bias, "mask": shown})
     for name, actual in zip(("out", "lse"), (out, lse), strict=True):
         assert_within_contract(np.asarray(actual), getattr(expected, name), getattr(standard, name), name)
-    for name, actual in zip(("dq", "dk", "dv"), gradients, strict=True):
+    for name, actual in zip(("dq", "dk", "dv"), gradients[:3], strict=True):
         arguments = np.asarray(actual), getattr(expected, name), getattr(standard, name), name
         assert_gradient_within_contract(*arguments)
+    rounded = with_rounded_out(inputs, expected.out)
+    stored = reference_results(problem, rounded, {"bias": bias, "mask": shown})
+    of_slope, rounded_slope = ((x.dbias * (j - i) * 2.0).sum((0, 2, 3)) for x in (expected, stored))
+    allowed = 2 * np.abs(of_slope - rounded_slope).max()
+    np.testing.assert_allclose(np.asarray(gradients[4]), of_slope, rtol=0.02, atol=allowed)
+    of_rate = (of_slope * np.asarray(slope)).sum() / 2
+    np.testing.assert_allclose(np.asarray(gradients[3]), of_rate, rtol=0.02, atol=allowed)
+
+
+@pytest.mark.parametrize("wrt", ["q", "slope", "rate"])
+def test_jax_grad_asks_for_the_gradients_of_arguments_that_it_differentiates_by(wrt):
+    x = jnp.ones((1, 4, 2, 8), jnp.float16)
+    leaves = {"q": x, "slope": jnp.ones(2), "rate": 2.0}
+
+    def loss(leaf):
+        given = leaves | {wrt: leaf}
+        args = {"slope": given["slope"], "rate": given["rate"]}
+        return cuflash.attention(given["q"], x, x, score_mod="score * slope[h] * rate", mod_args=args).sum()
+
+    traced = str(jax.make_jaxpr(jax.grad(loss))(leaves[wrt]))
+    wanted = () if wrt == "q" else (f"mod_args['{wrt}']",)
+    assert f"wanted={wanted!r}" in traced
 
 
 def test_without_keys_the_sink_and_its_gradient_remain(on_gpu):
