@@ -11,7 +11,7 @@ from cuflash import arrays, cpu, families, families_backward, plan
 from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
 from cuflash.checks import GPU_ALGORITHMS, Options, check_call, named, out_shape
 from cuflash.explanation import Explanation
-from cuflash.modifiers import NO_OPERANDS, arrays_of, collect
+from cuflash.modifiers import NO_OPERANDS, SUMMARY, arrays_of, collect
 from cuflash.problem import Causal
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def attention(
         A formula for which keys a query sees, as "doc[b, q] == doc[b, kv]". Likewise.
     mod_args : mapping of names to arrays or numbers, optional
         What formulas mention beside these: arrays of up to 4 axes of q's library and device, of any dtype.
+    mask_summary : cuflash.MaskSummary, optional
+        Keeps what a pass over mask and mask_mod finds out, for calls with the same ones. On a GPU.
     layout : "bshd" or "bhsd"
         Axis order of q, k, v and out: as above, or (batch, heads, seqlen, head_dim).
     return_lse : bool
@@ -243,7 +245,9 @@ def _attend_on_cpu(
     operands: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     problem, _ = check_call(host, named(q, k, v, out, operands), options)
-    views = {name: x if isinstance(x, int) else host.view(x) for name, x in operands.items()}
+    views = {
+        name: x if isinstance(x, int) else host.view(x) for name, x in operands.items() if name != SUMMARY
+    }
 
     def bshd(array: np.ndarray) -> np.ndarray:
         return array if options.layout == "bshd" else array.transpose(0, 2, 1, 3)

@@ -11,7 +11,7 @@ from cuflash import arrays, cpu, plan_backward
 from cuflash.arrays import GpuArrays, HostArrays, Native, loans
 from cuflash.checks_backward import BackwardOptions, check_backward_call, named_backward
 from cuflash.formulas import operand_name
-from cuflash.modifiers import collect, differentiable, values_of
+from cuflash.modifiers import SUMMARY, collect, differentiable, values_of
 from cuflash.problem import Causal
 
 if TYPE_CHECKING:
@@ -143,7 +143,8 @@ def _differentiate(
     """``operands`` names them, and holds those that are numbers; the arrays are those of ``named``."""
     if native.on_gpu(named["q"]):
         assert isinstance(native, GpuArrays)
-        return plan_backward.differentiate(native, named, options, values_of(operands))
+        summary = operands.get(SUMMARY)
+        return plan_backward.differentiate(native, named, options, values_of(operands), summary)
     assert isinstance(native, HostArrays)
     return _differentiate_on_cpu(native, named, options, operands)
 
@@ -153,7 +154,7 @@ def _differentiate_on_cpu(
 ) -> tuple[Any, ...]:
     problem, _ = check_backward_call(host, named, options)
     views = {name: host.view(x) for name, x in named.items()}
-    of_modifiers = {name: views.get(name, x) for name, x in operands.items()}
+    of_modifiers = {name: views.get(name, x) for name, x in operands.items() if name != SUMMARY}
 
     def bshd(array: np.ndarray) -> np.ndarray:
         return array if options.layout == "bshd" else array.transpose(0, 2, 1, 3)

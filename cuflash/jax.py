@@ -29,7 +29,7 @@ from cuflash.arrays.jax import JaxAvals, XlaBuffers
 from cuflash.checks import GPU_ALGORITHMS, Options, check_call, out_shape
 from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
 from cuflash.formulas import NO_FORMULAS, is_mod_arg
-from cuflash.modifiers import DIFFERENTIABLE, NO_OPERANDS
+from cuflash.modifiers import DIFFERENTIABLE, NO_OPERANDS, SUMMARY
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 
@@ -41,6 +41,10 @@ def attend(
     q: Any, k: Any, v: Any, options: Options, operands: Mapping[str, Any] = NO_OPERANDS
 ) -> tuple[Any, Any]:
     """``cuflash.attention`` of arrays that JAX traces: out and lse, both differentiable."""
+    if SUMMARY in operands:
+        raise ValueError(
+            "mask_summary cannot be used in code that JAX traces, where XLA holds all memory: leave it away"
+        )
     traced = {name: _number_array(name, x) for name, x in operands.items()}
     formulas = options.modifiers.formulas._replace(numbers=())  # they are arrays now, of no axes
     options = options._replace(modifiers=options.modifiers._replace(formulas=formulas))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from cuflash.problem import Problem
 from cuflash.tensor_map import EncodedMap
 
 
-class MaskSummary(NamedTuple):
+class SummaryPass(NamedTuple):
     """The pass over mask and mask_mod for a kernel with tiles of one size, and what it writes."""
 
     config: MaskSummaryConfig
@@ -41,7 +41,7 @@ class MaskSummary(NamedTuple):
         block_m: int,
         block_n: int,
         rows: range | None = None,
-    ) -> MaskSummary | None:
+    ) -> SummaryPass | None:
         """Of a kernel for these queries, all by default. None without either, or without an element."""
         rows = range(problem.seqlen_q) if rows is None else rows
         shape = mask_shape(problem, infos)
@@ -64,47 +64,61 @@ class SummaryLauncher:
     """The pass, loaded on its device."""
 
     start: launcher.Launcher
+    key: Hashable  # all that its results depend on, but for arrays and numbers
+    words: int  # that it writes
     key_bytes: int
     mod_args: int  # that it takes: all or none
 
     @classmethod
-    def load(cls, summary: MaskSummary, arch: str) -> SummaryLauncher:
+    def load(cls, summary: SummaryPass, arch: str) -> SummaryLauncher:
         arrays = len(summary.config.modifiers.mod_args)
         start = launcher.load(summary.config, summary.call, arch, addresses=3, arrays=arrays)
         assert start is not None
-        return cls(start, 4 * summary.keys, arrays)
+        key = summary.config, summary.call.grid, summary.call.params.tobytes()
+        return cls(start, key, summary.words, 4 * summary.keys, arrays)
 
     def __call__(self, mask: int, mod_args: Sequence[int], workspace: int, stream: int) -> tuple[int, int]:
         """Queue it; the addresses of mask_tiles and keys_seen, in the workspace."""
         from cupy.cuda import runtime
 
-        keys_seen, mask_tiles = workspace, workspace + self.key_bytes
+        mask_tiles, keys_seen = self.parts(workspace)
         runtime.memsetAsync(keys_seen, 0, self.key_bytes, stream)
         self.start((), (mask, mask_tiles, keys_seen, *mod_args[: self.mod_args]), stream)
         return mask_tiles, keys_seen
+
+    def parts(self, workspace: int) -> tuple[int, int]:
+        """The addresses of mask_tiles and keys_seen."""
+        return workspace + self.key_bytes, workspace
 
 
 class ModifiedLauncher:
     """The forward of a call with modifiers. Called as a ``launcher.Launcher`` of one kernel is."""
 
-    def __init__(self, call: KernelCall, program: jit.Program, summary: MaskSummary | None) -> None:
+    def __init__(self, call: KernelCall, program: jit.Program, summary: SummaryPass | None) -> None:
         """Load on the current device."""
         function = jit.load(program, call.shared_bytes)
         assert isinstance(program.config, Config)
         self._mod_args = len(program.config.modifiers.mod_args)
         arrays = self._mod_args + len(MODIFIER_ARRAYS)
         self._main = launcher.Launcher(function, call, addresses=5, arrays=arrays)
-        self._summary = None if summary is None else SummaryLauncher.load(summary, program.arch)
+        self.summary = None if summary is None else SummaryLauncher.load(summary, program.arch)
 
     def __call__(self, maps: Sequence[EncodedMap], addresses: Sequence[int], stream: int) -> None:
         """Queue one: the addresses of q, k, v, out, lse or null, the operands, and a workspace for a mask."""
-        mask_tiles = keys_seen = 0
-        if self._summary is not None:
+        found = (0, 0)
+        if self.summary is not None:
             *addresses, workspace = addresses
-            mod_args = addresses[5 : 5 + self._mod_args]
-            mask = addresses[5 + self._mod_args + OPERAND_ARRAYS.index("mask")]
-            mask_tiles, keys_seen = self._summary(mask, mod_args, workspace, stream)
-        self._main((), (*addresses, mask_tiles, keys_seen), stream)
+            found = self.summary(*self.masks(addresses), workspace, stream)
+        self.run(addresses, found, stream)
+
+    def run(self, addresses: Sequence[int], found: tuple[int, int], stream: int) -> None:
+        """Queue the kernel alone, given what a pass over the mask found out."""
+        self._main((), (*addresses, *found), stream)
+
+    def masks(self, addresses: Sequence[int]) -> tuple[int, Sequence[int]]:
+        """Of the addresses of a call, those of the mask and of the arguments of formulas."""
+        mod_args = addresses[5 : 5 + self._mod_args]
+        return addresses[5 + self._mod_args + OPERAND_ARRAYS.index("mask")], mod_args
 
 
 def operand_addresses(gpu: GpuArrays, operands: Mapping[str, Any]) -> list[int]:

@@ -35,7 +35,7 @@ from cuflash.launch_backward import (
     visible_rows,
 )
 from cuflash.launch_modifiers import MODIFIER_ARRAYS, modifier_params, with_mod_args
-from cuflash.modified import MaskSummary, SummaryLauncher
+from cuflash.modified import SummaryLauncher, SummaryPass
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 
@@ -92,7 +92,7 @@ class ModifiedCalls(NamedTuple):
     """What runs; None where there is nothing to do."""
 
     flash: BackwardCalls
-    summary: MaskSummary | None
+    summary: SummaryPass | None
     sinks: SinksGradient | None
     bias: BiasGradient | None
     mod_args: ModArgsGradient | None
@@ -111,7 +111,7 @@ def modified_calls(
     """The launches for a problem whose Configs have modifiers."""
     main, rows = configs.main, visible_rows(problem)
     flags = main.modifiers
-    summary = MaskSummary.of(problem, infos, flags, main.block_m, main.block_n, rows)
+    summary = SummaryPass.of(problem, infos, flags, main.block_m, main.block_n, rows)
     params = modifier_params(
         problem,
         infos,
@@ -317,13 +317,15 @@ class ModifiedSteps:
     takes_counter: ClassVar[bool] = False
 
     def run(self, at: dict[str, int], workspace: int, nbytes: dict[str, int], stream: int) -> None:
-        """Queue one backward: addresses by argument name, gradients' and operands' included; 0 for none."""
+        """Queue one backward: addresses by argument name, gradients' and operands' included; 0 for none.
+
+        With those of mask_tiles and keys_seen among them, nothing looks through the mask.
+        """
+        is_known = "mask_tiles" in at
         at = dict.fromkeys(MODIFIER_ARRAYS, 0) | at | self.flash.sums_at(workspace)
-        if self.summary is not None:
+        if self.summary is not None and not is_known:
             summary = workspace + 4 * self.summary_word
-            at["mask_tiles"], at["keys_seen"] = self.summary(
-                at["mask"], [at[name] for name in self.mod_args], summary, stream
-            )
+            at["mask_tiles"], at["keys_seen"] = self.summary(*self.masks(at), summary, stream)
         self.flash.run(at, workspace, nbytes, stream)
         arrays = [at[name] for name in MODIFIER_ARRAYS]
         if self.sinks is not None:
@@ -336,6 +338,10 @@ class ModifiedSteps:
                 self.sum_bias((), [parts, at["dbias"]], stream)
         if self.of_args is not None:
             self.of_args(at, workspace + 4 * self.sums_word, stream)
+
+    def masks(self, at: Mapping[str, int]) -> tuple[int, list[int]]:
+        """The addresses of the mask and of the arguments of formulas."""
+        return at.get("mask", 0), [at[name] for name in self.mod_args]
 
 
 def load_modified_steps(configs: BackwardConfigs, calls: ModifiedCalls, arch: str) -> ModifiedSteps:

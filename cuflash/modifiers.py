@@ -30,6 +30,7 @@ DIFFERENTIABLE = ("bias", "sinks")
 NO_DROPOUT = (
     0.0  # the default of dropout_p: the very object, so that a call without any is recognised at once
 )
+SUMMARY = "mask_summary"  # among the operands, but no array
 _SEED_BITS = 64
 _FORMULA_ARGUMENTS = {"score_mod", "mask_mod", "mod_args"}
 
@@ -63,6 +64,7 @@ class Arguments(TypedDict, total=False):
     score_mod: str | None
     mask_mod: str | None
     mod_args: Mapping[str, Any] | None
+    mask_summary: Any
 
 
 def collect(given: Arguments) -> tuple[Modifiers, Mapping[str, Any]]:
@@ -84,6 +86,8 @@ def collect(given: Arguments) -> tuple[Modifiers, Mapping[str, Any]]:
         formulas,
     )
     operands = {name: x for name, x in given.items() if name in OPERANDS and x is not None}
+    if (summary := given.get(SUMMARY)) is not None:
+        operands[SUMMARY] = _summary(summary)
     seed = _seed(given.get("seed"))
     if modifiers.dropout_p and seed is not None:
         operands["seed"] = seed
@@ -91,8 +95,8 @@ def collect(given: Arguments) -> tuple[Modifiers, Mapping[str, Any]]:
 
 
 def arrays_of(operands: Mapping[str, Any]) -> dict[str, Any]:
-    """The operands that are arrays: all but a seed and arguments of formulas that are numbers."""
-    return {name: x for name, x in operands.items() if not _is_number(name, x)}
+    """The operands that are arrays: neither a mask summary nor a seed or mod_arg that is a number."""
+    return {name: x for name, x in operands.items() if not _is_number(name, x) and name != SUMMARY}
 
 
 def values_of(operands: Mapping[str, Any]) -> dict[str, int]:
@@ -108,6 +112,14 @@ def _is_number(name: str, x: Any) -> bool:
 def differentiable(operands: Mapping[str, Any]) -> tuple[str, ...]:
     """The operands that ``attention_backward`` returns gradients of, in its order."""
     return tuple(name for name in DIFFERENTIABLE if name in operands)
+
+
+def _summary(summary: Any) -> Any:
+    from cuflash.mask_summary import MaskSummary
+
+    if not isinstance(summary, MaskSummary):
+        raise TypeError(f"mask_summary must be a cuflash.MaskSummary or None, got {summary!r}")
+    return summary
 
 
 def _window(window: Any) -> Window:

@@ -16,8 +16,9 @@ from cuflash.families import Kernel, choose_kernel
 from cuflash.launch import KernelCall
 from cuflash.launch_hopper import HopperCall
 from cuflash.layouts import Layouts
+from cuflash.mask_summary import MaskSummary
 from cuflash.modified import ModifiedLauncher, operand_addresses
-from cuflash.modifiers import NO_OPERANDS, arrays_of
+from cuflash.modifiers import NO_OPERANDS, SUMMARY, arrays_of
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.standard import StandardLauncher
 from cuflash.tensor_map import Encoder
@@ -123,7 +124,12 @@ def _run(
     lse_address = 0 if lse is None else pointer(lse)
     stream = gpu.stream(plan.device)
     of_operands = operand_addresses(gpu, operands) if plan.is_modified else ()
-    if plan.workspace_words is not None:
+    kept: MaskSummary | None = operands.get(SUMMARY)
+    if kept is not None and isinstance(plan.launch, ModifiedLauncher) and plan.launch.summary is not None:
+        given = (*where, lse_address, *of_operands)
+        found = kept.fetch(plan.launch.summary, gpu, plan.device, *plan.launch.masks(given), stream)
+        plan.launch.run(given, found, stream)
+    elif plan.workspace_words is not None:
         workspace = gpu.empty((plan.workspace_words,), "float32", plan.device)
         plan.launch((), (*where, lse_address, *of_operands, pointer(workspace)), stream)
         if not gpu.keeps_temporaries():  # and not if the launch was refused

@@ -2,8 +2,8 @@
 
 ``cuflash.attention`` comes here by itself where a tensor needs a gradient, while torch.compile or
 torch.export traces, and where autocast asks for another dtype. ``torch.ops.cuflash.attention_forward`` and
-``torch.ops.cuflash.attention_backward`` are what a traced graph holds and what policies of selective
-checkpointing name.
+``torch.ops.cuflash.attention_backward`` (``…_of_args`` where arguments of formulas need gradients) are what a
+traced graph holds and what policies of selective checkpointing name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from cuflash.arrays.torch import FakeTensors, autocast_dtype
 from cuflash.checks import Options, check_call, named, out_shape
 from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
 from cuflash.formulas import MAX_ARGS, Formulas, arg_name, is_mod_arg, operand_name
-from cuflash.modifiers import NO_MODIFIERS, NO_OPERANDS, OPERANDS, Modifiers
+from cuflash.modifiers import DIFFERENTIABLE, NO_MODIFIERS, NO_OPERANDS, OPERANDS, SUMMARY, Modifiers
 
 _FAKE = FakeTensors()
 
@@ -30,10 +30,16 @@ def attend(
     if not compiling:
         q, k, v = (x.resolve_neg() if x.is_neg() else x for x in (q, k, v))
     q, k, v = autocast(q, k, v)
+    summary = operands.get(SUMMARY)
     modifiers = _flat(options.modifiers, operands, q.device)
     scalars, tensors = modifiers[:_COUNT], modifiers[_COUNT:]
     if not compiling and _is_eager(q, k, v, *(x for x in tensors if x is not None)):
-        return _EagerAttention.apply(q, k, v, options, scalars, *tensors)
+        return _EagerAttention.apply(q, k, v, options, summary, scalars, *tensors)
+    if summary is not None:
+        raise ValueError(
+            "mask_summary cannot be used where PyTorch traces or transforms a call (torch.compile, "
+            "torch.func): leave it away there"
+        )
     arguments = (q, k, v, _schema_causal(options.causal), options.scale, options.layout, options.algorithm)
     if compiling:
         return attention_forward(*arguments, *modifiers)  # whose fake implementation checks
@@ -198,6 +204,7 @@ def _backward(
     algorithm: str,
     wanted: str = "",
     *modifiers: Any,
+    summary: Any = None,
 ) -> list[Tensor]:
     """Return dq, dk, dv and the gradients of the operands that ``wanted`` names, with spaces between.
 
@@ -207,26 +214,56 @@ def _backward(
     options = BackwardOptions(
         _causal(causal), scale, layout, deterministic, algorithm, of_modifiers, tuple(wanted.split())
     )
-    return list(api_backward.differentiate(dout, q, k, v, out, lse, dlse, options, operands))
+    given = _with_summary(operands, summary)
+    return list(api_backward.differentiate(dout, q, k, v, out, lse, dlse, options, given))
+
+
+def _with_summary(operands: Mapping[str, Any], summary: Any) -> Mapping[str, Any]:
+    return operands if summary is None else {**operands, SUMMARY: summary}
 
 
 _WANTED = 12  # where the operator takes it
 
 
-attention_backward = torch.library.custom_op(
-    "cuflash::attention_backward",
-    _backward,
-    mutates_args=(),
-    schema=(
+def _backward_operator(name: str, function: Any, returns: str) -> Any:
+    schema = (
         "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-        f"{_CALL}, bool deterministic, str algorithm, str wanted='', {_SCHEMA}) "
-        "-> Tensor[]"
-    ),
+        f"{_CALL}, bool deterministic, str algorithm, str wanted='', {_SCHEMA}) -> {returns}"
+    )
+    return torch.library.custom_op(f"cuflash::{name}", function, mutates_args=(), schema=schema)
+
+
+def _fixed(gradients: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    """dq, dk, dv, dbias and dsinks, empty where they are not wanted."""
+    dq, dk, dv, *others = gradients
+    of = dict(zip(_wanted_of(arguments), others, strict=True))
+    return dq, dk, dv, *(of[name] if name in of else dq.new_empty(0) for name in DIFFERENTIABLE)
+
+
+def _wanted_of(arguments: Sequence[Any]) -> list[str]:
+    return arguments[_WANTED].split() if len(arguments) > _WANTED else []
+
+
+# With is_grads_batched PyTorch maps an operator itself, and only one that returns a fixed number of tensors.
+attention_backward = _backward_operator(
+    "attention_backward",
+    lambda *arguments: _fixed(_backward(*arguments), *arguments),
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+attention_backward_of_args = _backward_operator("attention_backward_of_args", _backward, "Tensor[]")
 
 
-@attention_backward.register_fake
-def _(
+def _call_backward_operator(*arguments: Any) -> list[Tensor]:
+    """What ``_backward`` returns, by an operator; arguments of formulas have one of their own."""
+    wanted = _wanted_of(arguments)
+    if not set(wanted) <= set(DIFFERENTIABLE):
+        return attention_backward_of_args(*arguments)
+    dq, dk, dv, *others = attention_backward(*arguments)
+    return [dq, dk, dv, *(x for name, x in zip(DIFFERENTIABLE, others, strict=True) if name in wanted)]
+
+
+@attention_backward_of_args.register_fake
+def _fake_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -247,6 +284,11 @@ def _(
     options = BackwardOptions(_causal(causal), scale, layout, deterministic, algorithm, of_modifiers, names)
     check_backward_call(_FAKE, named_backward(dout, q, k, v, out, lse, dlse, operands), options)
     return [x.new_empty(x.shape) for x in (q, k, v, *(operands[name] for name in names))]
+
+
+@attention_backward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return _fixed(_fake_backward(*arguments), *arguments)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -285,9 +327,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     if torch._C._are_functorch_transforms_active():
         gradients = _AttentionBackward.apply(*arguments)
     elif torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_eager(*given):
-        gradients = attention_backward(*arguments)
+        gradients = _call_backward_operator(*arguments)
     else:
-        gradients = _backward(*arguments)
+        gradients = _backward(*arguments, summary=getattr(ctx, "summary", None))
     dq, dk, dv, *others = gradients
     of = dict(zip(wanted, others, strict=True))
     every = dq, dk, dv, *[None] * (ctx.operands_at - 3), *map(of.get, names)
@@ -313,6 +355,7 @@ def _refuse_forward_mode(ctx: Any, *tangents: Tensor) -> None:
 
 attention_forward.register_autograd(_differentiate, setup_context=_save)
 attention_backward.register_autograd(_refuse_second_derivative)
+attention_backward_of_args.register_autograd(_refuse_second_derivative)
 
 
 class _EagerAttention(torch.autograd.Function):
@@ -325,6 +368,7 @@ class _EagerAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         options: Options,
+        summary: Any,
         scalars: tuple[Any, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -333,9 +377,11 @@ class _EagerAttention(torch.autograd.Function):
         with_lse = Options(causal, scale, layout, return_lse, algorithm, modifiers)
         flat = (*scalars, *tensors)
         operands = _unflat(flat)[1] if flat else NO_OPERANDS
+        ctx.summary = summary
+        operands = _with_summary(operands, summary)
         result = api.attend(arrays.TORCH, q, k, v, None, with_lse, operands)
         call = _schema_causal(causal), scale, layout, algorithm
-        _keep(ctx, (q, k, v), call, flat, result, operands_at=5)
+        _keep(ctx, (q, k, v), call, flat, result, operands_at=6)
         return result
 
     @staticmethod
@@ -361,7 +407,7 @@ class _Attention(torch.autograd.Function):
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(attention_backward(*arguments))
+        return tuple(_call_backward_operator(*arguments))
 
     setup_context = staticmethod(_save_nothing)
     backward = staticmethod(_refuse_second_derivative)
@@ -370,7 +416,7 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, axes: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
         names = ("dout", "q", "k", "v", "out", "lse", "dlse", *[""] * 6, *_MODIFIERS)
-        wanted = arguments[_WANTED].split() if len(arguments) > _WANTED else ()
+        wanted = _wanted_of(arguments)
         return _batched(_AttentionBackward, names[: len(arguments)], info.batch_size, axes, arguments, wanted)
 
 
