@@ -108,16 +108,27 @@ def prepare_peers(
     runs: dict[str, Run] = {}
     errors: dict[str, str] = {}
     for name in names:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                run = in_direction(PEERS[name].prepare, inputs)
-                require_agreement(name, run(), expected)
-            except Exception as error:  # anything at all may be wrong with another library
-                errors[name] = _reason(error, [str(warning.message) for warning in caught])
-            else:
-                runs[name] = run
+        made = prepare_peer(
+            partial(in_direction, PEERS[name].prepare, inputs),
+            partial(require_agreement, name, expected=expected),
+        )
+        if isinstance(made, str):
+            errors[name] = made
+        else:
+            runs[name] = made
     return runs, errors
+
+
+def prepare_peer(prepare: Callable[[], Run], require: Callable[[Any], float]) -> Run | str:
+    """What ``prepare`` returns, once it ran and its result passed ``require``, or why there is no such."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            run = prepare()
+            require(run())
+        except Exception as error:  # anything at all may be wrong with another library
+            return _reason(error, [str(warning.message) for warning in caught])
+    return run
 
 
 def _reason(error: Exception, notes: list[str]) -> str:

@@ -7,7 +7,8 @@ that could not run, "row_error" (the largest relative error against SDPA, of an 
 gradient) and, where asked for, "burst" (the same figures from single calls). Rows of the directions in
 ``TIMES`` hold the fields named there instead. A "counters" row counts the kernel of the direction in
 "counted". A "train" row is of one attention; it holds "error" alone if that could not run, and of a whole run
-also ``CURVE``: "losses", means of "loss_every" steps.
+also ``CURVE``: "losses", means of "loss_every" steps. A "modifiers" row says in "features" which modifier it
+measured, how it was given, and in which pass; its peers are in ms.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ MATMUL: dict[str, tuple[type, ...]] = {
     "ms": (float,),
     "tflops": (float,),
 }  # M × K by K × N: benchmarks/matmul.py
+MODIFIERS: dict[str, tuple[type, ...]] = {
+    "ms": (float,),
+    "plain_ms": (float,),  # without the modifier
+    "peers": (dict,),  # in ms
+}
 # Directions whose rows hold no speeds of attention kernels.
 TIMES = {
     "host": HOST,
@@ -91,6 +97,7 @@ TIMES = {
     "counters": COUNTERS,
     "memory": MEMORY,
     "matmul": MATMUL,
+    "modifiers": MODIFIERS,
 }
 DIRECTIONS = ("forward", "backward", "decode", *TIMES)
 

@@ -10,9 +10,11 @@ python -m benchmarks.run train                           loss curves of a small 
 python -m benchmarks.run gpt2                            steps of GPT-2, with each attention
 python -m benchmarks.run memory                          memory beyond inputs and outputs, by each family
 python -m benchmarks.run matmul                          the rate of large matrix products
+python -m benchmarks.run modifiers                       the cost of modifiers, and FlexAttention's time
 
 Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps, counters also
---families and --topic; the other options are forward's and backward's.
+--families and --topic, modifiers also --cases, --shapes, --algorithm, --budget-ms and --topic; the other
+options are forward's and backward's.
 """
 
 from __future__ import annotations
@@ -155,6 +157,19 @@ def _matmul(options: argparse.Namespace, command: str) -> int:
     return _record(matmul.PRODUCTS, measure, Recorder(options.results_dir, matmul.TOPIC, header))
 
 
+def _modifiers(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("modifiers", reason)
+    from benchmarks import modifiers
+
+    def measure(point: modifiers.Point) -> list[Row]:
+        return modifiers.measure(point, options.algorithm, budget_ms=options.budget_ms)
+
+    header = machine.header(command, options.commit, modifiers.METHOD)
+    recorder = Recorder(options.results_dir, options.topic or modifiers.TOPIC, header)
+    return _record(modifiers.points(options.cases, options.shapes), measure, recorder)
+
+
 BENCHMARKS = {
     "forward": _speed,
     "backward": _speed,
@@ -166,6 +181,7 @@ BENCHMARKS = {
     "gpt2": _gpt2,
     "memory": _memory,
     "matmul": _matmul,
+    "modifiers": _modifiers,
 }
 
 

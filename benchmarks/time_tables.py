@@ -185,6 +185,40 @@ def _matmul_table(rows: list[Row]) -> list[str]:
     return markdown(["M", "N", "K", "TFLOP/s"], body)
 
 
+def _modifiers_table(rows: list[Row]) -> list[str]:
+    """A line for each modifier and way of giving it; a geometric mean for each pass; why any is missing."""
+    head = ["pass", "modifier", "given as", "kernel", "d", "length", "ms", "over plain"]
+    head += ["FlexAttention, ms", "speed-up"]
+    lines = []
+    for name in dict.fromkeys(row["features"]["pass"] for row in rows):
+        of_pass = [row for row in rows if row["features"]["pass"] == name]
+        ratios = [row["peers"]["flex"] / row["ms"] for row in of_pass if "flex" in row["peers"]]
+        lines += [_modifiers_line(row) for row in of_pass]
+        mean = f"**{_mean(ratios):.2f}**" if ratios else "-"
+        lines.append([f"**{name}**", "geometric mean", *[""] * (len(head) - 3), mean])
+    absent = dict.fromkeys(
+        f"FlexAttention could not run ({row['features']['modifier']}, {row['features']['pass']}): {why}"
+        for row in rows
+        for why in row.get("peer_errors", {}).values()
+    )
+    problem = "Batch &times; length = {}, heads &times; d = {}, {}.".format(
+        rows[0]["batch"] * rows[0]["seqlen_q"], rows[0]["heads_q"] * rows[0]["head_dim"], short_dtype(rows[0])
+    )
+    return [problem, "", *markdown(head, lines), *(line for why in absent for line in ("", why))]
+
+
+def _modifiers_line(row: Row) -> list[str]:
+    features, flex = row["features"], row["peers"].get("flex")
+    cells = [features["pass"], features["modifier"], features["given as"], row["family"]]
+    cells += [str(row["head_dim"]), str(row["seqlen_q"]), f"{row['ms']:.3f}"]
+    cells += [f"{row['ms'] / row['plain_ms']:.2f}"]
+    return cells + ([f"{flex:.3f}", f"{flex / row['ms']:.2f}"] if flex else ["-", "-"])
+
+
+def _mean(ratios: list[float]) -> float:
+    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+
+
 # By direction, as results.TIMES.
 TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "host": _host_table,
@@ -193,4 +227,5 @@ TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "train": _training_table,
     "memory": _memory_table,
     "matmul": _matmul_table,
+    "modifiers": _modifiers_table,
 }

@@ -25,8 +25,8 @@ class MaskSummary:
         out, lse = cuflash.attention(q, k, v, mask=mask, mask_summary=summary, return_lse=True)
         dq, dk, dv = cuflash.attention_backward(..., mask=mask, mask_summary=summary)
 
-    Who changes the contents of ``mask`` or of ``mod_args`` in place calls ``clear``: nothing else notices, and
-    results would be wrong. Arrays at other addresses, other formulas and other numbers are noticed. What
+    Who changes the contents of ``mask`` or of ``mod_args`` in place calls ``clear``: nothing else notices,
+    and results would be wrong. Arrays at other addresses, other formulas and other numbers are noticed. What
     is kept was written on the stream of the call that found it out; other streams must wait for that.
     """
 
