@@ -127,6 +127,12 @@ def sinks_allowance(inputs: Inputs, operands: Mapping[str, Any], expected: Any) 
     """
     sinks = np.broadcast_to(operands["sinks"], expected.lse.shape[:2])[..., None].astype(np.float64)
     lse = np.where(np.isneginf(expected.lse), np.inf, expected.lse)
-    of_rows = ((inputs.dout.astype(np.float64) * expected.out) ** 2).sum(-1).swapaxes(1, 2)
-    variance = (of_rows * np.exp(sinks - lse) ** 2).sum(axis=(0, 2)).max(initial=0.0)
-    return 4 * float(ml_dtypes.finfo(inputs.q.dtype).eps) / 2 * float(np.sqrt(variance))
+    variance = ((delta_deviation(inputs, expected.out) * np.exp(sinks - lse)) ** 2).sum(axis=(0, 2))
+    return 4 * float(np.sqrt(variance.max(initial=0.0)))
+
+
+def delta_deviation(inputs: Inputs, out: Any) -> Any:
+    """One standard deviation of what rounding out to the input dtype does to each row's delta, (B, Hq, Sq)."""
+    half_ulp = float(ml_dtypes.finfo(inputs.q.dtype).eps) / 2
+    of_rows = ((inputs.dout.astype(np.float64) * out) ** 2).sum(-1).swapaxes(1, 2)
+    return half_ulp * np.sqrt(of_rows)
