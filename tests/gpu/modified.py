@@ -132,7 +132,7 @@ def sinks_allowance(inputs: Inputs, operands: Mapping[str, Any], expected: Any) 
 
 
 def delta_deviation(inputs: Inputs, out: Any) -> Any:
-    """One standard deviation of what rounding out to the input dtype does to each row's delta, (B, Hq, Sq)."""
+    """One standard deviation of what rounding out does to the delta of each row, (B, Hq, Sq)."""
     half_ulp = float(ml_dtypes.finfo(inputs.q.dtype).eps) / 2
     of_rows = ((inputs.dout.astype(np.float64) * out) ** 2).sum(-1).swapaxes(1, 2)
     return half_ulp * np.sqrt(of_rows)
