@@ -19,7 +19,7 @@ MODIFIER_CASES = (
     *("causal", "window", "document", "prefix-LM", "ALiBi", "softcap"),
     *("bias", "padding", "sinks"),
 )
-MODIFIER_SHAPES = ((64, 8192), (128, 4096))  # head_dim, seqlen
+MODIFIER_SHAPES = ((128, 4096), (64, 8192))  # head_dim, seqlen
 COUNTED = ("fa2", "fa1", "hopper")  # families of one main kernel, which is what ncu counts
 
 

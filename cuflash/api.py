@@ -91,6 +91,7 @@ def attention(
         A formula for which keys a query sees, as "doc[b, q] == doc[b, kv]". Likewise.
     mod_args : mapping of names to arrays or numbers, optional
         What formulas mention beside these: arrays of up to 4 axes of q's library and device, of any dtype.
+        Those of float dtype have gradients by way of score_mod.
     mask_summary : cuflash.MaskSummary, optional
         Keeps what a pass over mask and mask_mod finds out, for calls with the same ones. On a GPU.
     layout : "bshd" or "bhsd"
