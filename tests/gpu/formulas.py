@@ -117,8 +117,8 @@ CASES = {
     ),
     "both": Case(
         lambda *sizes: _slopes(*sizes) | _documents(*sizes),
-        "exp(-fabs(score)) + slope[h] * score",
-        lambda score, b, h, q, kv, slope, doc: np.exp(-np.abs(score)) + slope[h] * score,
+        "exp(-0.125f * score * score) + slope[h] * score",  # smooth: of many scores some would meet a kink
+        lambda score, b, h, q, kv, slope, doc: np.exp(-0.125 * score * score) + slope[h] * score,
         "doc[b, q] >= doc[b, kv] && (kv + h) % 7 != 0",
         lambda b, h, q, kv, slope, doc: (doc[b, q] >= doc[b, kv]) & ((kv + h) % 7 != 0),
         {"slope": lambda dscore, score, b, h, q, kv, slope, doc: (dscore * score).sum((0, 2, 3))},
