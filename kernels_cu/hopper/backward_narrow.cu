@@ -31,7 +31,7 @@
 //           k.full           loader, when it has said which block   everybody, before a key block
 //                            is next, and TMA's bytes
 //           v.full           loader, TMA's bytes                    main warps, before the first product with it
-//           k.empty          main warps, after their last product   loader, before it says so, and loads K and V
+//           k.empty          main threads, after the last product   loader, before it says so, and loads K and V
 //                            of a key block
 //           q.full, dout.full loader, TMA's bytes (lse, delta too)  main warps, before the first product with it
 //           q.empty          each main warp, after a visit          loader, before it loads Q, then dO
@@ -95,7 +95,7 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
   if (threadIdx.x == 0) {
     q_ring.init(4 * kMainWarpgroups);
     dout_ring.init();
-    k_ring.init(4 * kMainWarpgroups);
+    k_ring.init(kMainWarpgroups * kWarpgroupThreads);
     v_ring.init();
     fence_mbarrier_init();
   }
@@ -276,7 +276,7 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
     }
     pin_registers(acc_dv);
     pin_registers(acc_dk);
-    arrive(k_ring.empty(block));
+    mbarrier_arrive(k_ring.empty(block));  // every lane: each has read which block it was
     if (keys.visits > 0) ++v_use;
 
     // Epilogue: dV and dK into this warpgroup's panels of dS, once nobody multiplies by it any more. Meanwhile the next

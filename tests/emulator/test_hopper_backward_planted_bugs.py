@@ -160,7 +160,7 @@ BUGS = [
     Bug("narrow: K loaded over one that is in use", NARROW_CU,
         "      k_ring.wait_empty(block);\n", "", "barrier", MANY),
     Bug("narrow: K counted as released when one warpgroup is done", NARROW_CU,
-        "k_ring.init(4 * kMainWarpgroups);", "k_ring.init(4);", "race", MANY),
+        "k_ring.init(kMainWarpgroups * kWarpgroupThreads);", "k_ring.init(kWarpgroupThreads);", "race", MANY),
     Bug("narrow: the counter of key blocks does not return to 0", NARROW_CU,
         "atomicInc(blocks_taken, params.key_blocks - 1)", "atomicAdd(blocks_taken, 1u)", WRONG_RESULT, MANY),
     Bug("narrow: the block ends while TMA reads its shared memory", NARROW_CU,
