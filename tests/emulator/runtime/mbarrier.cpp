@@ -45,7 +45,9 @@ void mbarrier_init(uint32_t address, int arrivals) {
 
 void fence_mbarrier_init() {
   Thread& thread = *current();
-  for (auto& [address, mbarrier] : thread.block->mbarriers) mbarrier.fenced |= mbarrier.initialiser == &thread;
+  for (auto& [address, mbarrier] : thread.block->mbarriers) {
+    if (mbarrier.initialiser == &thread && !mbarrier.fenced_at) mbarrier.fenced_at = thread.clock.seen[thread.actor];
+  }
 }
 
 void complete_if_done(Mbarrier& mbarrier) {

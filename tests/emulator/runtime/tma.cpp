@@ -139,7 +139,10 @@ static Transfer make_transfer(Kind kind, const TensorMap& map, uint32_t shared, 
 static void start_counted(Transfer transfer, uint32_t mbarrier_address) {
   const Site site = transfer.site;
   Mbarrier& mbarrier = mbarrier_at(*transfer.block, mbarrier_address, site);
-  if (!mbarrier.fenced && first_time(kProxy, site)) {
+  const Thread& initialiser = *mbarrier.initialiser;
+  const bool fenced = mbarrier.fenced_at && (transfer.thread == &initialiser || !options.check_races ||
+                                             transfer.clock.seen[initialiser.actor] >= mbarrier.fenced_at);
+  if (!fenced && first_time(kProxy, site)) {
     finding(kProxy, "TMA load " + at(site) + " reports to an mbarrier whose initialisation no fence made visible");
   }
   if (mbarrier.actor < 0) {
