@@ -139,7 +139,7 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     mbarrier_init(v_full, 1);
     fence_mbarrier_init();
   }
-  barrier_cluster_arrive();
+  barrier_cluster_arrive_relaxed();
   barrier_cluster_wait();
 
   const int rank = cluster_ctarank(), peer = rank ^ 1;

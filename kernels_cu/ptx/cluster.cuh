@@ -16,10 +16,10 @@ __device__ __forceinline__ unsigned mapa(unsigned smem_address, unsigned rank) {
   return mapped;
 }
 
-// A barrier of all threads of the cluster, in two halves: what they did before they arrived has happened for those that
-// have waited.
-__device__ __forceinline__ void barrier_cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+// A barrier of all threads of the cluster, in two halves. The first orders no memory but what a fence before it does,
+// fence_mbarrier_init() for one: releasing everything would cost a MEMBAR of the whole GPU.
+__device__ __forceinline__ void barrier_cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_cluster_wait() {

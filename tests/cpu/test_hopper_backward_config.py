@@ -14,8 +14,10 @@ from cuflash.checks import Options, Request
 from cuflash.config_hopper import launch_registers
 from cuflash.config_hopper_backward import (
     TILES,
+    TILES_PAIR,
     WIDE_TILES,
     HopperBackwardConfig,
+    HopperPairBackwardConfig,
     HopperWideBackwardConfig,
     MainConfig,
     choose_hopper,
@@ -28,8 +30,9 @@ from cuflash.launch_backward import BackwardStrides
 from cuflash.launch_hopper_backward import HOPPER_BACKWARD_PARAMS, hopper_backward_calls
 from cuflash.resources import shared_memory_per_block
 
-ALL_TILES = (*TILES, *WIDE_TILES)
-IDS = [f"{tile.head_dim}-{tile.head_dim_v}" for tile in ALL_TILES]
+CHOSEN = (*TILES, *WIDE_TILES)
+ALL_TILES = (*CHOSEN, *TILES_PAIR)
+IDS = [f"{type(tile).__name__}-{tile.head_dim}-{tile.head_dim_v}" for tile in ALL_TILES]
 H100 = Gpu(HOPPER, 132, 50 << 20)
 
 
@@ -110,6 +113,13 @@ def test_shared_memory_map_of_head_dim_256():
     assert config.shared_bytes == 2 * tile + 2 * (2 * tile + 2 * 64 * 4) + 4 * ds + 8 * (4 * 2 + 4 * 2 + 2)
 
 
+def test_shared_memory_map_of_pairs():
+    config = make_config(TILES_PAIR[0], dtype="bfloat16", causal=False)
+    k, q, ds = 128 * 256, 64 * 256, 64 * 256
+    tiles = 2 * k + k // 2 + 3 * q + 2 * q + 4 * ds
+    assert config.shared_bytes == tiles + 5 * 64 * 4 + 8 * (3 + 2 * 2 + 3 * 2 + 2)
+
+
 def test_the_passes_agree_with_the_main_program_about_the_workspace():
     for tile in ALL_TILES:
         preprocess, main, postprocess = config_hopper_backward.with_passes(
@@ -129,7 +139,7 @@ def test_all_table_rows_are_reachable():
         choose_hopper(problem_of(*pair), deterministic=False).main
         for pair in itertools.product(range(8, 257, 8), repeat=2)
     )
-    assert {(c.head_dim, c.head_dim_v) for c in chosen} == {(t.head_dim, t.head_dim_v) for t in ALL_TILES}
+    assert {(c.head_dim, c.head_dim_v) for c in chosen} == {(t.head_dim, t.head_dim_v) for t in CHOSEN}
 
 
 # --- which family -------------------------------------------------------------------------------------------
@@ -193,6 +203,18 @@ def test_a_thread_block_for_each_key_block_and_key_value_head():
     assert calls.workspace.words - calls.workspace.turns == blocks * 4
 
 
+@pytest.mark.parametrize(("seqlen_k", "pairs"), [(1, 1), (256, 1), (257, 2), (700, 3)])
+def test_a_cluster_of_two_thread_blocks_for_each_pair_of_key_blocks(monkeypatch, seqlen_k, pairs):
+    monkeypatch.setattr(config_hopper_backward, "TILES", (*TILES_PAIR, *TILES))
+    configs, calls = calls_of(problem_of(128, seqlen_q=500, seqlen_k=seqlen_k), deterministic=True)
+    assert isinstance(configs.main, HopperPairBackwardConfig)
+    assert calls.main.grid == (2 * pairs * 2 * 2,)
+    assert calls.main.params["n_blocks"] == pairs
+    assert calls.main.params["key_blocks"] == pairs * 2 * 2
+    assert [m.map.box[1] for m in calls.maps] == [64, 128, 128, 64, 64, 64]
+    assert calls.preprocess.params["turns_per_block"] == configs.main.turns_per_block == 8
+
+
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_maps_start_at_the_first_query_that_sees_a_key_and_end_at_the_last_key_seen(layout):
     problem = problem_of(128, 64, seqlen_q=300, seqlen_k=100, causal=True)
@@ -251,10 +273,10 @@ def test_head_dims_that_differ_compile(head_dims):
     compile_cleanly(choose_hopper(problem_of(*head_dims, causal=True), deterministic=False).main)
 
 
-@pytest.mark.parametrize("head_dim", [128, 256])
-def test_kernel_refuses_a_shared_memory_map_that_is_not_the_hosts(head_dim):
-    config = choose_hopper(problem_of(head_dim), deterministic=False).main
-    right = HopperWideBackwardConfig if head_dim > 128 else HopperBackwardConfig
+@pytest.mark.parametrize("tile", [TILES[-1], WIDE_TILES[-1], TILES_PAIR[0]], ids=lambda t: type(t).__name__)
+def test_kernel_refuses_a_shared_memory_map_that_is_not_the_hosts(tile):
+    config = make_config(tile, dtype="bfloat16", causal=False)
+    right = type(config)
 
     class Wrong(right):
         @property

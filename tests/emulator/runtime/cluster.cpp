@@ -59,7 +59,7 @@ void leave_cluster(const Thread& thread) {
   complete_if_all_arrived(*thread.block->cluster);
 }
 
-void cluster_arrive() {
+void cluster_arrive_relaxed() {
   Thread& thread = *current();
   Cluster& cluster = *thread.block->cluster;
   if (thread.cluster_arrivals > cluster.phase) {
@@ -67,7 +67,7 @@ void cluster_arrive() {
   }
   thread.cluster_arrivals = cluster.phase + 1;
   ++cluster.arrived;
-  if (options.check_races) release(thread, cluster.arriving);
+  if (options.check_races) cluster.arriving.join(thread.fenced_initialisations);
   complete_if_all_arrived(cluster);
 }
 

@@ -92,7 +92,7 @@ EMU_ENTRY void wgmma_wait(int pending);
 // Clusters.
 EMU_ENTRY uint32_t cluster_rank();
 EMU_ENTRY uint32_t map_shared(uint32_t address, uint32_t rank);
-EMU_ENTRY void cluster_arrive();
+EMU_ENTRY void cluster_arrive_relaxed();
 EMU_ENTRY void cluster_wait();
 EMU_ENTRY void mbarrier_arrive_mapped(uint32_t address);
 

@@ -46,6 +46,7 @@ struct Thread : ThreadView {
   Fibre fibre;
   Clock clock;
   Clock fenced;  // what it knew at its last __threadfence
+  Clock fenced_initialisations;  // the same of fence.mbarrier_init; all else it knew then passes too, which is generous
   CopyQueue copies;
   StoreQueue stores;
   BankCounters bank_counters;

@@ -43,11 +43,16 @@ void mbarrier_init(uint32_t address, int arrivals) {
   mbarrier.initialised_at = thread.clock.seen[thread.actor];
 }
 
-void fence_mbarrier_init() {
-  Thread& thread = *current();
+static void tell_tma(const Thread& thread) {
   for (auto& [address, mbarrier] : thread.block->mbarriers) {
     if (mbarrier.initialiser == &thread && !mbarrier.fenced_at) mbarrier.fenced_at = thread.clock.seen[thread.actor];
   }
+}
+
+void fence_mbarrier_init() {
+  Thread& thread = *current();
+  tell_tma(thread);
+  if (options.check_races) release(thread, thread.fenced_initialisations);
 }
 
 void complete_if_done(Mbarrier& mbarrier) {
@@ -135,7 +140,7 @@ void mbarrier_wait(uint32_t address, uint32_t parity) {
 
 void fence_proxy_async() {
   Thread& thread = *current();
-  fence_mbarrier_init();
+  tell_tma(thread);
   thread.clock.fenced.join(thread.clock.seen);
   thread.clock.seen.raise(thread.actor, thread.clock.seen[thread.actor] + 1);
 }
