@@ -313,9 +313,7 @@ def choose_hopper(problem: Problem, *, deterministic: bool) -> HopperBackwardCon
     return with_passes(main, vector_out=vector_out)
 
 
-def make_config(
-    tile: AnyTile, *, dtype: str, causal: bool, deterministic: bool = False
-) -> MainConfig:
+def make_config(tile: AnyTile, *, dtype: str, causal: bool, deterministic: bool = False) -> MainConfig:
     """``tile`` as a Config."""
     if isinstance(tile, WideTile):
         return HopperWideBackwardConfig(

@@ -16,7 +16,6 @@ from cuflash.config_hopper_backward import (
     TILES,
     TILES_PAIR,
     WIDE_TILES,
-    HopperBackwardConfig,
     HopperPairBackwardConfig,
     HopperWideBackwardConfig,
     MainConfig,
