@@ -286,7 +286,7 @@ TILES = (
     Tile(96, 96, 64, 3, True, 96, helper_registers=88, main_registers=208),
     Tile(128, 128, 64, 3, True, 64, helper_registers=72, main_registers=216),
 )
-# In front of TILES it would take the last row's head dims, as tests and measurements make it do.
+# Nothing chooses these yet: tests and measurements put them in front of TILES, whose head dims they take.
 TILES_PAIR = (PairTile(128, 128, 64, 2, helper_registers=72, main_registers=216),)
 # After those. Here four warpgroups share 4 · 128 registers.
 WIDE_TILES = (
