@@ -30,7 +30,7 @@
 //           k.full           loader, TMA's bytes                    main warps, before the first S
 //           v.full           loader, bytes of V and the peer's K    main warps, before the first dP
 //           q.full, dout.full loader, TMA's bytes (lse, delta too)  main warps, before the first product with it
-//           dout.empty       each main warp, after a visit          loader, before it loads dO, and Q of a visit later
+//           dout.empty       main threads, after a visit            loader, before it loads dO, and Q of a visit later
 //           bar kStored + w  main warpgroup w, when dS is stored; when dV or dK is staged: itself
 //           ds.full          a thread of each main warpgroup        dQ warps, before the product
 //           received.full    a dQ thread; the bytes of the peer's copies of dS: dQ warps, before the product
@@ -132,7 +132,7 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
 
   if (threadIdx.x == 0) {
     q_ring.init();
-    dout_ring.init(4 * kMainWarpgroups);
+    dout_ring.init(kMainWarpgroups * kWarpgroupThreads);
     ds_ring.init(4 * kPair, kMainWarpgroups);
     received_ring.init();
     mbarrier_init(k_full, 1);
@@ -300,8 +300,7 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     wgmma_wait_group<0>();
     pin_registers(acc_s[0]);
     pin_registers(ds_reg);
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(dout_ring.empty(visit));
+    mbarrier_arrive(dout_ring.empty(visit));
     round_operand<Element>(p_reg, acc_s[0]);
   };
   for (unsigned visit = 0; visit < visits; ++visit) {

@@ -30,9 +30,7 @@ SLOT_RELEASED = """      wgmma_wait_group<0>();
         mbarrier_arrive_cluster(mapa(ds_ring.empty(visit), peer));
       }
 """
-VISIT_RELEASED = """    __syncwarp();
-    if (lane == 0) mbarrier_arrive(dout_ring.empty(visit));
-"""
+VISIT_RELEASED = "    mbarrier_arrive(dout_ring.empty(visit));\n"
 
 BUGS = [
     Bug("barriers not fenced after their initialisation", PAIR_CU,
