@@ -40,7 +40,8 @@
 // Configs   head dims up to 128 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
 //           (cuflash/config_hopper_backward.py).
 // Speed     docs/hopper-backward.md.
-// Siblings  hopper/backward_narrow.cu: head dims up to 64, where the main warpgroups have registers for dQ.
+// Siblings  hopper/backward_pair.cu: two thread blocks share the additions to dQ.
+//           hopper/backward_narrow.cu: head dims up to 64, where the main warpgroups have registers for dQ.
 //           hopper/backward_wide.cu: head dims up to 256, where they have none for both dK and dV.
 #include "core/mask_transposed.cuh"
 #include "core/turn.cuh"
