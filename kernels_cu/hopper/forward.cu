@@ -22,7 +22,8 @@
 // Registers O: kHeadDimV/2, S: kBlockN/2, P: kBlockN/4 a thread; docs/hopper-forward.md has ptxas's figures.
 // Barriers  (pipeline.cuh)   who arrives                            who waits
 //           q.full           producer, TMA's bytes                  consumers, before they read the tile or its Q
-//           q.empty          each consumer, after its last S        producer, before it writes either
+//           q.empty          each consumer that has read which tile producer, before it writes either
+//                            it is; lane 0 after its last S
 //           k.full, v.full   producer, TMA's bytes                  consumers, before each product
 //           k.empty, v.empty each consumer warp, after the product  producer, before each load
 //           o_empty          each warpgroup, when O has left V      producer, before the next tile's V
@@ -251,7 +252,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
 
   const auto receive_tile = [&](unsigned q_use) {
     q_ring.wait_full(q_use);
-    return tile_slots[q_use % kQStages].tile;
+    const Tile tile = tile_slots[q_use % kQStages].tile;
+    if (lane > 0) mbarrier_arrive(q_ring.empty(q_use));  // early: lane 0 does when the warp is done with Q
+    return tile;
   };
   const auto release = [&](unsigned empty_barrier) {
     if (lane == 0) mbarrier_arrive(empty_barrier);
@@ -337,7 +340,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       softmax.rescale(acc_o);
     }
 
-    mbarrier_arrive(q_ring.empty(q_use));  // every lane: each has read the tile that Q belongs to
+    release(q_ring.empty(q_use));
     Tile next_tile;
     TileRange next_keys;
     DeferredSoftmax next_softmax;
