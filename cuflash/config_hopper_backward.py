@@ -355,9 +355,9 @@ def with_passes(main: MainConfig, *, vector_out: bool = True) -> HopperBackwardC
 def _pairs_pay(problem: Problem, deterministic: bool) -> bool:
     """Whether two thread blocks are faster together, as measured (docs/hopper-backward.md).
 
-    Half of the additions to dQ is worth most where they wait for their turns, but under a causal mask the second
-    thread block begins with visits that see none of its keys. Without turns it is worth what the exchange costs,
-    and a little more while the keys are few.
+    Half of the additions to dQ is worth most where they wait for their turns, but under a causal mask the
+    second thread block begins with visits that see none of its keys. Without turns it is worth what the
+    exchange costs, and a little more while the keys are few.
     """
     if problem.seqlen_k <= MAIN_ROWS * _MAIN_WARPGROUPS:  # one key block
         return False

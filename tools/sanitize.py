@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool racecheck python tools/sanitize.py FAMILY [HEAD_DIM ...]
 
-FAMILY is a value of ``algorithm=``. Arrays come from cudaMalloc, not from CuPy's pool, so that memcheck sees where
-each ends.
+FAMILY is a value of ``algorithm=``. Arrays come from cudaMalloc, not from CuPy's pool, so that memcheck sees
+where each ends.
 """
 
 import sys

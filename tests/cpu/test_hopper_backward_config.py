@@ -128,7 +128,8 @@ def test_the_page_shows_the_shared_memory_of_each_tile(tile):
     q_and_dout = config.stages * config.block_m * both * 2 * kb
     ds = 2 * config.block_m * config.block_n * 2 * kb
     stages: object = config.stages
-    if isinstance(config, HopperPairBackwardConfig):  # half of the other's K, a slot more of Q, the other's dS
+    if isinstance(config, HopperPairBackwardConfig):
+        # Half of the other's K, a slot more of Q, the other's dS.
         k_and_v, q_and_dout, ds = k_and_v * 5 / 4, q_and_dout * 5 / 4, ds * 2
         stages = f"{config.stages + 1}, {config.stages}"
     p = ds if isinstance(config, HopperWideBackwardConfig) else 0
