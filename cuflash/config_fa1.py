@@ -141,7 +141,7 @@ class Tile(NamedTuple):
 
 # Keyed by the shared memory a block may use; the first row whose head_dim bound holds is taken. Shapes start
 # from FlashAttention-1's own: steps of 16 queries, passes of 256 keys up to head_dim 64 and of 128 up to 128,
-# four warps, two blocks to a multiprocessor, and as much of K and V in registers as fits there. For sm_90 they
+# four warps, two blocks to a multiprocessor, as much of K and V in registers as fits there. For sm_90 they
 # are the fastest of those tried on an H100 at lengths 512 and 4096; the other rows have not been timed.
 _TILES = {
     227 * 1024: (  # sm_90, sm_100
