@@ -56,11 +56,11 @@ def hopper_backward_calls(
     main = configs.main
     first_row = first_visible_row(problem)
     rows = problem.seqlen_q - first_row
-    n_blocks = -(-problem.seqlen_k // main.block_n)
+    n_blocks = -(-problem.seqlen_k // (main.block_n * main.cluster_blocks))  # of a cluster together
     key_blocks = problem.batch * problem.heads_kv * n_blocks
     call = kernel_call(
         "k",
-        min(key_blocks, multiprocessors) if main.is_persistent else key_blocks,
+        min(key_blocks, multiprocessors) if main.is_persistent else key_blocks * main.cluster_blocks,
         main.threads,
         main.shared_bytes,
         HOPPER_BACKWARD_PARAMS,

@@ -22,7 +22,8 @@
 // Registers O: kHeadDimV/2, S: kBlockN/2, P: kBlockN/4 a thread; docs/hopper-forward.md has ptxas's figures.
 // Barriers  (pipeline.cuh)   who arrives                            who waits
 //           q.full           producer, TMA's bytes                  consumers, before they read the tile or its Q
-//           q.empty          each consumer warp, after its last S   producer, before it writes either
+//           q.empty          each consumer that has read which tile producer, before it writes either
+//                            it is; lane 0 after its last S
 //           k.full, v.full   producer, TMA's bytes                  consumers, before each product
 //           k.empty, v.empty each consumer warp, after the product  producer, before each load
 //           o_empty          each warpgroup, when O has left V      producer, before the next tile's V
@@ -155,7 +156,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   TileSlot* const tile_slots = reinterpret_cast<TileSlot*>(smem + kTileSlotsOffset);  // (kQStages,)
 
   if (threadIdx.x == 0) {
-    q_ring.init(4 * kWarpgroups);
+    q_ring.init(kWarpgroups * kWarpgroupThreads);
     k_ring.init(4 * kWarpgroups);
     v_ring.init(4 * kWarpgroups);
     mbarrier_init(o_empty, kWarpgroups);
@@ -252,7 +253,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   const auto receive_tile = [&](unsigned q_use) {
     q_ring.wait_full(q_use);
     const Tile tile = tile_slots[q_use % kQStages].tile;
-    __syncwarp();  // all lanes have read it before one of them releases the slot
+    if (lane > 0) mbarrier_arrive(q_ring.empty(q_use));  // early: lane 0 does when the warp is done with Q
     return tile;
   };
   const auto release = [&](unsigned empty_barrier) {
