@@ -6,7 +6,8 @@ import os
 
 import numpy as np
 import pytest
-from conftest import hopper_or_skip
+
+from gpu.conftest import hopper_or_skip
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other tests need GPU memory too
 jax = pytest.importorskip("jax")
