@@ -3,6 +3,14 @@
 from cuflash.api import attention, explain
 from cuflash.api_backward import attention_backward
 from cuflash.explanation import Explanation
+from cuflash.merge import merge_attention
 
 __version__ = "0.1.0"
-__all__ = ["Explanation", "__version__", "attention", "attention_backward", "explain"]
+__all__ = [
+    "Explanation",
+    "__version__",
+    "attention",
+    "attention_backward",
+    "explain",
+    "merge_attention",
+]
