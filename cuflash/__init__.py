@@ -4,6 +4,7 @@ from cuflash.api import attention, explain
 from cuflash.api_backward import attention_backward
 from cuflash.explanation import Explanation
 from cuflash.merge import merge_attention
+from cuflash.varlen import attention_varlen, attention_varlen_backward
 
 __version__ = "0.1.0"
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "__version__",
     "attention",
     "attention_backward",
+    "attention_varlen",
+    "attention_varlen_backward",
     "explain",
     "merge_attention",
 ]

@@ -1,0 +1,127 @@
+"""Packed sequences and decoding in float64, by their definitions: ``cuflash.reference`` for each sequence.
+
+The oracle of tests, as ``cuflash.reference`` is, and as slow: rows are gathered one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cuflash import reference
+from cuflash.problem import Causal
+
+Array = NDArray[Any]
+
+
+def attention_varlen(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    *,
+    seqused_q: Array | None = None,
+    seqused_k: Array | None = None,
+    causal: Causal = False,
+    scale: float,
+) -> tuple[Array, Array]:
+    """Return out (total_q, Hq, Dv) and lse (Hq, total_q) in float64."""
+    out = np.zeros((*q.shape[:2], v.shape[2]))
+    lse = np.full((q.shape[1], q.shape[0]), -np.inf)
+    for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
+        offset = _causal_offset(causal, len(rows), len(keys))
+        x, y = reference.attention(
+            q[rows][None], k[keys][None], v[keys][None], causal_offset=offset, scale=scale
+        )
+        out[rows], lse[:, rows] = x[0], y[0]
+    return out, lse
+
+
+def attention_varlen_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    *,
+    dlse: Array | None = None,
+    seqused_q: Array | None = None,
+    seqused_k: Array | None = None,
+    causal: Causal = False,
+    scale: float,
+) -> tuple[Array, Array, Array]:
+    """Return dq, dk and dv in float64 of a loss with ∂loss/∂out = dout and ∂loss/∂lse = dlse (0 if None)."""
+    dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
+    for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
+        gradients = reference.attention_backward(
+            dout[rows][None],
+            q[rows][None],
+            k[keys][None],
+            v[keys][None],
+            causal_offset=_causal_offset(causal, len(rows), len(keys)),
+            scale=scale,
+            dlse=None if dlse is None else dlse[None, :, rows],
+        )
+        dq[rows], dk[keys], dv[keys] = (gradient[0] for gradient in gradients[:3])
+    return dq, dk, dv
+
+
+def attention_kv_cache(
+    q: Array, keys: list[Array], values: list[Array], *, causal: Causal = False, scale: float
+) -> tuple[Array, Array]:
+    """Return out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) in float64, of keys (Sk, Hkv, D) for each sequence."""
+    results = [
+        reference.attention(
+            q[b][None],
+            keys[b][None],
+            values[b][None],
+            causal_offset=_causal_offset(causal, q.shape[1], len(keys[b])),
+            scale=scale,
+        )
+        for b in range(len(q))
+    ]
+    return np.concatenate([out for out, _ in results]), np.concatenate([lse for _, lse in results])
+
+
+def rotate(x: Array, positions: Array, cos: Array, sin: Array, *, interleaved: bool) -> Array:
+    """Rotary position embedding (Su et al., arXiv 2104.09864, section 3.4) of x (S, H, D), in float64.
+
+    Pair p of the first 2 · cos.shape[1] elements is rotated as the complex number x₀ + i x₁ by
+    cos[position, p] + i sin[position, p]: elements 2p and 2p + 1 if ``interleaved``, else p and p + pairs.
+    """
+    pairs = cos.shape[1]
+    turn = (cos.astype(np.float64) + 1j * sin.astype(np.float64))[positions][:, None, :]
+    result = x.astype(np.float64)
+    first, second = (
+        (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
+        if interleaved
+        else (slice(0, pairs), slice(pairs, 2 * pairs))
+    )
+    turned = (result[..., first] + 1j * result[..., second]) * turn
+    result[..., first], result[..., second] = turned.real, turned.imag
+    return result
+
+
+def _sequences(
+    cu_seqlens_q: Array, cu_seqlens_k: Array, seqused_q: Array | None, seqused_k: Array | None
+) -> list[tuple[list[int], list[int]]]:
+    """The rows of q and of k that belong to each sequence."""
+
+    def rows(offsets: Array, used: Array | None, b: int) -> list[int]:
+        stop = offsets[b + 1] if used is None else offsets[b] + used[b]
+        return list(range(int(offsets[b]), int(stop)))
+
+    return [
+        (rows(cu_seqlens_q, seqused_q, b), rows(cu_seqlens_k, seqused_k, b))
+        for b in range(len(cu_seqlens_q) - 1)
+    ]
+
+
+def _causal_offset(causal: Causal, seqlen_q: int, seqlen_k: int) -> int | None:
+    if causal is False:
+        return None
+    return 0 if causal == "top_left" else seqlen_k - seqlen_q
