@@ -3,6 +3,7 @@
 from cuflash.api import attention, explain
 from cuflash.api_backward import attention_backward
 from cuflash.explanation import Explanation
+from cuflash.kv_cache import attention_kv_cache
 from cuflash.merge import merge_attention
 from cuflash.varlen import attention_varlen, attention_varlen_backward
 
@@ -12,6 +13,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_backward",
+    "attention_kv_cache",
     "attention_varlen",
     "attention_varlen_backward",
     "explain",

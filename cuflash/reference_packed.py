@@ -74,17 +74,14 @@ def attention_kv_cache(
     q: Array, keys: list[Array], values: list[Array], *, causal: Causal = False, scale: float
 ) -> tuple[Array, Array]:
     """Return out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) in float64, of keys (Sk, Hkv, D) for each sequence."""
-    results = [
-        reference.attention(
-            q[b][None],
-            keys[b][None],
-            values[b][None],
-            causal_offset=_causal_offset(causal, q.shape[1], len(keys[b])),
-            scale=scale,
-        )
-        for b in range(len(q))
-    ]
-    return np.concatenate([out for out, _ in results]), np.concatenate([lse for _, lse in results])
+    batch, seqlen_q, heads_q, _ = q.shape
+    out = np.empty((batch, seqlen_q, heads_q, values[0].shape[2] if values else 0))
+    lse = np.empty((batch, heads_q, seqlen_q))
+    for b, (k, v) in enumerate(zip(keys, values, strict=True)):
+        offset = _causal_offset(causal, seqlen_q, len(k))
+        x, y = reference.attention(q[b][None], k[None], v[None], causal_offset=offset, scale=scale)
+        out[b], lse[b] = x[0], y[0]
+    return out, lse
 
 
 def rotate(x: Array, positions: Array, cos: Array, sin: Array, *, interleaved: bool) -> Array:
