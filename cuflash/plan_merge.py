@@ -28,65 +28,50 @@ def merge(gpu: GpuArrays, outs: Sequence[Any], request: MergeRequest, layout: st
     """
     from cupy import cuda
 
-    first = request.outs[0]
-    assert first.device is not None
-    out = gpu.empty(first.shape, outs[0].dtype, first.device)
-    lse = gpu.empty(lse_shape(first.shape, layout), "float32", first.device)
-    if 0 in first.shape:
-        return out, lse
-    arch = jit.architecture(Gpu.of(first.device).capability)
-    with cuda.Device(first.device):
-        dtype, temporaries = first.dtype, []
-        parts = [
-            _Part(*map(_checked_rows, (f"outs[{i}]", f"lses[{i}]"), pair, (layout, "lse")))
-            for i, pair in enumerate(zip(*request, strict=True))
-        ]
-        while len(parts) > MAX_PARTS:
-            merged = []
-            for start in range(0, len(parts), MAX_PARTS):
-                pair = (
-                    gpu.empty(first.shape, "float32", first.device),
-                    gpu.empty(lse.shape, "float32", first.device),
-                )
-                temporaries.append(pair)
-                target = _new_part(gpu, *pair, "float32", layout)
-                _launch(
-                    gpu, parts[start : start + MAX_PARTS], target, (dtype, "float32"), first, layout, arch
-                )
-                merged.append(target)
-            parts, dtype = merged, "float32"
-        _launch(
-            gpu,
-            parts,
-            _new_part(gpu, out, lse, first.dtype, layout),
-            (dtype, first.dtype),
-            first,
-            layout,
-            arch,
-        )
-        if not gpu.keeps_temporaries():
-            _captured.append(temporaries)
+    device = request.outs[0].device
+    assert device is not None
+    with cuda.Device(device):
+        return _merge(gpu, device, outs[0].dtype, request, layout)
+
+
+def _merge(gpu: GpuArrays, device: int, dtype: Any, request: MergeRequest, layout: str) -> tuple[Any, Any]:
+    shape, name = request.outs[0].shape, request.outs[0].dtype
+    arch = jit.architecture(Gpu.of(device).capability)
+
+    def launch(parts: Sequence[_Part], dtype_in: str, dtype_out: str, made_as: Any) -> tuple[Any, Any, _Part]:
+        """Merge at most MAX_PARTS ``parts`` into new arrays."""
+        out = gpu.empty(shape, made_as, device)
+        lse = gpu.empty(lse_shape(shape, layout), "float32", device)
+        target = _new_part(gpu, out, lse, dtype_out, layout)
+        if 0 not in shape:
+            batch, second, third = (1,) * (4 - len(shape)) + shape[:-1]
+            sizes = (batch, *((second, third) if layout == "bshd" else (third, second)), shape[-1])
+            config, call = merge_call(
+                sizes,
+                (dtype_in, dtype_out),
+                [part.out for part in parts],
+                [part.lse for part in parts],
+                *target,
+            )
+            function = jit.load(jit.compile(config, arch), call.shared_bytes)
+            start = launcher.Launcher(function, call, addresses=2)
+            start((), (target.out.pointer, target.lse.pointer), gpu.stream(device))
+        return out, lse, target
+
+    parts = [
+        _Part(_checked_rows(f"outs[{i}]", out, layout), _checked_rows(f"lses[{i}]", lse, "lse"))
+        for i, (out, lse) in enumerate(zip(*request, strict=True))
+    ]
+    dtype_in, temporaries = name, []
+    while len(parts) > MAX_PARTS:
+        groups = [parts[start : start + MAX_PARTS] for start in range(0, len(parts), MAX_PARTS)]
+        merged = [launch(group, dtype_in, "float32", "float32") for group in groups]
+        temporaries.append(merged)
+        parts, dtype_in = [part for _, _, part in merged], "float32"
+    out, lse, _ = launch(parts, dtype_in, name, dtype)
+    if temporaries and not gpu.keeps_temporaries():
+        _captured.append(temporaries)
     return out, lse
-
-
-def _launch(
-    gpu: GpuArrays,
-    parts: Sequence[_Part],
-    target: _Part,
-    dtypes: tuple[str, str],
-    like: ArrayInfo,
-    layout: str,
-    arch: str,
-) -> None:
-    assert like.device is not None
-    outer, second, third, columns = (1,) * (4 - len(like.shape)) + like.shape
-    shape = (outer, second, third, columns) if layout == "bshd" else (outer, third, second, columns)
-    config, call = merge_call(
-        shape, dtypes, [part.out for part in parts], [part.lse for part in parts], *target
-    )
-    function = jit.load(jit.compile(config, arch), call.shared_bytes)
-    start = launcher.Launcher(function, call, addresses=2)
-    start((), (target.out.pointer, target.lse.pointer), gpu.stream(like.device))
 
 
 def _new_part(gpu: GpuArrays, out: Any, lse: Any, dtype: str, layout: str) -> _Part:
