@@ -157,7 +157,7 @@ def check_cache(views: dict[str, NDArray[Any]], request: KvCacheRequest, given: 
             rows = views["cache_batch_idx"].astype(np.int64)
             check_bounds("cache_batch_idx", rows, 0, pages - 1, "the rows of the cache")
         slots = [(np.full(n, row), np.arange(n)) for row, n in zip(rows, before + new, strict=True)]
-    if new and batch:
+    if new and batch and ("block_table" in views or "cache_batch_idx" in views):
         _check_appended(slots, new, page_size or capacity, page_size is not None)
     return CacheLayout(before, slots)
 

@@ -301,6 +301,31 @@ def test_out_is_written_in_place_and_torch_notices_what_changed() -> None:
         cuflash.attention_kv_cache(q, *caches, **tensors)
 
 
+def test_torch_bfloat16_caches_are_extended_in_place_also_where_torch_compiles_the_caller() -> None:
+    torch = pytest.importorskip("torch")
+    case = Case([5, 9], new=2, seqlen_q=2, dtype="bfloat16", causal=True, rotary=2, rotary_dtype="float32")
+
+    def tensor(x: Any) -> Any:
+        if not isinstance(x, np.ndarray):
+            return x
+        return (
+            torch.from_numpy(x.astype("f")).bfloat16() if x.dtype.name == "bfloat16" else torch.from_numpy(x)
+        )
+
+    options = {name: tensor(x) for name, x in case.options.items()}
+
+    def step(q: Any, k_cache: Any, v_cache: Any) -> Any:
+        return 2 * cuflash.attention_kv_cache(q + 0, k_cache, v_cache, **options)
+
+    for function in (step, torch.compile(step, backend="eager")):
+        caches = tensor(case.k_cache), tensor(case.v_cache)
+        out = function(tensor(case.q), *caches)
+        assert out.dtype == torch.bfloat16
+        np.testing.assert_allclose(out.float() / 2, case.expected()[0], atol=0.05, rtol=0.05)
+        for cache, after in zip(caches, case.after, strict=True):
+            np.testing.assert_allclose(cache.float(), after.astype("f"), rtol=1e-2)
+
+
 def test_a_jax_cache_is_read_but_not_appended_to() -> None:
     jax = pytest.importorskip("jax")
     case = Case([5, 9], dtype="float32")
