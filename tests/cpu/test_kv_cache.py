@@ -397,6 +397,7 @@ def call(**change: Any) -> dict[str, Any]:
         (ValueError, "block_table[0, 1] is -1", PAGED | {"block_table": ints([0, -1], [1, 2]), "cache_seqlens": 17}),
         (ValueError, "block_table makes sequence 0 append to slot 4 of page 5", PAGED | NEW | {"block_table": ints([0, 5], [1, 5]), "cache_seqlens": 20}),
         (ValueError, "block_table makes sequence 0 append to slot 4 of page 5", PAGED | NEW | {"block_table": ints([0, 5], [1, 5]), "cache_seqlens": ints(20, 29)}),
+        (ValueError, "block_table makes sequence 0 append to slot 0 of page 3", PAGED | NEW | {"block_table": ints([5, 3], [1, 3]), "cache_seqlens": ints(15, 20)}),
         (ValueError, "rotary_sin is missing; it must be given with rotary_cos", {"rotary_cos": (41, 2)}),
         (ValueError, "k and v are missing; rotary_cos", {"rotary_cos": (41, 2), "rotary_sin": (41, 2)}),
         (ValueError, "rotary_sin has shape (41, 3)", NEW | {"cache_seqlens": 0, "rotary_cos": (41, 2), "rotary_sin": (41, 3)}),
