@@ -94,9 +94,9 @@ def attention(
     Streams. CuPy's or PyTorch's current stream of the arrays' device; JAX and DLPack arrays on CuPy's current
     stream, ordered after their producer, and for JAX before whatever uses the result. The device is never
     synchronised. After the first call with given shapes, a call can be captured in a CUDA graph, but for
-    algorithm="standard", which raises. PyTorch's
-    allocator keeps what the graph allocated. CuPy's pool hands it out again once it is freed: keep the
-    result, or give ``out``; a call that would copy an input is refused while CuPy captures.
+    algorithm="standard", which raises. PyTorch's allocator keeps what the graph allocated. CuPy's pool hands
+    it out again once it is freed: keep the result, or give ``out``; a call that would copy an input is
+    refused while CuPy captures.
     """
     options = Options(causal, scale, layout, return_lse, algorithm)
     framework = arrays.common_framework(q, k, v, out)

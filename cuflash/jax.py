@@ -203,8 +203,7 @@ def _backward_on_gpu(*arrays: Any, options: BackwardOptions) -> Arrays:
 
 
 def _capturable(options: Options | BackwardOptions) -> bool:
-    """Whether a CUDA graph may capture the callback, from any of XLA's threads: cuBLAS's handles are made
-    for each at its first call, which allocates."""
+    """Whether a CUDA graph may capture the callback: CuPy calls no cuBLAS while a stream is captured."""
     return options.algorithm != "standard"
 
 

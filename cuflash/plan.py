@@ -97,9 +97,9 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
     stream = gpu.stream(plan.device)
     if plan.workspace_words is not None:
         workspace = gpu.empty((plan.workspace_words,), "float32", plan.device)
-        if not gpu.keeps_temporaries():
-            _captured.append(workspace)
         plan.launch((), (*where, lse_address, pointer(workspace)), stream)
+        if not gpu.keeps_temporaries():  # and not if the launch was refused
+            _captured.append(workspace)
     elif plan.encoders is None:
         plan.launch((), (*where, lse_address), stream)
     else:

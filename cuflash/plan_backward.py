@@ -76,8 +76,6 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, Any, 
         name: gpu.empty((*x.shape[:3], plan.copied[name]), dtype, plan.device) if name in plan.copied else x
         for name, x in (("dk", dk), ("dv", dv))
     }
-    if not gpu.keeps_temporaries():
-        _captured.append((buffer, inputs, targets))
 
     at = {name: gpu.pointer(x) for name, x in (inputs | {"dq": dq} | targets).items()}
     at.setdefault("dlse", 0)
@@ -86,6 +84,8 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, Any, 
     if plan.steps.takes_counter:
         at["counter"] = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
     plan.steps.run(at, gpu.pointer(buffer), plan.nbytes, stream)
+    if not gpu.keeps_temporaries():  # and not if the launches were refused
+        _captured.append((buffer, inputs, targets))
     for name, gradient in (("dk", dk), ("dv", dv)):
         if name in plan.copied:
             gpu.assign(gradient, targets[name][..., : gradient.shape[3]])

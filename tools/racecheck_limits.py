@@ -2,8 +2,11 @@
 
     compute-sanitizer --tool racecheck python tools/racecheck_limits.py NAME
 
-On an H100 (CUDA 13.0, 2026-11-22) racecheck reported nothing for the kernel "pair", hazards for "two pairs"
-and "slot", whose results were right, and for "race", whose were not. This script was drawn from those.
+On an H100 (CUDA 13.0, 2026-11-23) racecheck reported nothing for the kernel "pair", one hazard each for
+"two pairs" and "slot", whose results were right, and one for "race", whose was not. "Two pairs" is how the
+halves of fa2/backward.cu pass P and dS; "slot" is how the Hopper kernels release shared memory that all lanes
+of a warp have read: __syncwarp, then one lane arrives. The emulator, which knows both orders, checks those
+kernels in CI.
 
 PTX orders all four but the last: bar.sync after the bar.arrive of others ("producer-consumer model", PTX ISA,
 barrier{.cta}), and an mbarrier's release of what __syncwarp ordered before it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from test_hopper_config import HOPPER, contiguous, problem_of
+from test_hopper_config import HOPPER, ROOT, contiguous, problem_of
 from test_launch_backward import members
 
 from cuflash import config_hopper_backward, families_backward, jit
@@ -108,6 +108,26 @@ def test_shared_memory_map_of_head_dim_256():
     config = choose_hopper(problem_of(256), deterministic=False).main
     tile, ds = 64 * 512, 64 * 128
     assert config.shared_bytes == 2 * tile + 2 * (2 * tile + 2 * 64 * 4) + 4 * ds + 8 * (4 * 2 + 4 * 2 + 2)
+
+
+@pytest.mark.parametrize("tile", ALL_TILES, ids=IDS)
+def test_the_page_shows_the_shared_memory_of_each_tile(tile):
+    config = make_config(tile, dtype="bfloat16", causal=True)
+    kb = 1 / 1024
+    both = sum(-(-d // 64) * 64 for d in (config.head_dim, config.head_dim_v))  # whole panels
+    k_and_v = config.block_n * both * 2 * kb
+    q_and_dout = config.stages * config.block_m * both * 2 * kb
+    ds = 2 * config.block_m * config.block_n * 2 * kb
+    p = ds if isinstance(config, HopperWideBackwardConfig) else 0
+    rest = config.shared_bytes * kb - k_and_v - q_and_dout - ds - p
+    cells = (
+        config.head_dim,
+        f"{config.block_n} \u00d7 {config.block_m}",
+        *(f"{k_and_v:.0f}", f"{q_and_dout:.0f}", config.stages, f"{ds:.0f}", f"{p:.0f}" if p else "-"),
+        *(f"{rest:.1f}", f"{config.shared_bytes * kb:.1f}"),
+    )
+    row = f"| {' | '.join(map(str, cells))} |"
+    assert row in (ROOT / "docs" / "hopper-backward.md").read_text().splitlines()
 
 
 def test_the_passes_agree_with_the_main_program_about_the_workspace():

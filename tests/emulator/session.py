@@ -187,6 +187,7 @@ def _cuda_module(capability: tuple[int, int]) -> types.ModuleType:
     cuda.Stream = Stream
     cuda.get_current_stream = Stream
     cuda.runtime = types.SimpleNamespace(
+        streamIsCapturing=lambda _stream: False,
         getDevice=lambda: 0,
         deviceGetAttribute=lambda name, device: _ATTRIBUTES[name],
         memsetAsync=lambda pointer, value, size, stream: ctypes.memset(pointer, value, size),

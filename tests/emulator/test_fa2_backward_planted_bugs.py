@@ -17,6 +17,7 @@ STORE = "fa2/store_gradient.cuh"
 POSTPROCESS = "fa2/backward_postprocess.cu"
 LONG = Call(seqlens=(400, 70), heads=(1, 1), causal=False)  # several rounds of the ring
 TAIL = Call(seqlens=(200, 150))  # the last block of keys is not full
+BLIND = Call(seqlens=(150, 40))  # the first 110 queries see no key
 GROUPED = Call(batch=2, heads=(4, 2))
 WIDE = Call(head_dims=(256, 256), seqlens=(150, 70), heads=(1, 1))  # two warps share the keys of P and of dS
 
@@ -70,7 +71,11 @@ BUGS = [
     Bug("dQ without the scale", POSTPROCESS,
         "Element::pack(even * params.scale, odd * params.scale)", "Element::pack(even, odd)", WRONG_RESULT),
     Bug("rows of dQ after the last query are written", POSTPROCESS,
-        "if (query >= params.seqlen_q || chunk", "if (chunk", "bounds"),
+        "if (query < end_query) {", "{", "bounds"),
+    Bug("rows of dQ before the first that sees a key are not written", POSTPROCESS,
+        "const bool in_workspace = m_block >= 0;", "const bool in_workspace = m_block >= 0;\n  if (!in_workspace) return;", WRONG_RESULT, BLIND),
+    Bug("rows of dQ of another half of a fragment", POSTPROCESS,
+        "share.words[2 * half])", "share.words[0])", WRONG_RESULT),
 ]  # fmt: skip
 
 
