@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,7 +11,14 @@ from cuflash import arrays, cpu, families, families_backward, plan
 from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
 from cuflash.checks import GPU_ALGORITHMS, Options, check_call, named, out_shape
 from cuflash.explanation import Explanation
+from cuflash.formulas import refuse_tracing
+from cuflash.modifiers import NO_OPERANDS, arrays_of, collect
 from cuflash.problem import Causal
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's, from Python 3.11 on
+
+    from cuflash.modifiers import Arguments
 
 
 def attention(
@@ -24,8 +32,12 @@ def attention(
     return_lse: bool = False,
     out: Any = None,
     algorithm: str = "auto",
+    **modifiers: Unpack[Arguments],
 ) -> Any:
     """Exact attention: ``out = softmax(scale · q kᵀ + mask) v``, without ever storing the score matrix.
+
+    docs/modifiers.md has an example of each modifier, from ``window`` to ``mod_args``. The fa2 kernels take
+    all of them, arrays in host memory all but formulas; another family that is asked for by name raises.
 
     On a GPU the FlashAttention-2 forward pass (Dao, arXiv 2307.08691, Algorithm 1, sections 3.1 to 3.3) as a
     CUDA kernel, compiled for the call at its first use and cached on disk; on Hopper one with the ideas of
@@ -48,6 +60,38 @@ def attention(
         A query that sees no key gets out 0 and lse −inf.
     scale : float, optional
         Factor of the scores, a Python number; 1/sqrt(head_dim) by default.
+    window : (left, right), optional
+        Sliding window: the query at the position of key p sees keys p − left to p + right. Integers from 0
+        on; None is unbounded. Aligned as ``causal`` is, by default bottom-right; with it, right is 0.
+    softcap : float, optional
+        Scores s become softcap · tanh(s / softcap), before what follows is added.
+    alibi_slopes : array (heads_q,) or (batch, heads_q), optional
+        ALiBi (Press et al., arXiv 2108.12409): slope · distance between query and key is subtracted from the
+        scores. float32 or q's dtype. It has no gradient.
+    bias : array (batch or 1, heads_q or 1, seqlen_q or 1, seqlen_k), optional
+        Added to the scores; broadcast where it has 1, in place. float32 or q's dtype; axes in this order in
+        every layout.
+    mask : bool array of such a shape, optional
+        True where a query sees a key.
+    key_padding, query_padding : int32 or int64 array (batch,), optional
+        How many keys, and queries, of each sequence are no padding; the rest is not read. Diagonals stay
+        where the shapes put them. A padding query gets out 0 and lse −inf.
+    sinks : array (heads_q,) or (batch, heads_q), optional
+        Attention sinks (Xiao et al., arXiv 2309.17453), learnt: exp(sink) joins the denominator of the
+        softmax, hence lse too, as a key whose value is 0. float32 or q's dtype.
+    dropout_p : float
+        Probabilities are dropped with this probability, in [0, 1), and the others divided by 1 − dropout_p;
+        lse is that without dropout.
+    seed : int, or integer array of one element or of two (low and high 32 bits)
+        Which probabilities are dropped: a function of it and of (batch, head, row, column) alone. PyTorch
+        draws it from its generator where it is None; with other libraries it must be given.
+    score_mod : str, optional
+        A formula for the scores, a CUDA C++ expression, as "score + slope[h] * (kv - q)": ``score`` is the
+        scaled logit, ``b, h, q, kv`` are its indices. It is code: only from trusted callers. GPU only.
+    mask_mod : str, optional
+        A formula for which keys a query sees, as "doc[b, q] == doc[b, kv]". Likewise.
+    mod_args : mapping of names to arrays or numbers, optional
+        What formulas mention beside these: arrays of up to 4 axes of q's library and device, of any dtype.
     layout : "bshd" or "bhsd"
         Axis order of q, k, v and out: as above, or (batch, heads, seqlen, head_dim).
     return_lse : bool
@@ -99,15 +143,25 @@ def attention(
     refused while CuPy captures.
     """
     options = Options(causal, scale, layout, return_lse, algorithm)
-    framework = arrays.common_framework(q, k, v, out)
-    if framework is arrays.CUPY:  # never traced, and always on a GPU: the shortest way, since it counts in µs
-        result, lse = plan.attend(framework, q, k, v, out, options)
-    elif out is None and (adapter := framework.adapter(q, k, v)) is not None:
-        result, lse = adapter.attend(q, k, v, options)
-    elif isinstance(framework, Native):
-        result, lse = framework.untraced(attend)(framework, q, k, v, out, options)
+    operands = NO_OPERANDS
+    if modifiers:
+        scalars, operands = collect(modifiers)
+        options = options._replace(modifiers=scalars)
+        framework = arrays.library_of(named(q, k, v, out, operands))
+        if scalars.dropout_p and "seed" not in operands:
+            operands = {**operands, "seed": framework.draw_seed(q)}
     else:
-        result, lse = _attend_borrowed(framework, q, k, v, out, options)
+        framework = arrays.common_framework(q, k, v, out)
+    if framework is arrays.CUPY:  # never traced, and always on a GPU: the shortest way, since it counts in µs
+        result, lse = plan.attend(framework, q, k, v, out, options, operands)
+    elif out is None and (adapter := framework.adapter(q, k, v, *arrays_of(operands).values())) is not None:
+        if framework is arrays.TORCH:
+            refuse_tracing(options.modifiers.formulas, framework.noun)
+        result, lse = adapter.attend(q, k, v, options, operands)
+    elif isinstance(framework, Native):
+        result, lse = framework.untraced(attend)(framework, q, k, v, out, options, operands)
+    else:
+        result, lse = _attend_borrowed(framework, q, k, v, out, options, operands)
     return (result, lse) if return_lse else result
 
 
@@ -122,6 +176,7 @@ def explain(
     return_lse: bool = False,
     out: Any = None,
     algorithm: str = "auto",
+    **modifiers: Unpack[Arguments],
 ) -> Explanation:
     """How ``attention`` would compute this call, and why; nothing is computed or launched.
 
@@ -130,13 +185,16 @@ def explain(
     compiler reports them, the cubin's path, which arrays are copied, and the family of the gradients. On a
     GPU the kernel is compiled if need be.
     """
-    options = Options(causal, scale, layout, return_lse, algorithm)
-    native = arrays.common_framework(q, k, v, out)
+    scalars, operands = collect(modifiers)
+    options = Options(causal, scale, layout, return_lse, algorithm, scalars)
+    native = arrays.library_of(named(q, k, v, out, operands))
+    if scalars.dropout_p and "seed" not in operands and not native.draws_seeds:
+        native.draw_seed(q)  # raises
     if isinstance(native, Borrowed):
-        native, q, k, v, out = _borrow(native, q, k, v, out)
+        native, q, k, v, out, operands = _borrow(native, q, k, v, out, operands)
     elif out is None:
-        q, k, v = native.operands(q, k, v)
-    request = check_call(native, named(q, k, v, out), options)
+        q, k, v, operands = native.detached(q, k, v, operands)
+    request = check_call(native, named(q, k, v, out, operands), options)
     problem, infos = request
     device = infos["q"].device
     if device is None:
@@ -161,34 +219,59 @@ def explain(
     )
 
 
-def attend(native: Native, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
+def attend(
+    native: Native,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    options: Options,
+    operands: Mapping[str, Any] = NO_OPERANDS,
+) -> tuple[Any, Any]:
     """Compute attention of arrays of ``native``, which nothing traces; return out, and lse or None."""
     if native.on_gpu(q):
         assert isinstance(native, GpuArrays)
-        return plan.attend(native, q, k, v, out, options)
+        return plan.attend(native, q, k, v, out, options, operands)
     assert isinstance(native, HostArrays)
-    return _attend_on_cpu(native, q, k, v, out, options)
+    return _attend_on_cpu(native, q, k, v, out, options, operands)
 
 
-def _attend_on_cpu(host: HostArrays, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
-    problem, _ = check_call(host, named(q, k, v, out), options)
+def _attend_on_cpu(
+    host: HostArrays,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    options: Options,
+    operands: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    problem, _ = check_call(host, named(q, k, v, out, operands), options)
+    views = {name: x if isinstance(x, int) else host.view(x) for name, x in operands.items()}
 
     def bshd(array: np.ndarray) -> np.ndarray:
         return array if options.layout == "bshd" else array.transpose(0, 2, 1, 3)
 
     q_view, k_view, v_view = (host.view(x) for x in (q, k, v))
     result = np.empty(out_shape(problem, options.layout), q_view.dtype) if out is None else host.view(out)
-    _, lse = cpu.forward(problem, bshd(q_view), bshd(k_view), bshd(v_view), out=bshd(result))
+    _, lse = cpu.forward(problem, bshd(q_view), bshd(k_view), bshd(v_view), out=bshd(result), operands=views)
     if out is None:
         return host.wrap(result), host.wrap(lse)
     host.written(out)
     return out, host.wrap(lse)
 
 
-def _attend_borrowed(lender: Borrowed, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
-    native, *borrowed = _borrow(lender, q, k, v, out)
-    q_borrowed, k_borrowed, v_borrowed, out_borrowed = borrowed
-    result, lse = attend(native, q_borrowed, k_borrowed, v_borrowed, out_borrowed, options)
+def _attend_borrowed(
+    lender: Borrowed,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    options: Options,
+    operands: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    native, *borrowed = _borrow(lender, q, k, v, out, operands)
+    q_borrowed, k_borrowed, v_borrowed, out_borrowed, lent = borrowed
+    result, lse = attend(native, q_borrowed, k_borrowed, v_borrowed, out_borrowed, options, lent)
     if native is arrays.CUPY:
         with q_borrowed.device:
             loans.hold(borrowed)
@@ -197,10 +280,13 @@ def _attend_borrowed(lender: Borrowed, q: Any, k: Any, v: Any, out: Any, options
     return out, None if lse is None else lender.give_back(lse, like=q)
 
 
-def _borrow(lender: Borrowed, q: Any, k: Any, v: Any, out: Any) -> tuple[Native, Any, Any, Any, Any]:
-    """The native library of the borrowed arrays, and q, k, v and out borrowed."""
+def _borrow(
+    lender: Borrowed, q: Any, k: Any, v: Any, out: Any, operands: Mapping[str, Any]
+) -> tuple[Native, Any, Any, Any, Any, Mapping[str, Any]]:
+    """The native library of the borrowed arrays, and q, k, v, out and the operands borrowed."""
     if out is not None and not lender.takes_out:
         raise TypeError(f"out is {lender.noun}, which is immutable; leave it away and use the result")
-    borrowed = {name: lender.borrow(x, name) for name, x in named(q, k, v, out).items()}
+    borrowed = {name: lender.borrow(x, name) for name, x in named(q, k, v, out, operands).items()}
     native = arrays.native_of(borrowed)
-    return native, borrowed["q"], borrowed["k"], borrowed["v"], borrowed.get("out")
+    lent = {name: borrowed.get(name, x) for name, x in operands.items()}
+    return native, borrowed["q"], borrowed["k"], borrowed["v"], borrowed.get("out"), lent

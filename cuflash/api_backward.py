@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cuflash import arrays, cpu, plan_backward
 from cuflash.arrays import GpuArrays, HostArrays, Native, loans
 from cuflash.checks_backward import BackwardOptions, check_backward_call, named_backward
+from cuflash.modifiers import collect, differentiable, values_of
 from cuflash.problem import Causal
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's, from Python 3.11 on
+
+    from cuflash.modifiers import Arguments
 
 
 def attention_backward(
@@ -26,7 +33,8 @@ def attention_backward(
     layout: str = "bshd",
     deterministic: bool = False,
     algorithm: str = "auto",
-) -> tuple[Any, Any, Any]:
+    **modifiers: Unpack[Arguments],
+) -> tuple[Any, ...]:
     """Gradients of ``attention``: dq, dk and dv of a loss, given its gradient with respect to out (and lse).
 
     On a GPU the FlashAttention-2 backward pass (Dao, arXiv 2307.08691, Algorithm 2) as CUDA kernels, of which
@@ -46,8 +54,9 @@ def attention_backward(
         What it returned with ``return_lse=True``: float32, or float64 where q is float64.
     dlse : array (batch, heads_q, seqlen_q), optional
         ∂loss/∂lse, of lse's dtype, where the loss depends on lse.
-    causal, scale, layout
-        As given to ``attention``; ``layout`` is also that of dout, out and the gradients.
+    causal, scale, layout and the modifiers from window to mod_args
+        As given to ``attention``; ``layout`` is also that of dout, out and the gradients. With dropout,
+        ``seed`` must be given, PyTorch's too.
     deterministic : bool
         Whether two calls must agree bit for bit. dk and dv always do. On a GPU the parts of dq are added in
         float32 in the order in which thread blocks finish, unless this is True: they then wait for each
@@ -60,6 +69,9 @@ def attention_backward(
     dq, dk, dv : arrays of the shapes and the dtype of q, k and v
         Contiguous, of q's library and on its device. dk and dv are summed over the query heads that share a
         key/value head. Queries that see no key, and keys that no query sees, get zeros, whatever they hold.
+    dbias : array of the shape and dtype of bias, after dv, only if bias is given
+        Summed over the axes along which it is broadcast.
+    dsinks : array of the shape and dtype of sinks, last, only if sinks is given
 
     Raises
     ------
@@ -77,40 +89,73 @@ def attention_backward(
     Streams. As ``attention``. A call captured in a CUDA graph through CuPy keeps its float32 dq for as long
     as the process lives.
     """
-    options = BackwardOptions(causal, scale, layout, deterministic, algorithm)
-    named = named_backward(dout, q, k, v, out, lse, dlse)
+    scalars, operands = collect(modifiers)
+    wanted = differentiable(operands)
+    options = BackwardOptions(causal, scale, layout, deterministic, algorithm, scalars, wanted)
+    return differentiate(dout, q, k, v, out, lse, dlse, options, operands)
+
+
+def differentiate(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    dlse: Any,
+    options: BackwardOptions,
+    operands: Mapping[str, Any],
+) -> tuple[Any, ...]:
+    """``attention_backward``, its options collected: dq, dk, dv and the gradients of ``options.wanted``."""
+    if options.modifiers.dropout_p and "seed" not in operands:
+        raise ValueError("seed must be given with dropout_p: the one that attention was given")
+    named = named_backward(dout, q, k, v, out, lse, dlse, operands)
     library = arrays.library_of(named)
     if isinstance(library, Native):
-        return library.untraced(_differentiate)(library, named, options)
+        return library.untraced(_differentiate)(library, named, options, operands)
 
     borrowed = {name: library.borrow(x, name) for name, x in named.items()}
     native = arrays.native_of(borrowed)
-    gradients = _differentiate(native, borrowed, options)
+    gradients = _differentiate(native, borrowed, options, operands)
     if native is arrays.CUPY:
         with borrowed["q"].device:
             loans.hold(list(borrowed.values()))
-    dq, dk, dv = (library.give_back(gradient, like=q) for gradient in gradients)
-    return dq, dk, dv
+    return tuple(library.give_back(gradient, like=q) for gradient in gradients)
 
 
-def _differentiate(native: Native, named: dict[str, Any], options: BackwardOptions) -> tuple[Any, Any, Any]:
+def _differentiate(
+    native: Native, named: dict[str, Any], options: BackwardOptions, operands: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """``operands`` names them, and holds those that are numbers; the arrays are those of ``named``."""
     if native.on_gpu(named["q"]):
         assert isinstance(native, GpuArrays)
-        return plan_backward.differentiate(native, named, options)
+        return plan_backward.differentiate(native, named, options, values_of(operands))
     assert isinstance(native, HostArrays)
-    return _differentiate_on_cpu(native, named, options)
+    return _differentiate_on_cpu(native, named, options, operands)
 
 
 def _differentiate_on_cpu(
-    host: HostArrays, named: dict[str, Any], options: BackwardOptions
-) -> tuple[Any, Any, Any]:
+    host: HostArrays, named: dict[str, Any], options: BackwardOptions, operands: Mapping[str, Any]
+) -> tuple[Any, ...]:
     problem, _ = check_backward_call(host, named, options)
     views = {name: host.view(x) for name, x in named.items()}
+    of_modifiers = {name: views.get(name, x) for name, x in operands.items()}
 
     def bshd(array: np.ndarray) -> np.ndarray:
         return array if options.layout == "bshd" else array.transpose(0, 2, 1, 3)
 
     dout, q, k, v, out = (bshd(views[name]) for name in ("dout", "q", "k", "v", "out"))
-    gradients = cpu.backward(problem, dout, q, k, v, out, views["lse"], views.get("dlse"))
-    dq, dk, dv = (host.wrap(np.ascontiguousarray(bshd(gradient))) for gradient in gradients)
-    return dq, dk, dv
+    dq, dk, dv, *others = cpu.backward(
+        problem,
+        dout,
+        q,
+        k,
+        v,
+        out,
+        views["lse"],
+        views.get("dlse"),
+        operands=of_modifiers,
+        wanted=options.wanted,
+    )
+    gradients = *(np.ascontiguousarray(bshd(gradient)) for gradient in (dq, dk, dv)), *others
+    return tuple(map(host.wrap, gradients))

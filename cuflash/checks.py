@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cuflash.arrays import ArrayInfo, Native
 from cuflash.arrays.overlap import Footprint
+from cuflash.checks_modifiers import check_formulas, check_operands
+from cuflash.formulas import is_mod_arg
+from cuflash.modifiers import NO_MODIFIERS, NO_OPERANDS, OPERANDS, Modifiers, arrays_of
 from cuflash.problem import Causal, Problem, make_problem
 
 GPU_ALGORITHMS = ("hopper", "fa2", "fa1", "standard")
 ALGORITHMS = ("auto", *GPU_ALGORITHMS, "cpu")
 _GPU_DTYPES = ("float16", "bfloat16")
+_OF_OTHER_DTYPES = {*OPERANDS, "seed", "lse", "dlse"}
 
 
 class Options(NamedTuple):
@@ -21,18 +26,19 @@ class Options(NamedTuple):
     layout: str
     return_lse: bool
     algorithm: str
+    modifiers: Modifiers = NO_MODIFIERS
 
 
 class Request(NamedTuple):
-    """A call that passed every check. ``infos`` has "q", "k", "v" and, where it was given, "out"."""
+    """A call that passed every check. ``infos`` has "q", "k", "v" and, where given, "out" and operands."""
 
     problem: Problem
     infos: dict[str, ArrayInfo]
 
 
-def named(q: Any, k: Any, v: Any, out: Any) -> dict[str, Any]:
+def named(q: Any, k: Any, v: Any, out: Any, operands: Mapping[str, Any] = NO_OPERANDS) -> dict[str, Any]:
     """The arrays of a call by argument name, without an ``out`` that is None."""
-    arrays = {"q": q, "k": k, "v": v}
+    arrays = {"q": q, "k": k, "v": v, **arrays_of(operands)}
     return arrays if out is None else arrays | {"out": out}
 
 
@@ -42,15 +48,8 @@ def check_call(native: Native, arrays: dict[str, Any], options: Options) -> Requ
         raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {options.algorithm!r}")
     if not isinstance(options.return_lse, bool):
         raise TypeError(f"return_lse must be True or False, got {options.return_lse!r}")
-    for name, x in arrays.items():
-        native.check(x, name)
-    infos = {name: native.info(x) for name, x in arrays.items()}
+    infos = check_arrays(native, arrays)
     q = infos["q"]
-    for name, info in infos.items():
-        if info.device != q.device:
-            raise ValueError(f"{name} is on {info.place}, q on {q.place}; they must be on one device")
-        if name != "out" and info.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {info.dtype}, q has {q.dtype}; they must agree")
     problem = make_problem(
         q.shape,
         infos["k"].shape,
@@ -59,11 +58,29 @@ def check_call(native: Native, arrays: dict[str, Any], options: Options) -> Requ
         causal=options.causal,
         scale=options.scale,
         layout=options.layout,
+        modifiers=options.modifiers,
+        operands=infos,
     )
+    check_operands(problem, infos)
     check_algorithm(native, q, options.algorithm)
+    check_formulas(problem, infos)
     if "out" in infos:
         _check_out(problem, infos, options.layout)
     return Request(problem, infos)
+
+
+def check_arrays(native: Native, arrays: Mapping[str, Any]) -> dict[str, ArrayInfo]:
+    """The facts of ``arrays``, all of the library ``native``, on q's device, most of its dtype."""
+    for name, x in arrays.items():
+        native.check(x, name)
+    infos = {name: native.info(x) for name, x in arrays.items()}
+    q = infos["q"]
+    for name, info in infos.items():
+        if info.device != q.device:
+            raise ValueError(f"{name} is on {info.place}, q on {q.place}; they must be on one device")
+        if name not in _OF_OTHER_DTYPES and info.dtype != q.dtype and not is_mod_arg(name):
+            raise TypeError(f"{name} has dtype {info.dtype}, q has {q.dtype}; they must agree")
+    return infos
 
 
 def out_shape(problem: Problem, layout: str) -> tuple[int, ...]:
@@ -103,8 +120,6 @@ def _check_out(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> No
         raise ValueError(
             f"out has shape {out.shape}; for these q, k and v and layout={layout!r} it must be {wanted}"
         )
-    if out.dtype != problem.dtype:
-        raise TypeError(f"out has dtype {out.dtype}, q has {problem.dtype}; they must agree")
     if not out.writeable:
         raise ValueError("out is read-only; it must be writeable")
     if Footprint.of(out).overlaps_itself():
@@ -120,6 +135,6 @@ def _check_out(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -> No
 def check_no_alias(footprints: dict[str, Footprint], pointers: dict[str, int]) -> None:
     """Refuse an ``out`` that shares memory with an input: some rows are written while others still read."""
     out = footprints["out"]
-    for name in ("q", "k", "v"):
-        if out.overlaps(pointers["out"], footprints[name], pointers[name]):
+    for name in pointers:
+        if name != "out" and out.overlaps(pointers["out"], footprints[name], pointers[name]):
             raise ValueError(f"out shares memory with {name}; it must not overlap q, k or v")

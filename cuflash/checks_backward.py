@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cuflash.arrays import Native
-from cuflash.checks import ALGORITHMS, Request, check_algorithm, out_shape
+from cuflash.checks import ALGORITHMS, Request, check_algorithm, check_arrays, out_shape
+from cuflash.checks_modifiers import check_formulas, check_operands
+from cuflash.modifiers import NO_MODIFIERS, NO_OPERANDS, Modifiers, arrays_of
 from cuflash.problem import Causal, Problem, make_problem
 
 
@@ -17,11 +20,22 @@ class BackwardOptions(NamedTuple):
     layout: str
     deterministic: bool
     algorithm: str
+    modifiers: Modifiers = NO_MODIFIERS
+    wanted: tuple[str, ...] = ()  # the operands whose gradients are computed too
 
 
-def named_backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any) -> dict[str, Any]:
+def named_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    dlse: Any,
+    operands: Mapping[str, Any] = NO_OPERANDS,
+) -> dict[str, Any]:
     """The arrays of a call by argument name, q first, without a ``dlse`` that is None."""
-    arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
+    arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse, **arrays_of(operands)}
     return arrays if dlse is None else arrays | {"dlse": dlse}
 
 
@@ -31,15 +45,8 @@ def check_backward_call(native: Native, arrays: dict[str, Any], options: Backwar
         raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {options.algorithm!r}")
     if not isinstance(options.deterministic, bool):
         raise TypeError(f"deterministic must be True or False, got {options.deterministic!r}")
-    for name, x in arrays.items():
-        native.check(x, name)
-    infos = {name: native.info(x) for name, x in arrays.items()}
+    infos = check_arrays(native, arrays)
     q = infos["q"]
-    for name, info in infos.items():
-        if info.device != q.device:
-            raise ValueError(f"{name} is on {info.place}, q on {q.place}; they must be on one device")
-        if not name.endswith("lse") and info.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {info.dtype}, q has {q.dtype}; they must agree")
     problem = make_problem(
         q.shape,
         infos["k"].shape,
@@ -48,8 +55,12 @@ def check_backward_call(native: Native, arrays: dict[str, Any], options: Backwar
         causal=options.causal,
         scale=options.scale,
         layout=options.layout,
+        modifiers=options.modifiers,
+        operands=infos,
     )
+    check_operands(problem, infos)
     check_algorithm(native, q, options.algorithm)
+    check_formulas(problem, infos)
     shape = out_shape(problem, options.layout)
     for name in ("dout", "out"):
         if infos[name].shape != shape:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cuflash.config_modifiers import PLAIN, ModifierFlags
 from cuflash.problem import Problem
 from cuflash.resources import shared_memory_per_block
-from cuflash.stub import translation_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Config:
     causal: bool
     negative_scale: bool
     vector_out: bool  # rows of O are 16-byte aligned, so they are stored 16 bytes at a time
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -46,7 +47,7 @@ class Config:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return translation_unit(self, self.kernel)
+        return self.modifiers.stub(self, self.kernel)
 
 
 class Tile(NamedTuple):
@@ -88,6 +89,7 @@ _TILES = {
         (256, Tile(64, 64, 4, 2, 1)),
     ),
 }
+MODIFIED_SPILL_BYTES = 512  # of programs with modifiers, all at once; one alone spills little if anything
 # Up to 64 query rows: a block of 128 would be half empty.
 _SHORT_QUERY_TILES = (
     (128, Tile(64, 64, 4, 2, 2)),
@@ -96,7 +98,13 @@ _SHORT_QUERY_TILES = (
 )
 
 
-def choose(problem: Problem, capability: tuple[int, int], *, vector_out: bool) -> Config:
+def choose(
+    problem: Problem,
+    capability: tuple[int, int],
+    *,
+    vector_out: bool,
+    modifiers: ModifierFlags = PLAIN,
+) -> Config:
     """The Config for ``problem`` on a GPU of compute capability ``capability``.
 
     ``vector_out`` says that the rows of the output are 16-byte aligned. The caller has checked that the dtype
@@ -105,6 +113,8 @@ def choose(problem: Problem, capability: tuple[int, int], *, vector_out: bool) -
     table = _SHORT_QUERY_TILES if problem.seqlen_q <= 64 else _TILES[shared_memory_per_block(capability)]
     head_dim, head_dim_v = _padded(problem.head_dim), _padded(problem.head_dim_v)
     tile = next(tile for bound, tile in table if max(head_dim, head_dim_v) <= bound)
+    if modifiers:
+        tile = _for_modifiers(tile, modifiers)
     return Config(
         dtype=problem.dtype,
         head_dim=head_dim,
@@ -112,8 +122,18 @@ def choose(problem: Problem, capability: tuple[int, int], *, vector_out: bool) -
         causal=problem.is_causal,
         negative_scale=problem.scale < 0,
         vector_out=vector_out,
+        modifiers=modifiers,
         **tile._asdict(),
     )
+
+
+def _for_modifiers(tile: Tile, modifiers: ModifierFlags) -> Tile:
+    """A third block on a multiprocessor leaves too few registers for those that do much (not measured)."""
+    blocks = tile.min_blocks_per_sm
+    heavy = modifiers.alibi or modifiers.bias or modifiers.masks or modifiers.score_mod
+    if heavy or (modifiers.window and modifiers.softcap):
+        blocks = min(2, blocks)
+    return tile._replace(min_blocks_per_sm=blocks, spill_bytes=MODIFIED_SPILL_BYTES)
 
 
 def _padded(head_dim: int) -> int:

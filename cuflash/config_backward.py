@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cuflash.config_modifiers import PLAIN, ModifierFlags
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
-from cuflash.stub import translation_unit
 
 _STAGES = 2  # of the rings of Q and dO tiles: the kernel's barriers rely on two
 
@@ -33,6 +33,7 @@ class BackwardConfig:
     deterministic: bool  # dQ is summed in a fixed order
     vector_reductions: bool  # four floats are added to dQ at once (sm_90)
     vector_out: bool  # rows of dK and dV are 16-byte aligned, so they are stored 16 bytes at a time
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -61,11 +62,16 @@ class BackwardConfig:
         q_and_dout = self.block_m * both * ELEMENT_BYTES
         p_and_ds = 2 * self.block_m * self.block_n * ELEMENT_BYTES
         lse_and_delta = 2 * self.block_m * 4
-        return k_and_v + _STAGES * (q_and_dout + lse_and_delta) + p_and_ds
+        plain = k_and_v + _STAGES * (q_and_dout + lse_and_delta) + p_and_ds
+        # With warps along the columns, dS takes another P than dV where a slope or dropout make it one.
+        flags = self.modifiers
+        makes_two = bool(flags.score_mod) or flags.softcap or flags.dropout
+        is_split = self.warps > 2 * self.key_warps and makes_two
+        return plain + is_split * self.block_m * self.block_n * ELEMENT_BYTES
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return translation_unit(self, self.kernel)
+        return self.modifiers.stub(self, self.kernel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,7 @@ class PreprocessConfig:
     head_dim: int
     block_m: int
     threads: int = 256
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -89,7 +96,7 @@ class PreprocessConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
-        return translation_unit(self, self.kernel)
+        return self.modifiers.stub(self, self.kernel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +109,7 @@ class PostprocessConfig:
     vector_reductions: bool
     vector_out: bool  # rows of dQ are 16-byte aligned
     threads: int = 256
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -115,7 +123,7 @@ class PostprocessConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
-        return translation_unit(self, self.kernel)
+        return self.modifiers.stub(self, self.kernel)
 
 
 class BackwardConfigs(NamedTuple):
@@ -164,10 +172,16 @@ _TILES = {
     ),
 }
 _VECTOR_REDUCTIONS_SINCE = (9, 0)
+MODIFIED_SPILL_BYTES = 512  # of programs with modifiers, all at once; one alone spills little if anything
 
 
 def choose(
-    problem: Problem, capability: tuple[int, int], *, deterministic: bool, vector_out: bool
+    problem: Problem,
+    capability: tuple[int, int],
+    *,
+    deterministic: bool,
+    vector_out: bool,
+    modifiers: ModifierFlags = PLAIN,
 ) -> BackwardConfigs:
     """The Configs for the backward of ``problem`` on a GPU of compute capability ``capability``.
 
@@ -176,6 +190,7 @@ def choose(
     """
     widest = max(problem.head_dim, problem.head_dim_v)
     tile = next(tile for bound, tile in _TILES[shared_memory_per_block(capability)] if widest <= bound)
+    tile = _for_modifiers(tile, modifiers)
     # mma.sync takes the head dim in steps of 16; where two warps share the columns of dK and dV, each has
     # whole swizzle periods of 64.
     step = 16 if 2 * tile.key_warps == tile.warps else 128
@@ -187,15 +202,40 @@ def choose(
         deterministic=deterministic,
         vector_reductions=capability >= _VECTOR_REDUCTIONS_SINCE,
         vector_out=vector_out,
+        modifiers=modifiers,
         **tile._asdict(),
     )
     return with_passes(main)
 
 
+def _for_modifiers(tile: Tile, modifiers: ModifierFlags) -> Tile:
+    """A bias is read element by element, at a row's distance: fewer queries leave registers for that.
+
+    And for formulas, which may do as much.
+    """
+    if (modifiers.bias or modifiers.score_mod or modifiers.mask_mod) and tile.block_m == 64:
+        half = tile.block_m // 2
+        if half % (16 * tile.dq_row_warps) == half % (16 * tile.warps // 2 // tile.key_warps) == 0:
+            tile = tile._replace(block_m=half)
+    return tile._replace(spill_bytes=MODIFIED_SPILL_BYTES) if modifiers else tile
+
+
 def with_passes(main: BackwardConfig) -> BackwardConfigs:
     """``main`` and the programs that run before and after it."""
+    flags = main.modifiers
     return BackwardConfigs(
-        PreprocessConfig(main.dtype, main.head_dim, main.block_m),
+        PreprocessConfig(
+            main.dtype,
+            main.head_dim,
+            main.block_m,
+            modifiers=ModifierFlags(query_padding=flags.query_padding),
+        ),
         main,
-        PostprocessConfig(main.dtype, main.head_dim, main.block_m, main.vector_reductions, main.vector_out),
+        PostprocessConfig(
+            main.dtype,
+            main.head_dim,
+            main.block_m,
+            main.vector_reductions,
+            main.vector_out,
+        ),
     )

@@ -9,18 +9,22 @@ from cuflash.checks import Options, Request
 from cuflash.config import Config, choose
 from cuflash.config_fa1 import Fa1Config
 from cuflash.config_hopper import HopperConfig
+from cuflash.config_modifiers import flags_of
 from cuflash.config_standard import SoftmaxConfig, choose_softmax
 from cuflash.launch import KernelCall
 from cuflash.launch_hopper import HopperCall, hopper_forward_call
+from cuflash.launch_modifiers import modifier_params, with_mod_args
 from cuflash.launch_standard import StandardForward, forward_calls
 from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts, standard_layouts
+from cuflash.modified import MaskSummary
+from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, MINIMUM_CAPABILITY
 
 _TO_COMPARE_WITH = ("fa1", "standard")  # families that "auto" never takes
 
 
 class Kernel(NamedTuple):
-    """What runs, and with what arguments. The last five are None where the output is empty: nothing runs."""
+    """What runs, and with what arguments. The last six are None where the output is empty: nothing runs."""
 
     family: str
     not_used: dict[str, str]  # the other families → why they do not run
@@ -31,6 +35,7 @@ class Kernel(NamedTuple):
     program: jit.Program | None = None
     workspace_words: int | None = None  # of 4 bytes, also 0, if the kernel takes a workspace
     standard: StandardForward | None = None  # cuBLAS's products around the softmax that ``call`` is
+    mask_summary: MaskSummary | None = None  # the pass over a mask before a kernel that reads one
 
 
 class Gpu(NamedTuple):
@@ -66,11 +71,12 @@ def choose_kernel(request: Request, options: Options) -> Kernel:
     ValueError if their GPU is too old, or if ``options.algorithm`` names a family that cannot compute this.
     """
     gpu = Gpu.of(request.infos["q"].device)
+    plain_only = why_not_modified(request.problem)
     objections = {
-        "hopper": _why_not_hopper(request, options, gpu),
+        "hopper": plain_only or _why_not_hopper(request, options, gpu),
         "fa2": None,
-        "fa1": config_fa1.why_not(request.problem),
-        "standard": None,
+        "fa1": plain_only or config_fa1.why_not(request.problem),
+        "standard": plain_only,
     }
     chosen, not_used = pick(options.algorithm, objections, "this")
     return _MAKERS[chosen](request, options, gpu, not_used)
@@ -102,16 +108,34 @@ def pick(asked_for: str, objections: dict[str, str | None], computation: str) ->
     return chosen, reasons
 
 
+def why_not_modified(problem: Problem) -> str | None:
+    """Why a family of plain kernels cannot compute ``problem``; None if it has no modifier, or none to them.
+
+    A window that is bounded on the right only is a causal mask with another offset.
+    """
+    names = [name for name in problem.modifiers if name != "window" or problem.window_offset is not None]
+    return f"only fa2 has {' and '.join(names)}" if names else None
+
+
 def _fa2(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:
     problem, infos = request
     arch = jit.architecture(gpu.capability)
     layouts = fa2_layouts(problem, infos, options.layout)
     if problem.is_empty:
         return Kernel("fa2", not_used, arch, layouts)
-    config = choose(problem, gpu.capability, vector_out=layouts.vector_out)
+    flags = flags_of(problem, infos)
+    config = choose(problem, gpu.capability, vector_out=layouts.vector_out, modifiers=flags)
     q, k, v, out = (launch.kernel_strides(*operand, ELEMENT_BYTES, options.layout) for operand in layouts[:4])
-    call = launch.forward_call(problem, config, q, k, v, out, gpu.l2_bytes)
-    return Kernel("fa2", not_used, arch, layouts, config, call, jit.compile(config, arch))
+    summary = MaskSummary.of(problem, infos, flags, config.block_m, config.block_n)
+    modifiers = None
+    if flags:
+        blocks = summary.blocks if summary else None
+        numbers = modifier_params(problem, infos, launch.kernel_scale(problem), mask_blocks=blocks)
+        modifiers = with_mod_args(numbers, flags.mod_args, infos)
+    call = launch.forward_call(problem, config, q, k, v, out, gpu.l2_bytes, modifiers)
+    program = jit.compile(config, arch)
+    words = summary.words if summary else None
+    return Kernel("fa2", not_used, arch, layouts, config, call, program, words, mask_summary=summary)
 
 
 def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:

@@ -18,16 +18,20 @@ from cuflash import (
 from cuflash.arrays import ArrayInfo
 from cuflash.checks import Options, Request
 from cuflash.checks_backward import BackwardOptions
-from cuflash.families import Gpu, pick
+from cuflash.config_modifiers import flags_of
+from cuflash.families import Gpu, pick, why_not_modified
 from cuflash.flash_backward import FlashSteps, load_flash_steps
 from cuflash.launch import Operand
 from cuflash.launch_backward import BackwardStrides, backward_calls
 from cuflash.launch_hopper_backward import hopper_backward_calls
 from cuflash.layouts import Objection, padded, why_not_read, why_not_read_by_cublas
+from cuflash.modified_backward import ModifiedSteps, load_modified_steps, modified_calls
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.standard_backward import StandardSteps, load_standard_steps
 from cuflash.tensor_map import why_not_mapped
+
+Steps = FlashSteps | ModifiedSteps | StandardSteps
 
 _LSE_BYTES = 4
 Infos = Mapping[str, ArrayInfo]
@@ -48,7 +52,7 @@ class BackwardKernels(NamedTuple):
     family: str
     not_used: dict[str, str]  # the other families → why they do not run
     layouts: BackwardLayouts
-    load: Callable[[str], FlashSteps | StandardSteps]  # compiles for an architecture, onto the current device
+    load: Callable[[str], Steps]  # compiles for an architecture, onto the current device
 
 
 def choose_backward(request: Request, options: BackwardOptions, gpu: Gpu) -> BackwardKernels:
@@ -72,11 +76,12 @@ def explained(request: Request, options: Options, gpu: Gpu) -> str:
 
 def _objections(request: Request, options: Options | BackwardOptions, gpu: Gpu) -> dict[str, str | None]:
     """Why each family cannot compute the backward of ``request``, or "auto" should not take it."""
+    plain_only = why_not_modified(request.problem)
     return {
-        "hopper": _why_not_hopper(request, options.algorithm, gpu),
+        "hopper": plain_only or _why_not_hopper(request, options.algorithm, gpu),
         "fa2": None,
-        "fa1": config_fa1.why_not(request.problem),
-        "standard": None,
+        "fa1": plain_only or config_fa1.why_not(request.problem),
+        "standard": plain_only,
     }
 
 
@@ -92,7 +97,7 @@ def _why_not_hopper(request: Request, algorithm: str, gpu: Gpu) -> str | None:
     return None
 
 
-_Made = tuple[BackwardLayouts, Callable[[str], FlashSteps | StandardSteps]]
+_Made = tuple[BackwardLayouts, Callable[[str], Steps]]
 
 
 def _hopper(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:
@@ -114,9 +119,26 @@ def _hopper(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:
 def _fa2(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:
     problem, infos = request
     layouts = fa2_backward_layouts(problem, infos, options.layout)
+    flags = flags_of(problem, infos)
     configs = config_backward.choose(
-        problem, gpu.capability, deterministic=options.deterministic, vector_out=layouts.vector_out
+        problem,
+        gpu.capability,
+        deterministic=options.deterministic,
+        vector_out=layouts.vector_out,
+        modifiers=flags,
     )
+    if flags:
+        modified = modified_calls(
+            problem,
+            infos,
+            options,
+            configs,
+            layouts.strides,
+            gpu.capability,
+            gpu.multiprocessors,
+            gpu.l2_bytes,
+        )
+        return layouts, functools.partial(load_modified_steps, configs, modified)
     calls = backward_calls(problem, configs, layouts.strides, gpu.l2_bytes)
     return layouts, functools.partial(load_flash_steps, configs, calls)
 

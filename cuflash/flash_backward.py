@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cuflash import launcher
-from cuflash.config_backward import BackwardConfig
+from cuflash.config_backward import BackwardConfig, PreprocessConfig
 from cuflash.config_fa1 import Fa1BackwardConfig
 from cuflash.config_hopper_backward import HopperBackwardConfig, MainConfig
 from cuflash.launch_backward import BackwardCalls, FlashConfigs
+from cuflash.launch_modifiers import MODIFIER_ARRAYS
 from cuflash.tensor_map import Encoder
 
 # The addresses that each kernel takes, by name: arguments, gradients, and parts of the workspace.
@@ -20,10 +21,15 @@ _POSTPROCESS_TAKES = ("dq_parts", "dq")
 
 def _main_takes(main: BackwardConfig | Fa1BackwardConfig | MainConfig) -> tuple[str, ...]:
     if isinstance(main, BackwardConfig):
-        return (*_INPUTS, *_SUMS, "dk", "dv")
+        return (*_INPUTS, *_SUMS, "dk", "dv", *_arrays_of(main))
     if isinstance(main, Fa1BackwardConfig):
         return (*_INPUTS, *_SUMS[:3], "dk", "dv")
     return (*_SUMS, "counter") if main.is_persistent else _SUMS  # the arrays by tensor maps
+
+
+def _arrays_of(config: BackwardConfig | PreprocessConfig) -> tuple[str, ...]:
+    """The arrays of modifiers, which a kernel that has some finds at the start of its params."""
+    return (*config.modifiers.arrays, *MODIFIER_ARRAYS) if config.modifiers else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,7 @@ class FlashSteps:
     preprocess: launcher.Launcher | None
     main: launcher.Launcher | None
     postprocess: launcher.Launcher | None
+    preprocess_takes: tuple[str, ...]
     main_takes: tuple[str, ...]
     encoders: tuple[Encoder, ...]  # of calls.maps
     takes_counter: bool  # the main kernel takes key blocks from a counter
@@ -45,10 +52,9 @@ class FlashSteps:
 
     def run(self, at: dict[str, int], workspace: int, nbytes: dict[str, int], stream: int) -> None:
         """Queue one backward: addresses by argument name, with those of gradients and counter; 0 for none."""
-        offsets = self.calls.workspace[:4]
-        at = at | {name: workspace + 4 * n for name, n in zip(_SUMS, offsets, strict=True)}
+        at = at | self.sums_at(workspace)
         if self.preprocess is not None:
-            self.preprocess((), [at[name] for name in _PREPROCESS_TAKES], stream)
+            self.preprocess((), [at[name] for name in self.preprocess_takes], stream)
         if self.main is not None:
             maps = [
                 encode(at[m.name] + m.offset)
@@ -58,20 +64,40 @@ class FlashSteps:
         if self.postprocess is not None:
             self.postprocess((), [at[name] for name in _POSTPROCESS_TAKES], stream)
 
+    def sums_at(self, workspace: int) -> dict[str, int]:
+        """The addresses of the parts of a workspace."""
+        return {name: workspace + 4 * n for name, n in zip(_SUMS, self.calls.workspace[:4], strict=True)}
+
 
 def load_flash_steps(configs: FlashConfigs, calls: BackwardCalls, arch: str) -> FlashSteps:
     """Compile and load on the current device."""
     main = configs.main
     main_takes = _main_takes(main)
-    preprocess = launcher.load(configs.preprocess, calls.preprocess, arch, addresses=len(_PREPROCESS_TAKES))
+    main_arrays = len(_arrays_of(main)) if isinstance(main, BackwardConfig) else 0
+    of_preprocess = _arrays_of(configs.preprocess)
+    preprocess = launcher.load(
+        configs.preprocess,
+        calls.preprocess,
+        arch,
+        addresses=len(_PREPROCESS_TAKES),
+        arrays=len(of_preprocess),
+    )
     postprocess = launcher.load(
         configs.postprocess, calls.postprocess, arch, addresses=len(_POSTPROCESS_TAKES)
     )
     return FlashSteps(
         calls,
         preprocess,
-        launcher.load(main, calls.main, arch, maps=len(calls.maps), addresses=len(main_takes)),
+        launcher.load(
+            main,
+            calls.main,
+            arch,
+            maps=len(calls.maps),
+            addresses=len(main_takes) - main_arrays,
+            arrays=main_arrays,
+        ),
         postprocess,
+        (*_PREPROCESS_TAKES, *of_preprocess),
         main_takes,
         tuple(Encoder(m.map) for m in calls.maps),
         takes_counter=isinstance(main, HopperBackwardConfig) and main.dynamic_blocks,

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from cuflash import cache
+from cuflash import cache, formulas
 
 PRINT_VARIABLE = "CUFLASH_PRINT_CONFIG"
 
@@ -117,7 +117,8 @@ def compile(config: KernelConfig, arch: str, sources: Path | None = None) -> Pro
     """The program of ``config`` for ``arch``: from this process, else from the disk cache, else from NVRTC.
 
     Sources are ``sources`` or, by default, ``sources_dir()``, read once a process. Threads that ask for the
-    same program compile it once. CompileError shows the compiler's log; ValueError, an ``arch`` that is none.
+    same program compile it once. CompileError shows the compiler's log; ValueError, an ``arch`` that is none
+    or a formula that does not compile.
     """
     return _once(_programs, (config, arch, sources), lambda: _compile(config, arch, sources or sources_dir()))
 
@@ -285,9 +286,12 @@ def _run_nvrtc(
         # CuPy takes the image's last byte, a zero, for a terminator and drops it.
         return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program).rstrip("\0\n ")
     except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        if blame := formulas.blamed(log, config):
+            raise blame from error
         raise CompileError(
             f"{error}: NVRTC could not compile {config.kernel} with {' '.join(options)}\n"
-            f"{nvrtc.getProgramLog(program)}\nstub.cu was:\n{stub}"
+            f"{log}\nstub.cu was:\n{stub}"
         ) from error
     finally:
         nvrtc.destroyProgram(program)

@@ -28,7 +28,7 @@ def params_dtype(strides: str, ints: str, floats: str = "") -> np.dtype:
 # ForwardParams in kernels_cu/fa2/forward.cu
 FORWARD_PARAMS = params_dtype(
     "q k v out",
-    "seqlen_q seqlen_k heads_q group_size batch_heads head_dim head_dim_v causal_offset m_blocks "
+    "seqlen_q seqlen_k_visible heads_q group_size batch_heads head_dim head_dim_v causal_offset m_blocks "
     "heads_per_wave",
     "scale_log2 scale",
 )
@@ -38,6 +38,15 @@ _MAX_SEQLEN = 2**30  # the kernel adds two positions in 32 bits
 LOG2_E = math.log2(math.e)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT32_SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)
+
+
+def make_params(dtype: np.dtype, values: tuple[Any, ...], modifiers: Any = None) -> Any:
+    """A kernel's struct; with ``modifiers``, a struct of their own, one that derives from that."""
+    if modifiers is not None:
+        fields = [(name, dtype[name]) for name in dtype.names or ()]
+        dtype = np.dtype([("modifiers", modifiers.dtype), *fields], align=True)
+        values = (modifiers, *values)
+    return np.array(values, dtype)[()]
 
 
 class Strides(NamedTuple):
@@ -101,11 +110,19 @@ def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]
 
 
 def forward_call(
-    problem: Problem, config: Config, q: Strides, k: Strides, v: Strides, out: Strides, l2_bytes: int
+    problem: Problem,
+    config: Config,
+    q: Strides,
+    k: Strides,
+    v: Strides,
+    out: Strides,
+    l2_bytes: int,
+    modifiers: Any = None,
 ) -> KernelCall:
     """The launch of ``fa2_forward`` for a problem that is not empty, on a GPU with ``l2_bytes`` of L2 cache.
 
-    ValueError where a size does not fit the kernel's 32-bit fields, or |scale| float32.
+    ``modifiers`` are the parameters of a Config that has some. ValueError where a size does not fit the
+    kernel's 32-bit fields, or |scale| float32.
     """
     check_ranges(problem)
     m_blocks = -(-problem.seqlen_q // config.block_m)
@@ -117,7 +134,8 @@ def forward_call(
             "the batch"
         )
     scale = kernel_scale(problem)
-    params: Any = np.array(
+    params = make_params(
+        FORWARD_PARAMS,
         (
             *(q, k, v, out),
             problem.seqlen_q,
@@ -133,8 +151,8 @@ def forward_call(
             scale * LOG2_E,
             scale,
         ),
-        FORWARD_PARAMS,
-    )[()]
+        modifiers,
+    )
     return KernelCall((m_blocks * batch_heads,), (config.threads,), shared_bytes(config), params)
 
 

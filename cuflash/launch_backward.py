@@ -10,7 +10,15 @@ import numpy as np
 from cuflash.config_backward import BackwardConfigs
 from cuflash.config_fa1 import Fa1BackwardConfigs
 from cuflash.config_hopper_backward import HopperBackwardConfigs
-from cuflash.launch import LOG2_E, MAX_GRID, KernelCall, Strides, check_ranges, params_dtype
+from cuflash.launch import (
+    LOG2_E,
+    MAX_GRID,
+    KernelCall,
+    Strides,
+    check_ranges,
+    make_params,
+    params_dtype,
+)
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.tensor_map import TensorMap
@@ -76,17 +84,23 @@ class BackwardCalls:
 
 
 def backward_calls(
-    problem: Problem, configs: BackwardConfigs, strides: BackwardStrides, l2_bytes: int
+    problem: Problem,
+    configs: BackwardConfigs,
+    strides: BackwardStrides,
+    l2_bytes: int,
+    modifiers: Any = None,
+    of_preprocess: Any = None,
 ) -> BackwardCalls:
     """The launches of the fa2 backward of ``problem`` on a GPU with ``l2_bytes`` of L2 cache.
 
     Queries are counted from the first that sees a key: those before it are not read, and get zeros.
+    ``modifiers`` and ``of_preprocess`` are the parameters of Configs that have some.
     ValueError where a size does not fit the kernels' 32-bit fields, or scale float32.
     """
     check_ranges(problem)
     main, s = configs.main, strides
     n_blocks = -(-problem.seqlen_k // main.block_n)
-    first_row = first_visible_row(problem)
+    rows = visible_rows(problem)
     call = kernel_call(
         "k",
         problem.batch * problem.heads_kv * n_blocks,
@@ -94,20 +108,22 @@ def backward_calls(
         main.shared_bytes,
         BACKWARD_PARAMS,
         *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
-        *(first_row, problem.seqlen_q - first_row, problem.seqlen_k, problem.seqlen_k_visible),
+        *(rows.start, len(rows), problem.seqlen_k, problem.seqlen_k_visible),
         *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
         problem.batch * problem.heads_kv,
         *(problem.head_dim, problem.head_dim_v),
-        (problem.causal_offset or 0) + first_row,
+        (problem.causal_offset or 0) + rows.start,
         *(query_blocks(problem, main.block_m), n_blocks, heads_per_wave(problem, l2_bytes)),
         *(problem.scale * LOG2_E, problem.scale),
+        modifiers=modifiers,
     )
-    return with_passes(problem, configs, strides, call)
+    of_preprocess = of_preprocess if configs.preprocess.modifiers else None
+    return with_passes(problem, configs, strides, call, modifiers=of_preprocess)
 
 
 def query_blocks(problem: Problem, block_m: int) -> int:
     """Blocks of ``block_m`` queries, counted from the first that sees a key."""
-    return -(-(problem.seqlen_q - first_visible_row(problem)) // block_m)
+    return -(-(problem.seqlen_q - visible_rows(problem).start) // block_m)
 
 
 def with_passes(
@@ -116,13 +132,13 @@ def with_passes(
     strides: BackwardStrides,
     main_call: KernelCall | None,
     maps: tuple[MapOf, ...] = (),
+    modifiers: Any = None,
 ) -> BackwardCalls:
-    """``main_call``, what runs before and after it, and their workspace."""
+    """``main_call``, what runs before and after it, their workspace; ``modifiers`` are the preprocess's."""
     preprocess, main, postprocess = configs
-    first_row = first_visible_row(problem)
-    rows = problem.seqlen_q - first_row
+    rows = visible_rows(problem)
     m_blocks = query_blocks(problem, main.block_m)
-    dq_blocks = -(-first_row // main.block_m) + m_blocks
+    dq_blocks = -(-rows.start // main.block_m) + m_blocks
     heads = problem.batch * problem.heads_q
 
     blocks = heads * m_blocks
@@ -141,7 +157,8 @@ def with_passes(
             0,
             PREPROCESS_PARAMS,
             *(s.dout, s.out, s.lse, s.dlse),
-            *(first_row, rows, problem.heads_q, problem.head_dim_v, m_blocks, main.turns_per_block),
+            *(rows.start, len(rows), problem.heads_q, problem.head_dim_v, m_blocks, main.turns_per_block),
+            modifiers=modifiers,
         ),
         main_call,
         kernel_call(
@@ -151,12 +168,24 @@ def with_passes(
             0,
             POSTPROCESS_PARAMS,
             s.dq,
-            *(first_row, problem.seqlen_q, problem.heads_q, problem.head_dim, m_blocks, dq_blocks),
+            *(rows.start, problem.seqlen_q, problem.heads_q, problem.head_dim, m_blocks, dq_blocks),
             problem.scale,
         ),
         workspace,
         maps,
     )
+
+
+def visible_rows(problem: Problem) -> range:
+    """The queries that kernels visit: those that see a key, as far as shapes tell.
+
+    Dropout's draws are for blocks of 16 queries, so that it needs them whole.
+    """
+    first = first_visible_row(problem)
+    end = problem.seqlen_q
+    if problem.window_offset is not None:
+        end = max(first, min(end, problem.seqlen_k - problem.window_offset))
+    return range(first // 16 * 16 if problem.dropout_p else first, end)
 
 
 def first_visible_row(problem: Problem) -> int:
@@ -181,7 +210,13 @@ def heads_per_wave(problem: Problem, l2_bytes: int) -> int:
 
 
 def kernel_call(
-    name: str, blocks: int, threads: int, shared_bytes: int, dtype: np.dtype, *values: Any
+    name: str,
+    blocks: int,
+    threads: int,
+    shared_bytes: int,
+    dtype: np.dtype,
+    *values: Any,
+    modifiers: Any = None,
 ) -> KernelCall | None:
     """The launch of a grid of ``blocks``; None if that is none. ``name`` is the argument they grow with."""
     if blocks == 0:
@@ -190,5 +225,5 @@ def kernel_call(
         raise ValueError(
             f"{name} needs {blocks} thread blocks and a grid has at most {MAX_GRID}; split the batch"
         )
-    params: Any = np.array(values, dtype)[()]
+    params = make_params(dtype, values, modifiers)
     return KernelCall((blocks,), (threads,), shared_bytes, params)

@@ -21,13 +21,18 @@ class Launcher:
     own thread: the driver copies all arguments before it returns, but lets other threads run meanwhile.
     """
 
-    def __init__(self, function: Any, call: Launchable, *, maps: int = 0, addresses: int) -> None:
-        """The kernel takes that many tensor maps, then that many addresses, then ``call.params`` by value."""
+    def __init__(
+        self, function: Any, call: Launchable, *, maps: int = 0, addresses: int, arrays: int = 0
+    ) -> None:
+        """The kernel takes that many tensor maps, then that many addresses, then ``call.params`` by value.
+
+        With ``arrays`` the struct starts with that many addresses more, given after the others.
+        """
         from cupy import cuda
 
         self._function = function  # keeps the module loaded
-        self._params = ctypes.create_string_buffer(call.params.tobytes(), call.params.nbytes)
-        self._maps, self._addresses = maps, addresses
+        self._params = call.params.tobytes()
+        self._maps, self._addresses, self._arrays = maps, addresses, arrays
         self._of_thread = threading.local()
         size = (*_three(call.grid), *_three(call.block), call.shared_bytes)
         self._launch_kernel = functools.partial(cuda.driver.launchKernel, function.ptr, *size)
@@ -46,22 +51,31 @@ class Launcher:
     def _layout(self) -> tuple[Any, Any, int]:
         """The addresses, the pointers to all arguments, and where those start."""
         make_context_current()
-        values = (ctypes.c_uint64 * self._addresses)()
+        # The params follow the addresses, so that those of their arrays are written along with the others.
+        before = self._addresses * ctypes.sizeof(ctypes.c_uint64)
+        memory = bytearray(before + len(self._params))
+        memory[before:] = self._params
+        values = (ctypes.c_uint64 * (self._addresses + self._arrays)).from_buffer(memory)
         arguments = (ctypes.c_uint64 * (self._maps + self._addresses + 1))()
-        for i in range(self._addresses):
+        for i in range(self._addresses + 1):
             arguments[self._maps + i] = ctypes.addressof(values) + i * ctypes.sizeof(ctypes.c_uint64)
-        arguments[self._maps + self._addresses] = ctypes.addressof(self._params)
         return values, arguments, ctypes.addressof(arguments)
 
 
 def load(
-    config: jit.KernelConfig, call: Launchable | None, arch: str, *, maps: int = 0, addresses: int
+    config: jit.KernelConfig,
+    call: Launchable | None,
+    arch: str,
+    *,
+    maps: int = 0,
+    addresses: int,
+    arrays: int = 0,
 ) -> Launcher | None:
     """Compile ``config`` for ``arch`` and load it on the current device; None if there is no ``call``."""
     if call is None:
         return None
     function = jit.load(jit.compile(config, arch), call.shared_bytes)
-    return Launcher(function, call, maps=maps, addresses=addresses)
+    return Launcher(function, call, maps=maps, addresses=addresses, arrays=arrays)
 
 
 def _three(size: tuple[int, ...]) -> tuple[int, ...]:

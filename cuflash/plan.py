@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,14 @@ from cuflash import jit, launch, launcher, tile_counters
 from cuflash.arrays import GpuArrays
 from cuflash.arrays.overlap import Footprint
 from cuflash.checks import Options, Request, check_call, check_no_alias, named, out_shape
+from cuflash.config import Config
 from cuflash.config_hopper import HopperConfig
 from cuflash.families import Kernel, choose_kernel
 from cuflash.launch import KernelCall
 from cuflash.launch_hopper import HopperCall
 from cuflash.layouts import Layouts
+from cuflash.modified import ModifiedLauncher, operand_addresses
+from cuflash.modifiers import NO_OPERANDS, arrays_of
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.standard import StandardLauncher
 from cuflash.tensor_map import Encoder
@@ -37,18 +40,27 @@ class Plan:
     lse_shape: tuple[int, ...]
     layouts: Layouts
     footprints: dict[str, Footprint]
-    launch: launcher.Launcher | StandardLauncher | None  # None: the output is empty
+    launch: launcher.Launcher | StandardLauncher | ModifiedLauncher | None  # None: the output is empty
     workspace_words: int | None  # that the launch takes, of 4 bytes, if only 0; None: it takes no workspace
     encoders: tuple[Encoder, ...] | None  # of q, k, v and out, for a kernel that takes tensor maps
     takes_tiles: bool  # the kernel needs a tile counter
+    is_modified: bool  # the launch takes the addresses of operands
     get_current_device: Callable[[], int]
 
 
-def attend(gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, options: Options) -> tuple[Any, Any]:
+def attend(
+    gpu: GpuArrays,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    options: Options,
+    operands: Mapping[str, Any] = NO_OPERANDS,
+) -> tuple[Any, Any]:
     """Compute attention of GPU arrays of the library ``gpu``; return out and lse, or None for lse."""
     signature = gpu.signature
     try:
-        key = (
+        key: tuple[Any, ...] = (
             signature(q),
             signature(k),
             signature(v),
@@ -59,30 +71,45 @@ def attend(gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, options: Options) -
             type(options.scale),
             type(options.return_lse),
         )
+        if operands:
+            arrays = arrays_of(operands)
+            key += (*operands, *((name, signature(x)) for name, x in arrays.items()))
         plan = _plans.get(key)
     except (RuntimeError, TypeError):
-        check_call(gpu, named(q, k, v, out), options)  # names what has no address or cannot be hashed
+        # Names what has no address or cannot be hashed.
+        check_call(gpu, named(q, k, v, out, operands), options)
         raise
     if plan is None:
-        request = check_call(gpu, named(q, k, v, out), options)
+        request = check_call(gpu, named(q, k, v, out, operands), options)
         plan = make_plan(request, options)
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         _plans[key] = plan
     if plan.get_current_device() == plan.device:
-        return _run(plan, gpu, q, k, v, out, options.return_lse)
+        return _run(plan, gpu, q, k, v, out, options.return_lse, operands)
     from cupy import cuda
 
     with cuda.Device(plan.device):
-        return _run(plan, gpu, q, k, v, out, options.return_lse)
+        return _run(plan, gpu, q, k, v, out, options.return_lse, operands)
 
 
-def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
+def _run(
+    plan: Plan,
+    gpu: GpuArrays,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    return_lse: bool,
+    operands: Mapping[str, Any],
+) -> tuple[Any, Any]:
     result = out
     if out is None:
         result = gpu.empty(plan.out_shape, q.dtype, plan.device)
     else:
         addresses = {"q": gpu.pointer(q), "k": gpu.pointer(k), "v": gpu.pointer(v), "out": gpu.pointer(out)}
+        if operands:
+            addresses |= {name: gpu.pointer(x) for name, x in arrays_of(operands).items()}
         check_no_alias(plan.footprints, addresses)
     lse = gpu.empty(plan.lse_shape, "float32", plan.device) if return_lse else None
     if plan.launch is None:
@@ -95,13 +122,14 @@ def _run(plan: Plan, gpu: GpuArrays, q: Any, k: Any, v: Any, out: Any, return_ls
     where = (pointer(q), pointer(k), pointer(v), pointer(target))
     lse_address = 0 if lse is None else pointer(lse)
     stream = gpu.stream(plan.device)
+    of_operands = operand_addresses(gpu, operands) if plan.is_modified else ()
     if plan.workspace_words is not None:
         workspace = gpu.empty((plan.workspace_words,), "float32", plan.device)
-        plan.launch((), (*where, lse_address, pointer(workspace)), stream)
+        plan.launch((), (*where, lse_address, *of_operands, pointer(workspace)), stream)
         if not gpu.keeps_temporaries():  # and not if the launch was refused
             _captured.append(workspace)
     elif plan.encoders is None:
-        plan.launch((), (*where, lse_address), stream)
+        plan.launch((), (*where, lse_address, *of_operands), stream)
     else:
         counter = 0
         if plan.takes_tiles:
@@ -140,7 +168,7 @@ def make_plan(request: Request, options: Options) -> Plan:
     device = infos["q"].device
     assert device is not None
     kernel = choose_kernel(request, options)
-    start: launcher.Launcher | StandardLauncher | None = None
+    start: launcher.Launcher | StandardLauncher | ModifiedLauncher | None = None
     takes_tiles = isinstance(kernel.config, HopperConfig) and kernel.config.dynamic_tiles
     if kernel.program is not None and kernel.call is not None:
         with cuda.Device(device):
@@ -157,15 +185,19 @@ def make_plan(request: Request, options: Options) -> Plan:
         workspace_words=kernel.workspace_words,
         encoders=tuple(map(Encoder, kernel.call.maps)) if isinstance(kernel.call, HopperCall) else None,
         takes_tiles=takes_tiles,
+        is_modified=isinstance(start, ModifiedLauncher),
         get_current_device=cuda.runtime.getDevice,
     )
 
 
 def _load(
     kernel: Kernel, program: jit.Program, call: KernelCall | HopperCall
-) -> launcher.Launcher | StandardLauncher:
+) -> launcher.Launcher | StandardLauncher | ModifiedLauncher:
     if kernel.standard is not None:
         return StandardLauncher(kernel.standard, program)
+    if isinstance(kernel.config, Config) and kernel.config.modifiers:
+        assert isinstance(call, KernelCall)
+        return ModifiedLauncher(call, program, kernel.mask_summary)
     function = jit.load(program, call.shared_bytes)
     if isinstance(call, HopperCall):
         return launcher.Launcher(function, call, maps=4, addresses=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,9 @@ from cuflash.arrays import GpuArrays
 from cuflash.checks import Request
 from cuflash.checks_backward import BackwardOptions, check_backward_call
 from cuflash.families import Gpu
-from cuflash.families_backward import choose_backward
-from cuflash.flash_backward import FlashSteps
+from cuflash.families_backward import Steps, choose_backward
+from cuflash.modifiers import NO_OPERANDS
 from cuflash.resources import ELEMENT_BYTES
-from cuflash.standard_backward import StandardSteps
 
 _MAX_PLANS = 4096  # as in cuflash.plan
 _plans: dict[Hashable, Plan] = {}
@@ -33,12 +32,22 @@ class Plan:
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of dq, dk, dv
     nbytes: dict[str, int]  # of dq, dk, dv
     copied: dict[str, int]  # arrays that are not read or written in place → the padded width of their copy
-    steps: FlashSteps | StandardSteps
+    wanted: tuple[str, ...]  # operands whose gradients are asked for
+    steps: Steps
     get_current_device: Callable[[], int]
 
 
-def differentiate(gpu: GpuArrays, arrays: dict[str, Any], options: BackwardOptions) -> tuple[Any, Any, Any]:
-    """Return dq, dk, dv of GPU arrays of the library ``gpu``, given by argument name."""
+def differentiate(
+    gpu: GpuArrays,
+    arrays: dict[str, Any],
+    options: BackwardOptions,
+    values: Mapping[str, int] = NO_OPERANDS,
+) -> tuple[Any, ...]:
+    """Return dq, dk, dv, and the gradients of ``options.wanted``, of GPU arrays by argument name.
+
+    They are of the library ``gpu``. ``values`` are the operands that are numbers, as ``values_of``
+    has them.
+    """
     try:
         key = (
             tuple((name, gpu.signature(x)) for name, x in arrays.items()),
@@ -47,6 +56,7 @@ def differentiate(gpu: GpuArrays, arrays: dict[str, Any], options: BackwardOptio
             type(options.causal),
             type(options.scale),
             type(options.deterministic),
+            "seed" in values,
         )
         plan = _plans.get(key)
     except (RuntimeError, TypeError):
@@ -58,16 +68,17 @@ def differentiate(gpu: GpuArrays, arrays: dict[str, Any], options: BackwardOptio
             _plans.clear()
         _plans[key] = plan
     if plan.get_current_device() == plan.device:
-        return _run(plan, gpu, arrays)
+        return _run(plan, gpu, arrays, values)
     from cupy import cuda
 
     with cuda.Device(plan.device):
-        return _run(plan, gpu, arrays)
+        return _run(plan, gpu, arrays, values)
 
 
-def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any], values: Mapping[str, int]) -> tuple[Any, ...]:
     dtype = arrays["q"].dtype
     dq, dk, dv = (gpu.empty(shape, dtype, plan.device) for shape in plan.shapes)
+    others = {f"d{x}": gpu.empty(arrays[x].shape, arrays[x].dtype, plan.device) for x in plan.wanted}
     buffer = gpu.empty((plan.steps.workspace_words,), "float32", plan.device)
     inputs = {
         name: gpu.padded(x, plan.copied[name]) if name in plan.copied else x for name, x in arrays.items()
@@ -77,8 +88,9 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, Any, 
         for name, x in (("dk", dk), ("dv", dv))
     }
 
-    at = {name: gpu.pointer(x) for name, x in (inputs | {"dq": dq} | targets).items()}
+    at = {name: gpu.pointer(x) for name, x in (inputs | {"dq": dq} | targets | others).items()}
     at.setdefault("dlse", 0)
+    at |= values
     stream = gpu.stream(plan.device)
     at["counter"] = 0
     if plan.steps.takes_counter:
@@ -89,7 +101,7 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, Any, 
     for name, gradient in (("dk", dk), ("dv", dv)):
         if name in plan.copied:
             gpu.assign(gradient, targets[name][..., : gradient.shape[3]])
-    return dq, dk, dv
+    return dq, dk, dv, *others.values()
 
 
 def make_plan(request: Request, options: BackwardOptions) -> Plan:
@@ -115,6 +127,7 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
         shapes=(shapes["q"], shapes["k"], shapes["v"]),
         nbytes={"d" + name: math.prod(shape) * ELEMENT_BYTES for name, shape in shapes.items()},
         copied={name: operands[name].shape[3] for name in kernels.layouts.copies},
+        wanted=options.wanted,
         steps=steps,
         get_current_device=cuda.runtime.getDevice,
     )

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from cuflash.formulas import NO_FORMULAS, Formulas
+from cuflash.modifiers import NO_MODIFIERS, OPERANDS, Modifiers
 
 MAX_HEAD_DIM = 256
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -20,7 +24,9 @@ Causal = bool | str
 class Problem:
     """One attention call: softmax(scale · Q Kᵀ + mask) V over (batch, seqlen, heads, head_dim) tensors.
 
-    ``causal_offset`` is None without a causal mask; otherwise query i sees keys j ≤ i + causal_offset.
+    ``causal_offset`` is None without a causal mask or a window that is bounded on the right; otherwise query
+    i sees keys j ≤ i + causal_offset. ``window_offset`` is None without a window that is bounded on the left;
+    otherwise query i sees keys j ≥ i + window_offset.
     """
 
     batch: int
@@ -33,6 +39,17 @@ class Problem:
     dtype: str
     causal_offset: int | None
     scale: float
+    top_left: bool = False  # the alignment of query and key positions: ``diagonal``
+    window_offset: int | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    modifiers: tuple[str, ...] = ()  # the arguments of ``attention`` that modify the scores or probabilities
+    formulas: Formulas = NO_FORMULAS
+
+    @property
+    def diagonal(self) -> int:
+        """Query i is at the position of key i + diagonal."""
+        return 0 if self.top_left else self.seqlen_k - self.seqlen_q
 
     @property
     def is_causal(self) -> bool:
@@ -51,6 +68,11 @@ class Problem:
         return min(self.seqlen_k, max(0, self.seqlen_q + self.causal_offset))
 
     @property
+    def first_key_visible(self) -> int:
+        """The first key that the window of some query reaches; those before it are never read either."""
+        return max(0, self.window_offset or 0)
+
+    @property
     def is_empty(self) -> bool:
         """The output has no element, so nothing is launched."""
         return self.batch == 0 or self.seqlen_q == 0 or self.heads_q == 0
@@ -65,11 +87,14 @@ def make_problem(
     causal: Causal = False,
     scale: float | None = None,
     layout: str = "bshd",
+    modifiers: Modifiers = NO_MODIFIERS,
+    operands: Iterable[str] = (),
 ) -> Problem:
     """Validate shapes and options and return the ``Problem`` they describe.
 
     Shapes are (batch, seqlen, heads, head_dim) for ``layout="bshd"`` and (batch, heads, seqlen, head_dim)
-    for ``"bhsd"``. Raises ``TypeError`` or ``ValueError`` naming the argument, what it got and what it wants.
+    for ``"bhsd"``; ``operands`` are the names of the arrays beside q, k and v. Raises ``TypeError`` or
+    ``ValueError`` naming the argument, what it got and what it wants.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
@@ -104,6 +129,17 @@ def make_problem(
         if not 1 <= size <= MAX_HEAD_DIM:
             raise ValueError(f"{name} has head_dim {size}; it must be from 1 to {MAX_HEAD_DIM}")
 
+    causal_offset = _causal_offset(causal, seqlen_q, seqlen_k)
+    top_left = causal == "top_left"
+    diagonal = 0 if top_left else seqlen_k - seqlen_q
+    left, right = modifiers.window
+    # A side that hides nothing is none: it costs a kernel nothing, and no offset passes 32 bits.
+    window_offset = None if left is None or left >= seqlen_q - 1 + diagonal else diagonal - left
+    if causal_offset is None and right is not None and right < seqlen_k - 1 - diagonal:
+        causal_offset = diagonal + right
+    is_windowed = window_offset is not None or (causal_offset is not None and causal is False)
+    active = {"window": is_windowed, "softcap": modifiers.softcap, "dropout_p": modifiers.dropout_p}
+
     return Problem(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -113,8 +149,18 @@ def make_problem(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         dtype=dtype,
-        causal_offset=_causal_offset(causal, seqlen_q, seqlen_k),
+        causal_offset=causal_offset,
         scale=_scale(scale, head_dim),
+        top_left=top_left,
+        window_offset=window_offset,
+        softcap=modifiers.softcap,
+        dropout_p=modifiers.dropout_p,
+        modifiers=(
+            *(name for name, on in active.items() if on),
+            *(name for name in OPERANDS if name in operands),
+            *modifiers.formulas.given,
+        ),
+        formulas=modifiers.formulas,
     )
 
 

@@ -6,34 +6,75 @@ torch.export traces, and where autocast asks for another dtype. ``torch.ops.cufl
 checkpointing name.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cuflash import api, api_backward, arrays
+from cuflash import api, api_backward, arrays, vmapping
 from cuflash.arrays.torch import FakeTensors, autocast_dtype
 from cuflash.checks import Options, check_call, named, out_shape
 from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
+from cuflash.modifiers import DIFFERENTIABLE, NO_MODIFIERS, NO_OPERANDS, OPERANDS, Modifiers
 
 _FAKE = FakeTensors()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, operands: Mapping[str, Any] = NO_OPERANDS
+) -> tuple[Tensor, Tensor]:
     """``cuflash.attention`` with gradients: out and lse, both differentiable."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
         q, k, v = (x.resolve_neg() if x.is_neg() else x for x in (q, k, v))
     q, k, v = autocast(q, k, v)
-    if not compiling and _is_eager(q, k, v):
-        return _EagerAttention.apply(q, k, v, options)
+    modifiers = _flat(options.modifiers, operands, q.device)
+    tensors = modifiers[_SCALARS:]
+    if not compiling and _is_eager(q, k, v, *(x for x in tensors if x is not None)):
+        return _EagerAttention.apply(q, k, v, options, *tensors)
     arguments = (q, k, v, _schema_causal(options.causal), options.scale, options.layout, options.algorithm)
     if compiling:
-        return attention_forward(*arguments)  # whose fake implementation checks
-    check_call(_FAKE, named(q, k, v, None), options)
+        return attention_forward(*arguments, *modifiers)  # whose fake implementation checks
+    check_call(_FAKE, named(q, k, v, None, _unflat(modifiers)[1]), options)
     if torch._C._are_functorch_transforms_active():
-        return _Attention.apply(*arguments)
-    return attention_forward(*arguments)
+        return _Attention.apply(*arguments, *modifiers)
+    return attention_forward(*arguments, *modifiers)
+
+
+# Modifiers as the operators take them, all or none: scalars, then operands, None where they are not given.
+_MODIFIERS = ("window_left", "window_right", "softcap", "dropout_p", *OPERANDS, "seed")
+_SCALARS = 4
+_SCHEMA = (
+    "int? window_left=None, int? window_right=None, float? softcap=None, float dropout_p=0.0, "
+    + ", ".join(f"Tensor? {name}=None" for name in _MODIFIERS[_SCALARS:])
+)
+
+
+def _flat(modifiers: Modifiers, operands: Mapping[str, Any], device: Any) -> tuple[Any, ...]:
+    if modifiers is NO_MODIFIERS and not operands:
+        return ()
+    tensors = dict(operands)
+    slopes = tensors.get("alibi_slopes")
+    _refuse_slopes(slopes is not None and slopes.requires_grad and torch.is_grad_enabled())
+    if isinstance(seed := tensors.get("seed"), int):
+        # As a tensor even so: a compiled graph is then the same for every seed.
+        tensors["seed"] = torch.tensor(seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
+    scalars = *modifiers.window, modifiers.softcap, modifiers.dropout_p
+    return *scalars, *(tensors.get(name) for name in _MODIFIERS[_SCALARS:])
+
+
+def _refuse_slopes(need_gradient: bool) -> None:
+    if need_gradient:
+        raise ValueError("alibi_slopes requires grad, and has no gradient: pass alibi_slopes.detach()")
+
+
+def _unflat(flat: tuple[Any, ...]) -> tuple[Modifiers, dict[str, Tensor]]:
+    """What ``_flat`` was given. ``flat`` may lack defaults at its end: PyTorch drops them."""
+    given = dict(zip(_MODIFIERS, flat, strict=False))
+    window = given.get("window_left"), given.get("window_right")
+    modifiers = Modifiers(window, given.get("softcap"), given.get("dropout_p", 0.0))
+    return modifiers, {n: x for n, x in given.items() if n in _MODIFIERS[_SCALARS:] and x is not None}
 
 
 def _is_eager(*tensors: Tensor) -> bool:
@@ -61,25 +102,48 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-@torch.library.custom_op("cuflash::attention_forward", mutates_args=())
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: str, scale: float | None, layout: str, algorithm: str
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: str,
+    scale: float | None,
+    layout: str,
+    algorithm: str,
+    *modifiers: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return out and lse. ``causal`` is "none", "bottom_right" or "top_left"."""
-    return api.attend(arrays.TORCH, q, k, v, None, _options(causal, scale, layout, algorithm))
+    options, operands = _options(causal, scale, layout, algorithm, modifiers)
+    return api.attend(arrays.TORCH, q, k, v, None, options, operands)
+
+
+_CALL = "str causal, float? scale, str layout"
+attention_forward = torch.library.custom_op(
+    "cuflash::attention_forward",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_CALL}, str algorithm, {_SCHEMA}) -> (Tensor, Tensor)",
+)
 
 
 @attention_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, causal: str, scale: float | None, layout: str, algorithm: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: str,
+    scale: float | None,
+    layout: str,
+    algorithm: str,
+    *modifiers: Any,
 ) -> tuple[Tensor, Tensor]:
-    options = _options(causal, scale, layout, algorithm)
-    problem, _ = check_call(_FAKE, named(q, k, v, None), options)
+    options, operands = _options(causal, scale, layout, algorithm, modifiers)
+    problem, _ = check_call(_FAKE, named(q, k, v, None, operands), options)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(out_shape(problem, layout)), q.new_empty(lse_shape(problem), dtype=lse_dtype)
 
 
-def _backward(
+def _gradients(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -92,25 +156,40 @@ def _backward(
     layout: str,
     deterministic: bool,
     algorithm: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv. The arguments are those of ``attention_forward`` and what it returned."""
-    return api_backward.attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dlse=dlse,
-        causal=_causal(causal),
-        scale=scale,
-        layout=layout,
-        deterministic=deterministic,
-        algorithm=algorithm,
+    wanted: str = "",
+    *modifiers: Any,
+) -> tuple[Tensor, ...]:
+    """Return dq, dk, dv and the gradients of the operands that ``wanted`` names, with spaces between.
+
+    The other arguments are those of ``attention_forward`` and what it returned.
+    """
+    of_modifiers, operands = _unflat(modifiers)
+    options = BackwardOptions(
+        _causal(causal), scale, layout, deterministic, algorithm, of_modifiers, tuple(wanted.split())
     )
+    return api_backward.differentiate(dout, q, k, v, out, lse, dlse, options, operands)
 
 
-attention_backward = torch.library.custom_op("cuflash::attention_backward", mutates_args=())(_backward)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The same, always with dbias and dsinks: a schema has a fixed number of results, so some are empty."""
+    dq, dk, dv, *others = _gradients(*arguments)
+    of = dict(zip(arguments[_WANTED].split() if len(arguments) > _WANTED else (), others, strict=True))
+    return dq, dk, dv, *(of[name] if name in of else dq.new_empty(0) for name in DIFFERENTIABLE)
+
+
+_WANTED = 12  # where the operator takes it
+
+
+attention_backward = torch.library.custom_op(
+    "cuflash::attention_backward",
+    _backward,
+    mutates_args=(),
+    schema=(
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
+        f"{_CALL}, bool deterministic, str algorithm, str wanted='', {_SCHEMA}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
 
 
 @attention_backward.register_fake
@@ -127,32 +206,61 @@ def _(
     layout: str,
     deterministic: bool,
     algorithm: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = BackwardOptions(_causal(causal), scale, layout, deterministic, algorithm)
-    check_backward_call(_FAKE, named_backward(dout, q, k, v, out, lse, dlse), options)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    wanted: str = "",
+    *modifiers: Any,
+) -> tuple[Tensor, ...]:
+    of_modifiers, operands = _unflat(modifiers)
+    options = BackwardOptions(_causal(causal), scale, layout, deterministic, algorithm, of_modifiers)
+    check_backward_call(_FAKE, named_backward(dout, q, k, v, out, lse, dlse, operands), options)
+    of = (operands[name] if name in wanted.split() else None for name in DIFFERENTIABLE)
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, *of))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, causal, scale, layout, algorithm, *modifiers = inputs
+    _keep(ctx, (q, k, v), (causal, scale, layout, algorithm), modifiers, output, operands_at=7 + _SCALARS)
+
+
+def _keep(
+    ctx: Any,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    call: tuple[Any, ...],
+    modifiers: Sequence[Any],
+    output: tuple[Tensor, Tensor],
+    operands_at: int,
+) -> None:
+    """Keep what the backward needs; ``operands_at`` is where they are among the inputs of the function."""
+    ctx.call, ctx.scalars, ctx.operands_at = call, tuple(modifiers[:_SCALARS]), operands_at
+    ctx.save_for_backward(*qkv, *output, *modifiers[_SCALARS:])
     ctx.set_materialize_grads(False)  # a loss that ignores lse then has no dlse, rather than zeros
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse = ctx.saved_tensors
-    causal, scale, layout, algorithm = ctx.options
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    wanted = []
+    if tensors:
+        needed = ctx.needs_input_grad[ctx.operands_at :]  # fewer where an operator was not given the last
+        wanted = [name for name, need in zip(_MODIFIERS[_SCALARS:], needed, strict=False) if need]
+        _refuse_slopes("alibi_slopes" in wanted)
+    causal, scale, layout, algorithm = ctx.call
     given = [x for x in (dout, dlse) if x is not None]
     dout = torch.zeros_like(out) if dout is None else dout
     deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, q, k, v, out, lse, dlse, causal, scale, layout, deterministic, algorithm)
+    if tensors:
+        arguments = (*arguments, " ".join(wanted), *ctx.scalars, *tensors)
     if torch._C._are_functorch_transforms_active():
         gradients = _AttentionBackward.apply(*arguments)
     elif torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_eager(*given):
         gradients = attention_backward(*arguments)
     else:
-        gradients = _backward(*arguments)
-    return *gradients, None, None, None, None
+        gradients = _gradients(*arguments)
+    dq, dk, dv, *others = gradients
+    if len(others) != len(wanted):  # an operator's, some of them empty
+        others = [x for name, x in zip(DIFFERENTIABLE, others, strict=True) if name in wanted]
+    of = dict(zip(wanted, others, strict=True))
+    every = dq, dk, dv, *[None] * (ctx.operands_at - 3), *map(of.get, _MODIFIERS[_SCALARS:])
+    return every[: len(ctx.needs_input_grad)]
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -179,17 +287,25 @@ class _EagerAttention(torch.autograd.Function):
     """The same without the operators, whose dispatch takes longer in Python than the call itself."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-        causal, scale, layout, return_lse, algorithm = options
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        causal, scale, layout, return_lse, algorithm, modifiers = options
         return_lse = True if isinstance(return_lse, bool) else return_lse  # what is no bool is refused
-        with_lse = Options(causal, scale, layout, return_lse, algorithm)
-        result = api.attend(arrays.TORCH, q, k, v, None, with_lse)
-        _save(ctx, (q, k, v, _schema_causal(causal), scale, layout, algorithm), result)
+        with_lse = Options(causal, scale, layout, return_lse, algorithm, modifiers)
+        flat: tuple[Any, ...] = ()
+        operands: Mapping[str, Any] = NO_OPERANDS
+        if tensors:
+            flat = (*modifiers.window, modifiers.softcap, modifiers.dropout_p, *tensors)
+            _, operands = _unflat(flat)
+        result = api.attend(arrays.TORCH, q, k, v, None, with_lse, operands)
+        call = _schema_causal(causal), scale, layout, algorithm
+        _keep(ctx, (q, k, v), call, flat, result, operands_at=4)
         return result
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        return _differentiate(ctx, dout, dlse)[:4]
+        return _differentiate(ctx, dout, dlse)
 
     jvp = staticmethod(_refuse_forward_mode)
 
@@ -203,7 +319,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, axes: tuple[int | None, ...], *arguments: Any) -> tuple[Any, ...]:
-        return _batched(_Attention, info.batch_size, axes, arguments)
+        names = ("q", "k", "v", *[""] * 4, *_MODIFIERS)
+        return _batched(_Attention, names[: len(arguments)], info.batch_size, axes, arguments, ())
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -213,30 +330,61 @@ class _AttentionBackward(torch.autograd.Function):
     jvp = staticmethod(_refuse_forward_mode)
 
     @staticmethod
-    def vmap(info: Any, axes: tuple[int | None, ...], *arguments: Any) -> tuple[Any, ...]:
-        return _batched(_AttentionBackward, info.batch_size, axes, arguments)
+    def vmap(info: Any, axes: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
+        names = ("dout", "q", "k", "v", "out", "lse", "dlse", *[""] * 6, *_MODIFIERS)
+        wanted = arguments[_WANTED].split() if len(arguments) > _WANTED else ()
+        return _batched(_AttentionBackward, names[: len(arguments)], info.batch_size, axes, arguments, wanted)
 
 
 def _batched(
-    function: Any, size: int, axes: tuple[int | None, ...], arguments: tuple[Any, ...]
+    function: Any,
+    names: Sequence[str],
+    size: int,
+    axes: tuple[Any, ...],
+    arguments: tuple[Any, ...],
+    wanted: Sequence[str],
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Make an axis that vmap maps part of the batch axis, the first in every tensor."""
+    """See ``cuflash.vmapping``."""
+    at = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
+    tensors = {names[i]: arguments[i] for i in at}
+    mapped = {names[i]: axes[i] for i in at}
 
-    def mapped(x: Any, axis: int | None) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)
+    def call(changed: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        new = list(arguments)
+        for i, x in zip(at, changed, strict=True):
+            new[i] = x
+        return function.apply(*new)
 
-    given = list(map(mapped, arguments, axes))
-    batch = given[0].shape[1]
-    results = function.apply(
-        *(x.reshape(size * batch, *x.shape[2:]) if isinstance(x, Tensor) else x for x in given)
+    if "seed" in tensors and size:
+        each = [
+            call([x if mapped[name] is None else x.select(mapped[name], i) for name, x in tensors.items()])
+            for i in range(size)
+        ]
+        results = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+        return results, (0,) * len(results)
+
+    merged = vmapping.merged(
+        torch, list(tensors), list(tensors.values()), list(mapped.values()), size, wanted
     )
-    return tuple(x.reshape(size, batch, *x.shape[1:]) for x in results), (0,) * len(results)
+    flat = call(merged)
+    batch = vmapping.batch_of(arguments[at[0]], axes[at[0]])
+
+    def separated(x: Tensor, name: str | None) -> Tensor:
+        if name is not None and name not in wanted:
+            return x.reshape(size, 0)  # an empty one, in place of a gradient
+        shape = vmapping.slice_shape(tensors[name], mapped[name]) if name else None
+        return vmapping.separated(torch, x, size, batch, shape)
+
+    gradients_of = (None, None) if function is _Attention else (None, None, None, *DIFFERENTIABLE)
+    results = tuple(map(separated, flat, gradients_of))
+    return results, (0,) * len(results)
 
 
-def _options(causal: str, scale: float | None, layout: str, algorithm: str) -> Options:
-    return Options(_causal(causal), scale, layout, True, algorithm)
+def _options(
+    causal: str, scale: float | None, layout: str, algorithm: str, flat: tuple[Any, ...]
+) -> tuple[Options, dict[str, Tensor]]:
+    modifiers, operands = _unflat(flat)
+    return Options(_causal(causal), scale, layout, True, algorithm, modifiers), operands
 
 
 def _schema_causal(causal: bool | str) -> str:

@@ -6,7 +6,7 @@ inputs is at most twice that of standard attention computed in the input dtype, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuflash import reference
+from cuflash.modifiers import differentiable
 from cuflash.problem import Problem
 
 Array = NDArray[Any]
@@ -37,6 +38,18 @@ class Results(NamedTuple):
     dq: Array
     dk: Array
     dv: Array
+
+
+class AllResults(NamedTuple):
+    """``Results``, and the gradients of the operands that have one: None where they are not given."""
+
+    out: Array
+    lse: Array
+    dq: Array
+    dk: Array
+    dv: Array
+    dbias: Array | None = None
+    dsinks: Array | None = None
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -90,42 +103,87 @@ VIEWS: dict[str, Callable[[Array], Array]] = {
 """Arrays of x's shape and dtype in other memory layouts. The stride-0 ones have other values than x."""
 
 
-def reference_results(problem: Problem, inputs: Inputs) -> Results:
+def random_operands(
+    problem: Problem, seed: int = 0, bias_shape: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """Random operands for whatever modifiers the problem has; bias and mask are full unless shaped."""
+    rng = np.random.default_rng(seed + 1000)
+    p = problem
+    full = bias_shape or (p.batch, p.heads_q, p.seqlen_q, p.seqlen_k)
+    made: dict[str, Callable[[], Any]] = {
+        "alibi_slopes": lambda: rng.uniform(0, 1, p.heads_q).astype("float32"),
+        "bias": lambda: normal(rng, full, p.dtype),
+        "mask": lambda: rng.random(full) < 0.7,
+        "key_padding": lambda: rng.integers(0, p.seqlen_k + 1, p.batch),
+        "query_padding": lambda: rng.integers(0, p.seqlen_q + 1, p.batch).astype("int32"),
+        "sinks": lambda: normal(rng, (p.heads_q,), "float64" if p.dtype == "float64" else "float32"),
+        "dropout_p": lambda: int(rng.integers(0, 2**63)),
+    }
+    names = {"dropout_p": "seed"}
+    return {names.get(name, name): make() for name, make in made.items() if name in p.modifiers}
+
+
+def _options(problem: Problem, operands: Mapping[str, Any]) -> dict[str, Any]:
+    extras = reference.Extras.of(problem, operands)
+    return {"causal_offset": problem.causal_offset, "scale": problem.scale, "extras": extras}
+
+
+NONE: Mapping[str, Any] = {}
+
+
+def reference_results(problem: Problem, inputs: Inputs, operands: Mapping[str, Any] = NONE) -> Any:
     """float64 attention and its gradients: what is right."""
-    options: dict[str, Any] = {"causal_offset": problem.causal_offset, "scale": problem.scale}
+    options = _options(problem, operands)
     q, k, v, dout, dlse = inputs
     forward = reference.attention(q, k, v, **options)
-    return Results(*forward, *reference.attention_backward(dout, q, k, v, dlse=dlse, **options))
+    gradients = reference.attention_backward(dout, q, k, v, dlse=dlse, **options)
+    return results_of(*forward, gradients, operands) if operands else Results(*forward, *gradients)
 
 
-def standard_results(problem: Problem, inputs: Inputs) -> Results:
+def standard_results(problem: Problem, inputs: Inputs, operands: Mapping[str, Any] = NONE) -> Any:
     """Standard attention and its gradients in the input dtype: how wrong a result may be."""
-    options: dict[str, Any] = {"causal_offset": problem.causal_offset, "scale": problem.scale}
+    options = _options(problem, operands)
     q, k, v, dout, dlse = inputs
     forward = reference.standard_attention(q, k, v, **options)
-    return Results(*forward, *reference.standard_attention_backward(dout, q, k, v, dlse=dlse, **options))
+    gradients = reference.standard_attention_backward(dout, q, k, v, dlse=dlse, **options)
+    return results_of(*forward, gradients, operands) if operands else Results(*forward, *gradients)
 
 
-def assert_results_within_contract(actual: Results, problem: Problem, inputs: Inputs) -> None:
+def results_of(
+    out: Array, lse: Array, gradients: tuple[Array, ...], operands: Mapping[str, Any]
+) -> AllResults:
+    """The results whose gradients came back as ``attention_backward`` returns them."""
+    dq, dk, dv, *others = gradients
+    names = [f"d{name}" for name in differentiable(operands)]
+    return AllResults(out, lse, dq, dk, dv, **dict(zip(names, others, strict=True)))
+
+
+def assert_results_within_contract(
+    actual: Any, problem: Problem, inputs: Inputs, operands: Mapping[str, Any] = NONE
+) -> None:
     """Hold every array of ``actual`` to the numerics contract on ``inputs``."""
-    expected, standard = reference_results(problem, inputs), standard_results(problem, inputs)
-    for name in Results._fields:
-        assert_within_contract(getattr(actual, name), getattr(expected, name), getattr(standard, name), name)
+    expected = reference_results(problem, inputs, operands)
+    standard = standard_results(problem, inputs, operands)
+    for name in expected._fields:
+        if getattr(expected, name) is not None:
+            arrays = (getattr(results, name) for results in (actual, expected, standard))
+            assert_within_contract(*arrays, name)
 
 
 # For sizes so small that standard attention may be exact by accident, which the contract then asks of others.
 TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1, "float32": 5e-5, "float64": 1e-11}
 
 
-def assert_close(
-    actual: Results, expected: Results, tolerance: float, standard: Results | None = None
-) -> None:
+def assert_close(actual: Any, expected: Any, tolerance: float, standard: Any = None) -> None:
     """Hold every array of ``actual`` to ``tolerance``, relative and absolute.
 
     Given ``standard``, an error that the numerics contract allows passes too: where large terms cancel, what
     is left may be small and its error is not.
     """
-    for name in Results._fields:
+    for name in expected._fields:
+        if getattr(expected, name) is None:
+            assert getattr(actual, name) is None, name
+            continue
         got, want = (getattr(results, name).astype(np.float64) for results in (actual, expected))
         absolute = tolerance
         if standard is not None and want.size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,14 +36,22 @@ class Framework:
     module: ClassVar[str]
     type_name: ClassVar[str]
     noun: ClassVar[str]  # "a NumPy array", for messages
+    draws_seeds: ClassVar[bool] = False  # has a generator of its own for dropout's seed
 
     def owns(self, x: Any) -> bool:
         cls = getattr(sys.modules.get(self.module), self.type_name, None)
         return cls is not None and isinstance(x, cls)
 
-    def adapter(self, q: Any, k: Any, v: Any) -> Any:
+    def adapter(self, q: Any, k: Any, v: Any, *operands: Any) -> Any:
         """The module that computes this call if the library differentiates or traces it, else None."""
         return None
+
+    def draw_seed(self, q: Any) -> Any:
+        """A seed of dropout on q's device, from the library's own generator."""
+        raise ValueError(
+            "seed must be given with dropout_p: an integer or an integer array, the same for attention and "
+            "attention_backward and another for each call that is to drop other probabilities"
+        )
 
 
 class Native(Framework):
@@ -53,9 +61,11 @@ class Native(Framework):
         """``function`` as it must be called where the library may be tracing the caller."""
         return function
 
-    def operands(self, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-        """What ``attention`` computes with, given q, k and v: less what only the library's gradients need."""
-        return q, k, v
+    def detached(
+        self, q: Any, k: Any, v: Any, operands: Mapping[str, Any]
+    ) -> tuple[Any, Any, Any, Mapping[str, Any]]:
+        """What ``attention`` computes with, given these: less what only the library's gradients need."""
+        return q, k, v, operands
 
     def on_gpu(self, x: Any) -> bool:
         raise NotImplementedError

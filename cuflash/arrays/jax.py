@@ -17,9 +17,9 @@ class JaxArrays(Borrowed):
     module, type_name, noun = "jax", "Array", "a JAX array"
     takes_out: ClassVar[bool] = False
 
-    def adapter(self, q: Any, k: Any, v: Any) -> Any:
+    def adapter(self, q: Any, k: Any, v: Any, *operands: Any) -> Any:
         tracer = sys.modules["jax"].core.Tracer
-        if isinstance(q, tracer) or isinstance(k, tracer) or isinstance(v, tracer):
+        if any(isinstance(x, tracer) for x in (q, k, v, *operands)):
             from cuflash import jax as adapter
 
             return adapter
@@ -40,7 +40,7 @@ class JaxArrays(Borrowed):
                 "one device"
             )
         if not isinstance(x.dtype, np.dtype):  # PRNG keys
-            raise TypeError(f"{name} has dtype {x.dtype}; attention takes floating point arrays")
+            raise TypeError(f"{name} has dtype {x.dtype}; of a key attention takes jax.random.key_data")
         (device,) = x.devices()
         # On the CPU by the buffer protocol: NumPy's DLPack has no bfloat16.
         return np.asarray(x) if device.platform == "cpu" else dlpack.borrow(x, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ from cuflash.arrays.base import ArrayInfo, GpuArrays, HostArrays, require_plain
 
 class TorchTensors(HostArrays, GpuArrays):
     module, type_name, noun = "torch", "Tensor", "a PyTorch tensor"
+    draws_seeds = True
 
-    def adapter(self, q: Any, k: Any, v: Any) -> Any:
+    def adapter(self, q: Any, k: Any, v: Any, *operands: Any) -> Any:
         torch = sys.modules["torch"]
         if (
             torch.compiler.is_compiling()
             or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+            or (operands and torch.is_grad_enabled() and any(x.requires_grad for x in operands))
             or torch._C._are_functorch_transforms_active()
             or ((dtype := autocast_dtype(q)) is not None and not q.dtype == k.dtype == v.dtype == dtype)
         ):
@@ -27,11 +29,18 @@ class TorchTensors(HostArrays, GpuArrays):
             return adapter
         return None
 
-    def operands(self, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    def draw_seed(self, q: Any) -> Any:
+        # A tensor where q is: on a GPU nothing waits for it, and every replay of a CUDA graph draws another.
+        torch = sys.modules["torch"]
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=q.device)
+
+    def detached(
+        self, q: Any, k: Any, v: Any, operands: Mapping[str, Any]
+    ) -> tuple[Any, Any, Any, Mapping[str, Any]]:
         from cuflash.torch import autocast
 
         q, k, v = autocast(q.detach(), k.detach(), v.detach())
-        return q, k, v
+        return q, k, v, {name: x.detach() if self.owns(x) else x for name, x in operands.items()}
 
     def untraced(self, function: Callable[..., Any]) -> Callable[..., Any]:
         # Inside torch.compile a call is a graph break: Dynamo follows tensor operations, not addresses.

@@ -29,6 +29,9 @@ constexpr int kWarpSize = 32;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // A compile-time value passed as an argument: kernels use it to give a lambda two bodies.

@@ -29,6 +29,10 @@
 //          kPStored, kDsShared (one half each, only if kColumnWarps > 1): P or dS can be read as an A operand.
 // Masks    keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
 //          past the last. Query blocks start at the first row that sees a key: rows before it are never read.
+// Modifiers (docs/modifiers.md) each behind an if constexpr, in the probability warps: scores, masks and dropout as in the
+//          forward, transposed. They store P times softcap's slope, with the sign bit of what dropout dropped, so the
+//          gradient warps need no score. Where P is shared to multiply dO too (kColumnWarps > 1), that is another tile.
+//          Gradients of bias and sinks: backward_bias.cu, backward_sinks.cu.
 // Numerics S, dP, dV, dK and dQ in float32; P and dS rounded to Element for the products, P also for dS.
 // Order    dK and dV are bit-stable. dQ is summed in float32 by atomics, in any order, or with kDeterministic in the
 //          order of n_block: each warp's share of each query block has a turn (core/turn.cuh).
@@ -36,19 +40,26 @@
 // Speed    docs/fa2-backward.md.
 // Sibling  FlashAttention-2's own kernel keeps S untransposed and passes P and dS through shared memory for dV and dK.
 #include "core/dq_workspace.cuh"
+#include "core/dropout.cuh"
+#include "core/is_read.cuh"
+#include "core/mask_tiles.cuh"
 #include "core/mask_transposed.cuh"
+#include "core/modifier_params.cuh"
 #include "core/scheduler.cuh"
+#include "core/score.cuh"
 #include "core/strides.cuh"
 #include "core/turn.cuh"
+#include "core/visible.cuh"
 #include "core/widen.cuh"
 #include "fa2/load_tile.cuh"
+#include "fa2/modified_probabilities.cuh"
 #include "fa2/products.cuh"
 #include "fa2/store_gradient.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/shared_memory.cuh"
 
-struct BackwardParams {
+struct BackwardParams : ModifierParams<Config::kModified> {
   Strides q, k, v, dout, dk, dv;
   int first_row;         // the first query that sees a key; the counts and the offset below start from it
   int seqlen_q;          // queries from there on
@@ -100,6 +111,12 @@ constexpr int kPOffset = kDoutOffset + kStages * kDoutBytes;
 constexpr int kDsOffset = kPOffset + kBlockM * kBlockN * 2;
 constexpr int kLseOffset = kDsOffset + kBlockM * kBlockN * 2;
 constexpr int kDeltaOffset = kLseOffset + kStages * kBlockM * 4;
+// P as the gradient warps need it: apart from P[key][query] where that multiplies dO and is another.
+constexpr bool kTwoPs = kHasSlope || Config::kDropout;
+constexpr bool kSplitP = kColumnWarps > 1 && kTwoPs;
+constexpr int kGradientPOffset = kSplitP ? kDeltaOffset + kStages * kBlockM * 4 : kPOffset;
+constexpr bool kBanded = Config::kWindow || kMasks;
+constexpr bool kChangesP = kModifiesScores || kBanded || Config::kDropout;
 
 enum Barrier { kPReady = 1, kDsReady, kDsStored, kPStored, kDsShared };
 
@@ -115,10 +132,11 @@ struct QueryBlock {
 };
 
 // Stores P or dS, packed as operands A, into its [key][query] tile.
-__device__ __forceinline__ void store_operand(unsigned char* tile, const OperandA<kMTiles, kNTiles / 2>& a, int row,
+template <int kStrips>
+__device__ __forceinline__ void store_operand(unsigned char* tile, const OperandA<kStrips, kNTiles / 2>& a, int row,
                                               int chunk) {
 #pragma unroll
-  for (int m = 0; m < kMTiles; ++m) {
+  for (int m = 0; m < kStrips; ++m) {
 #pragma unroll
     for (int i = 0; i < kNTiles * 2; ++i) {
       *reinterpret_cast<unsigned*>(tile + operand_offset<PTile>(row, chunk, m, i / 4, i % 4)) = a.reg[m][i / 4][i % 4];
@@ -155,14 +173,14 @@ __device__ __forceinline__ void multiply_operand(float (&acc)[kMTiles][kTiles][4
 }
 
 // Adds this warp's share of dS K to one block of the workspace.
-__device__ __forceinline__ void accumulate_dq(float* workspace, int* turn, int n_block, unsigned ds_smem,
+__device__ __forceinline__ void accumulate_dq(float* workspace, int* turn, int mine, unsigned ds_smem,
                                               unsigned k_smem, int warp) {
   const int row_tile = warp / kDqColumnWarps * kDqMTiles;
   const int pair = warp % kDqColumnWarps * kDqPairs;
   const int pairs = kHeadDim / 16 % kDqColumnWarps == 0 ? kDqPairs : kHeadDim / 16 - pair;
   float acc_dq[kDqMTiles][2 * kDqPairs][4] = {};
   multiply_at_b<Element, kBlockN, kBlockM, kHeadDim>(acc_dq, ds_smem, row_tile, k_smem, pair, pairs);
-  if constexpr (Config::kDeterministic) wait_for_turn(turn + warp, n_block);
+  if constexpr (Config::kDeterministic) wait_for_turn(turn + warp, mine);
 #pragma unroll
   for (int m = 0; m < kDqMTiles; ++m) {
 #pragma unroll
@@ -211,9 +229,11 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
   const Tile tile = longest_first(blockIdx.x, params.n_blocks, params.heads_kv, params.batch_heads, params.heads_per_wave);
   const int n_block = params.n_blocks - 1 - tile.m_block;
   const int block_key = n_block * kBlockN;
-  const int keys = params.seqlen_k_visible - block_key;
+  const Visible<BackwardParams> visible = visible_in(params, tile.batch, params.first_row);
+  const int keys = visible.keys() - block_key;
   const int m_begin = Config::kCausal ? max(0, block_key - params.causal_offset) / kBlockM : 0;
-  const int visits = keys > 0 ? max(0, params.m_blocks - m_begin) * params.group_size : 0;
+  const int m_end = visited_end<kBlockM, kBlockN>(visible, block_key, params.m_blocks);
+  int visits = keys > 0 ? max(0, m_end - m_begin) * params.group_size : 0;
   const int first_head = tile.head * params.group_size;
   const long long first_batch_head = (long long)tile.batch * params.heads_kv * params.group_size + first_head;
 
@@ -224,34 +244,67 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
   dk += tile.batch * params.dk.batch + tile.head * params.dk.head + block_key * params.dk.row;
   dv += tile.batch * params.dv.batch + tile.head * params.dv.head + block_key * params.dv.row;
 
+  const auto mask_tiles = [&](int head_of_group) {
+    return tiles_of_keys(params, tile.batch, first_head + head_of_group, n_block);
+  };
+  QueryBlock first = {0, m_begin};
+  // To the next block, or to the first that the mask does not hide.
+  const auto skip_hidden = [&](QueryBlock& at) {
+    while (at.head < params.group_size && mask_tiles(at.head).hides(at.m_block)) at.advance(m_begin, m_end);
+  };
+  if constexpr (kMasks) {
+    if (visits > 0) {
+      visits = 0;
+      for (int i = 0; i < params.group_size; ++i) visits += count_shown(mask_tiles(i), m_begin, m_end);
+      skip_hidden(first);
+    }
+  }
+  const auto advance = [&](QueryBlock& at) {
+    // A plain kernel's code is that of the parameter, not of a variable.
+    at.advance(m_begin, Config::kWindow || Config::kQueryPadding ? m_end : params.m_blocks);
+    if constexpr (kMasks) skip_hidden(at);
+  };
+  // How many thread blocks add to a query block of dQ before this one.
+  const auto turn_at = [&](const QueryBlock& at) {
+    if constexpr (Config::kDeterministic && kBanded) {
+      const int from = first_visited<kBlockM, kBlockN>(params, at.m_block);
+      if constexpr (!kMasks) return n_block - from;
+      else return count_shown(tiles_of_queries(params, tile.batch, first_head + at.head, at.m_block), from, n_block);
+    } else {
+      return n_block;
+    }
+  };
   // Index of a query block in (batch, heads_q, m_blocks).
   const auto block_index = [&](const QueryBlock& at) {
     return (first_batch_head + at.head) * params.m_blocks + at.m_block;
   };
-  QueryBlock to_load = {0, m_begin};
+  QueryBlock to_load = first;
   const auto load_q = [&](int slot) {  // with lse, by the gradient warps
     const int row = to_load.m_block * kBlockM;
     load_tile<kBlockM, kHeadDim, kHalf>(k_smem + kQOffset + slot * kQBytes,
                                         q + to_load.head * params.q.head + row * params.q.row, params.q.row,
-                                        params.seqlen_q - row, params.head_dim, loader);
+                                        visible.queries() - row, params.head_dim, loader,
+                                        queries_read(params, row));
     load_floats<kBlockM, kHalf>(k_smem + kLseOffset + slot * kBlockM * 4, lse_log2 + block_index(to_load) * kBlockM, loader);
     cp_async_commit_group();
-    to_load.advance(m_begin, params.m_blocks);
+    advance(to_load);
   };
   const auto load_dout = [&](int slot) {  // with delta, by the probability warps
     const int row = to_load.m_block * kBlockM;
     load_tile<kBlockM, kHeadDimV, kHalf>(k_smem + kDoutOffset + slot * kDoutBytes,
                                          dout + to_load.head * params.dout.head + row * params.dout.row,
-                                         params.dout.row, params.seqlen_q - row, params.head_dim_v, loader);
+                                         params.dout.row, visible.queries() - row, params.head_dim_v, loader,
+                                         queries_read(params, row));
     load_floats<kBlockM, kHalf>(k_smem + kDeltaOffset + slot * kBlockM * 4, delta + block_index(to_load) * kBlockM, loader);
     cp_async_commit_group();
-    to_load.advance(m_begin, params.m_blocks);
+    advance(to_load);
   };
 
   // The first of each ring with K and V, the second on its way.
   if (visits > 0) {
-    load_tile<kBlockN, kHeadDim, kThreads>(k_smem, k, params.k.row, keys, params.head_dim, threadIdx.x);
-    load_tile<kBlockN, kHeadDimV, kThreads>(v_smem, v, params.v.row, keys, params.head_dim_v, threadIdx.x);
+    const auto is_read = keys_read(params, tile.batch, first_head, params.group_size, block_key);
+    load_tile<kBlockN, kHeadDim, kThreads>(k_smem, k, params.k.row, keys, params.head_dim, threadIdx.x, is_read);
+    load_tile<kBlockN, kHeadDimV, kThreads>(v_smem, v, params.v.row, keys, params.head_dim_v, threadIdx.x, is_read);
   }
 #pragma unroll
   for (int slot = 0; slot < kStages; ++slot) {
@@ -265,7 +318,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
   cp_async_wait_group<kStages - 1>();
   __syncthreads();
 
-  QueryBlock at = {0, m_begin};
+  QueryBlock at = first;
   if (probability_warp) {
     float acc_dv[kMTiles][kDvTiles][4] = {};
     for (int visit = 0; visit < visits; ++visit) {
@@ -276,25 +329,37 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
         multiply_a_bt<Element, kHeadDim>(acc_s, k_smem, key_row, k_smem + kQOffset + slot * kQBytes, query_column);
         const FloatPair* lse_pair = reinterpret_cast<const FloatPair*>(smem + kLseOffset) +
                                     (slot * kBlockM + query_column) / 2 + lane % 4;
+        const int row = at.m_block * kBlockM;
+        if constexpr (kChangesP) {
+          const bool masked = !visible.sees_all<kBlockM, kBlockN>(row, block_key) ||
+                              mask_tiles(at.head).is_mixed(at.m_block);
+          modified_probabilities<Element>(acc_s, lse_pair, visible, tile.batch, first_head + at.head, block_key + key_row,
+                                          row + query_column, masked, [&](const auto& strip, int m) {
+                                            store_operand(smem + kGradientPOffset, strip, key_row + 16 * m, query_column / 8);
+                                          });
+        } else {
 #pragma unroll
-        for (int n = 0; n < kNTiles; ++n) {
-          const FloatPair lse = lse_pair[4 * n];
+          for (int n = 0; n < kNTiles; ++n) {
+            const FloatPair lse = lse_pair[4 * n];
 #pragma unroll
-          for (int m = 0; m < kMTiles; ++m) {
+            for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              acc_s[m][n][i] = ex2_approx(acc_s[m][n][i] * params.scale_log2 - (i % 2 == 0 ? lse.lo : lse.hi));
+              for (int i = 0; i < 4; ++i) {
+                acc_s[m][n][i] = ex2_approx(acc_s[m][n][i] * params.scale_log2 - (i % 2 == 0 ? lse.lo : lse.hi));
+              }
             }
           }
-        }
-        const int row = at.m_block * kBlockM;
-        if (keys < kBlockN || (Config::kCausal && block_key + kBlockN - 1 > row + params.causal_offset)) {
-          zero_hidden<Config::kCausal>(acc_s, block_key + key_row, row + query_column, params.seqlen_k_visible,
-                                       params.causal_offset);
+          if (keys < kBlockN || (Config::kCausal && block_key + kBlockN - 1 > row + params.causal_offset)) {
+            zero_hidden<Config::kCausal>(acc_s, block_key + key_row, row + query_column, visible.keys(),
+                                         params.causal_offset);
+          }
         }
         pack<Element>(p_reg, acc_s);
       }
-      store_operand(smem + kPOffset, p_reg, key_row, query_column / 8);
+      // Where the gradient warps need another P, which is stored, registers have the one that multiplies dO.
+      if constexpr (kSplitP || !kTwoPs) {
+        store_operand(smem + kPOffset, p_reg, key_row, query_column / 8);
+      }
       cp_async_wait_group<0>();
       bar_arrive(kPReady, kThreads);
       if constexpr (kColumnWarps > 1) bar_sync(kPStored, kHalf);
@@ -303,11 +368,11 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       bar_sync(kDsReady, kThreads);
       if (visit + kStages < visits) load_dout(slot);
       const long long block = block_index(at);
-      accumulate_dq(workspace + block * Workspace::kBlock, turns + block * Config::kWarps, n_block, ds_smem, k_smem, warp);
-      at.advance(m_begin, params.m_blocks);
+      accumulate_dq(workspace + block * Workspace::kBlock, turns + block * Config::kWarps, turn_at(at), ds_smem, k_smem, warp);
+      advance(at);
     }
     __syncthreads();  // everybody is done with K and V
-    store_gradient<kHeadDimV>(acc_dv, 1.0f, smem + kVOffset, key_row, column_warp * kDvTiles, dv, params.dv.row,
+    store_gradient<kHeadDimV>(acc_dv, kept_scale(params), smem + kVOffset, key_row, column_warp * kDvTiles, dv, params.dv.row,
                               params.seqlen_k - block_key, params.head_dim_v);
   } else {
     float acc_dk[kMTiles][kDTiles][4] = {};
@@ -317,10 +382,19 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       {
         float acc_dp[kMTiles][kNTiles][4] = {};
         multiply_a_bt<Element, kHeadDimV>(acc_dp, v_smem, key_row, k_smem + kDoutOffset + slot * kDoutBytes, query_column);
+        if constexpr (Config::kDropout && Config::kScoreMod) {
+          // The slope of a formula may be negative: no sign bit is left to tell what was dropped.
+#pragma unroll
+          for (int i = 0; i < kMTiles * kNTiles * 4; ++i) acc_dp[i / 4 / kNTiles][i / 4 % kNTiles][i % 4] *= kept_scale(params);
+          dropout_of(params, tile.batch, first_head + at.head)
+              .template for_each_dropped<true, kMTiles, kNTiles>(
+                  block_key + key_row, params.first_row + at.m_block * kBlockM + query_column,
+                  [&](int m, int j, int r) { acc_dp[m][j][r] = 0.0f; });
+        }
         const FloatPair* delta_pair = reinterpret_cast<const FloatPair*>(smem + kDeltaOffset) +
                                       (slot * kBlockM + query_column) / 2 + lane % 4;
         bar_sync(kPReady, kThreads);
-        load_operand(ds_reg, k_smem + kPOffset, key_row, query_column / 8);
+        load_operand(ds_reg, k_smem + kGradientPOffset, key_row, query_column / 8);
 #pragma unroll
         for (int i = 0; i < kNTiles * 2; ++i) {
           const FloatPair delta_of = delta_pair[4 * (i / 2)];
@@ -329,8 +403,13 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
             unsigned& p_then_ds = ds_reg.reg[m][i / 4][i % 4];
             const FloatPair p = widen<Element>(p_then_ds);
             const float(&dp)[4] = acc_dp[m][i / 2];
-            p_then_ds =
-                Element::pack(p.lo * (dp[i % 2 * 2] - delta_of.lo), p.hi * (dp[i % 2 * 2 + 1] - delta_of.hi));
+            if constexpr (Config::kDropout && !Config::kScoreMod) {
+              p_then_ds = Element::pack(ds_of_signed(p.lo, dp[i % 2 * 2], delta_of.lo, kept_scale(params)),
+                                        ds_of_signed(p.hi, dp[i % 2 * 2 + 1], delta_of.hi, kept_scale(params)));
+            } else {
+              p_then_ds =
+                  Element::pack(p.lo * (dp[i % 2 * 2] - delta_of.lo), p.hi * (dp[i % 2 * 2 + 1] - delta_of.hi));
+            }
           }
         }
       }
@@ -343,8 +422,8 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       bar_sync(kDsStored, kHalf);
       if (visit + kStages < visits) load_q(slot);
       const long long block = block_index(at);
-      accumulate_dq(workspace + block * Workspace::kBlock, turns + block * Config::kWarps, n_block, ds_smem, k_smem, warp);
-      at.advance(m_begin, params.m_blocks);
+      accumulate_dq(workspace + block * Workspace::kBlock, turns + block * Config::kWarps, turn_at(at), ds_smem, k_smem, warp);
+      advance(at);
     }
     __syncthreads();
     store_gradient<kHeadDim>(acc_dk, params.scale, smem, key_row, column_warp * kDTiles, dk, params.dk.row,

@@ -9,14 +9,16 @@
 // Threads  kThreads; groups of eight lanes sum one row, 16 bytes a lane and step.
 // Memory   reads dO, O, lse and dlse in place through their strides; writes whole blocks, for rows past the last too:
 //          there delta = 0 and lse_log2 = +inf, so that backward.cu gets P = 2^(S − inf) = 0 without a mask. A row that
-//          sees no key, lse = −inf, gets +inf for the same reason.
+//          sees no key, lse = −inf, gets +inf for the same reason, and so does a query that is padding.
 // Numerics float32.
 // Speed    limited by memory; a few per cent of the backward.
 #include "core/dq_workspace.cuh"
+#include "core/modifier_params.cuh"
+#include "core/read_operand.cuh"
 #include "core/strides.cuh"
 #include "core/widen.cuh"
 
-struct PreprocessParams {
+struct PreprocessParams : ModifierParams<Config::kModified> {
   Strides dout, out, lse, dlse;  // of lse and dlse, row is the last axis
   int first_row;                 // the first query that sees a key, block 0 starts there
   int seqlen_q;                  // queries from there on
@@ -29,7 +31,6 @@ constexpr int kBlockM = Config::kBlockM;
 constexpr int kThreads = Config::kThreads;
 constexpr int kLanesPerRow = 8;
 constexpr int kRowsPerPass = kThreads / kLanesPerRow;
-constexpr float kLog2E = 1.4426950408889634f;
 
 extern "C" __global__ void __launch_bounds__(kThreads)
 fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, heads_q, head_dim_v)
@@ -54,7 +55,7 @@ fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, 
   for (int pass = 0; pass < ceil_div(kBlockM, kRowsPerPass); ++pass) {
     const int row_in_block = pass * kRowsPerPass + threadIdx.x / kLanesPerRow;
     const int row = m_block * kBlockM + row_in_block;
-    const bool inside = row_in_block < kBlockM && row < params.seqlen_q;
+    const bool inside = row_in_block < kBlockM && row < real_queries(params, batch, params.first_row);
     float sum = 0.0f;
     if (inside) {
       for (int column = lane * 8; column < params.head_dim_v; column += kLanesPerRow * 8) {

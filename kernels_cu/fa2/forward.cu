@@ -23,27 +23,39 @@
 //           stores and its reads.
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > row + causal_offset get −inf. Rows and columns outside the tensors
 //           are loaded as zeros. A row that sees no key gives out = 0, lse = −inf.
+// Modifiers (docs/modifiers.md) each behind an if constexpr. Scores: core/score.cuh; which tiles are visited, and what
+//           is hidden in them: core/visible.cuh, core/mask_tiles.cuh, core/hide.cuh; then core/dropout.cuh between the
+//           two products and core/sinks.cuh at the end. Keys that no query sees are loaded as zeros.
 // Numerics  S, P's sums and O in float32; P rounded to Element for the second product; row_max may lag by 2^8.
 // Configs   head dims to 256 in steps of 16 (others zero-padded by the loads), Dv ≠ D, float16 and bfloat16.
 // Speed     docs/fa2-forward.md, generated from benchmarks/results/.
 // Sibling   FlashAttention-1 loops over K/V outside, rescales O in memory and splits the keys between warps.
+#include "core/dropout.cuh"
 #include "core/fragment.cuh"
+#include "core/hide.cuh"
+#include "core/is_read.cuh"
 #include "core/layout.cuh"
 #include "core/mask.cuh"
+#include "core/mask_tiles.cuh"
+#include "core/modifier_params.cuh"
 #include "core/scheduler.cuh"
+#include "core/score.cuh"
+#include "core/score_mod.cuh"
+#include "core/sinks.cuh"
 #include "core/softmax.cuh"
 #include "core/strides.cuh"
-#include "core/tile_range.cuh"
 #include "core/types.cuh"
+#include "core/visible.cuh"
 #include "fa2/load_tile.cuh"
 #include "fa2/products.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/shared_memory.cuh"
 
-struct ForwardParams {
+struct ForwardParams : ModifierParams<Config::kModified> {
   Strides q, k, v, out;
-  int seqlen_q, seqlen_k;  // seqlen_k counts the keys some query sees: those past it are never read
+  int seqlen_q;
+  int seqlen_k_visible;  // keys that some query sees: those past them are never read
   int heads_q, group_size, batch_heads;
   int head_dim, head_dim_v;
   int causal_offset;
@@ -62,8 +74,10 @@ constexpr int kWarpRows = kBlockM / Config::kWarps;
 constexpr int kMTiles = kWarpRows / 16;  // m16 tiles of a warp: with two, each K/V fragment is used twice
 constexpr int kNTiles = kBlockN / 8;
 constexpr int kDTiles = kHeadDimV / 8;
+constexpr bool kBanded = Config::kWindow || Config::kQueryPadding || kMasks;  // more than the end of a row is hidden
 static_assert(kBlockM % (16 * Config::kWarps) == 0 && kBlockN % 16 == 0, "whole mma tiles");
 static_assert(kStages >= 2, "a K tile and a V tile");
+static_assert(!kMasks || kStages <= 3, "only the next tile is loaded ahead");
 
 using VTile = SwizzledTile<kHeadDimV>;
 using OTile = SwizzledTile<kHeadDimV>;
@@ -101,6 +115,15 @@ __device__ __forceinline__ void multiply_p_v(float (&acc_o)[kMTiles][kDTiles][4]
   }
 }
 
+// Starts the copy of a tile of K or V, of one head: keys that nobody sees become zeros.
+template <int kColumns, class IsRead>
+__device__ __forceinline__ void load_keys(unsigned slot_smem, const Element* head, long long row_stride, int n_block,
+                                          int keys, int columns, const IsRead& is_read) {
+  const Element* tile_gmem = head + (long long)n_block * kBlockN * row_stride;
+  load_tile<kBlockN, kColumns, kThreads>(slot_smem, tile_gmem, row_stride, keys - n_block * kBlockN, columns,
+                                         threadIdx.x, is_read);
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)
 fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head_dim)
             const Element* __restrict__ k,    // (batch, seqlen_k, heads_kv, head_dim)
@@ -118,8 +141,9 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
   const int block_row = tile.m_block * kBlockM;
   const int warp_row = block_row + warp * kWarpRows;
   const int head_kv = tile.head / params.group_size;
-  const TileRange tiles = key_tiles<kBlockN, Config::kCausal>(
-      block_row, min(block_row + kBlockM, params.seqlen_q), params.seqlen_k, params.causal_offset);
+  const Visible<ForwardParams> visible = visible_in(params, tile.batch, 0);
+  const KeyTiles tiles = visited_tiles<kBlockM, kBlockN>(visible, block_row);
+  const MaskTiles mask_tiles = tiles_of_queries(params, tile.batch, tile.head, tile.m_block);
 
   q += tile.batch * params.q.batch + tile.head * params.q.head + block_row * params.q.row;
   k += tile.batch * params.k.batch + head_kv * params.k.head;
@@ -127,29 +151,28 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
   out += tile.batch * params.out.batch + tile.head * params.out.head;
 
   const auto load_k = [&](int n_block, int slot) {
-    if (n_block >= 0) {
-      load_tile<kBlockN, kHeadDim, kThreads>(ring_smem + slot * kSlotBytes, k + (long long)n_block * kBlockN * params.k.row,
-                                   params.k.row, params.seqlen_k - n_block * kBlockN, params.head_dim,
-                   threadIdx.x);
+    if (n_block >= tiles.begin) {
+      load_keys<kHeadDim>(ring_smem + slot * kSlotBytes, k, params.k.row, n_block, visible.keys(), params.head_dim,
+                          keys_read(params, tile.batch, tile.head, 1, n_block * kBlockN));
     }
     cp_async_commit_group();
   };
   const auto load_v = [&](int n_block, int slot) {
-    if (n_block >= 0) {
-      load_tile<kBlockN, kHeadDimV, kThreads>(ring_smem + slot * kSlotBytes, v + (long long)n_block * kBlockN * params.v.row,
-                                    params.v.row, params.seqlen_k - n_block * kBlockN, params.head_dim_v,
-                   threadIdx.x);
+    if (n_block >= tiles.begin) {
+      load_keys<kHeadDimV>(ring_smem + slot * kSlotBytes, v, params.v.row, n_block, visible.keys(), params.head_dim_v,
+                           keys_read(params, tile.batch, tile.head, 1, n_block * kBlockN));
     }
     cp_async_commit_group();
   };
+  const int first = kMasks ? mask_tiles.before(tiles.end) : tiles.end - 1;  // the tile visited first
 
   // The ring holds K and V tiles in the order they are used, K first. kStages − 1 of them are on their way.
-  load_tile<kBlockM, kHeadDim, kThreads>(q_smem, q, params.q.row, params.seqlen_q - block_row, params.head_dim,
+  load_tile<kBlockM, kHeadDim, kThreads>(q_smem, q, params.q.row, visible.queries() - block_row, params.head_dim,
                                          threadIdx.x);
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
-    if (i % 2 == 0) load_k(tiles.end - 1 - i / 2, i);
-    else load_v(tiles.end - 1 - i / 2, i);
+    if (i % 2 == 0) load_k(first - i / 2, i);
+    else load_v(first - i / 2, i);
   }
   int slot = 0;  // of the tile used next
   // Waits for that tile, and for every warp to be done with the one before it, whose slot is then free.
@@ -163,10 +186,16 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
 
   float acc_o[kMTiles][kDTiles][4] = {};
   OnlineSoftmax<kMTiles> softmax;
+  const ScoreModifiers<Element> modifiers = score_modifiers<Element>(params, tile.batch, tile.head, 0);
+  const auto mask = mask_of(params, tile.batch, tile.head, 0);
+  const Dropout dropout = dropout_of(params, tile.batch, tile.head);
+  // Modified scores are in base 2 already.
+  const float scale_log2 = kModifiesScores ? 1.0f : params.scale_log2;
 
   const auto visit = [&](int n_block, auto masked) {
+    const int ahead = kMasks ? mask_tiles.before(n_block) : n_block - kStages / 2;
     const unsigned k_smem = next_tile();
-    if constexpr (kStages % 2 == 1) load_k(n_block - kStages / 2, free_slot());
+    if constexpr (kStages % 2 == 1) load_k(ahead, free_slot());
     else load_v(n_block - (kStages / 2 - 1), free_slot());
     advance_slot();
     float acc_s[kMTiles][kNTiles][4] = {};
@@ -179,23 +208,45 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
         s = -s;
       }
     }
-    if constexpr (decltype(masked)::value) {
-      apply_mask<Config::kCausal>(acc_s, warp_row, n_block * kBlockN, params.seqlen_k, params.causal_offset);
+    if constexpr (Config::kScoreMod) {
+      apply_score_mod<false>(acc_s, warp_row, n_block * kBlockN, visible.queries(), visible.keys(), params, tile.batch,
+                             tile.head, 0, [](int, int, int, float) {});
     }
-    softmax.update(acc_s, acc_o, params.scale_log2);
+    if constexpr (kModifiesScores) {
+      modifiers.template apply<false>(acc_s, warp_row, n_block * kBlockN, visible.queries(), visible.keys(),
+                                      [](int, int, int, float) {});
+    }
+    if constexpr (decltype(masked)::value) {
+      if constexpr (kBanded) hide<false>(acc_s, warp_row, n_block * kBlockN, visible, mask, -infinity());
+      else apply_mask<Config::kCausal>(acc_s, warp_row, n_block * kBlockN, visible.keys(), params.causal_offset);
+    }
+    softmax.update(acc_s, acc_o, scale_log2);
+    if constexpr (Config::kDropout) {
+      dropout.for_each_dropped<false, kMTiles, kNTiles>(warp_row, n_block * kBlockN,
+                                                        [&](int m, int j, int r) { acc_s[m][j][r] = 0.0f; });
+    }
 
     const unsigned v_smem = next_tile();
-    if constexpr (kStages % 2 == 1) load_v(n_block - kStages / 2, free_slot());
-    else load_k(n_block - kStages / 2, free_slot());
+    if constexpr (kStages % 2 == 1) load_v(ahead, free_slot());
+    else load_k(ahead, free_slot());
     advance_slot();
     multiply_p_v(acc_o, acc_s, v_smem);
   };
   // Masked tiles are peeled off, so that full ones pay nothing for the mask.
-  for (int n_block = tiles.end - 1; n_block >= tiles.full_end; --n_block) visit(n_block, Constant<true>{});
-  for (int n_block = min(tiles.full_end, tiles.end) - 1; n_block >= 0; --n_block) visit(n_block, Constant<false>{});
+  if constexpr (kBanded) {
+    for (int n_block = first; n_block >= tiles.begin; n_block = mask_tiles.before(n_block)) {
+      const bool full = n_block >= tiles.full_begin && n_block < tiles.full_end && !mask_tiles.is_mixed(n_block);
+      if (full) visit(n_block, Constant<false>{});
+      else visit(n_block, Constant<true>{});
+    }
+  } else {
+    for (int n_block = tiles.end - 1; n_block >= tiles.full_end; --n_block) visit(n_block, Constant<true>{});
+    for (int n_block = min(tiles.full_end, tiles.end) - 1; n_block >= 0; --n_block) visit(n_block, Constant<false>{});
+  }
 
   // Epilogue: O is divided by the row sum and leaves through the shared memory of Q, in 16-byte rows.
   softmax.finish();
+  const Sink sink = sink_of<Element>(params, tile.batch, tile.head);
   cp_async_wait_group<0>();
   __syncthreads();
 #pragma unroll
@@ -203,15 +254,24 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = m * 16 + Fragment::row(half);
-      const float inverse = softmax.inverse_sum(m, half);
+      float inverse = softmax.inverse_sum(m, half);
+      if constexpr (Config::kSinks) {
+        inverse = sink.inverse_sum(softmax.row_max[m][half] * scale_log2, softmax.row_sum[m][half]);
+      }
+      if constexpr (Config::kDropout) inverse *= kept_scale(params);
 #pragma unroll
       for (int d = 0; d < kDTiles; ++d) {
         *reinterpret_cast<unsigned*>(smem + OTile::offset(warp * kWarpRows + row, d) + lane % 4 * 4) =
             Element::pack(acc_o[m][d][2 * half] * inverse, acc_o[m][d][2 * half + 1] * inverse);
       }
       if (lse != nullptr && lane % 4 == 0 && warp_row + row < params.seqlen_q) {
-        lse[((long long)tile.batch * params.heads_q + tile.head) * params.seqlen_q + warp_row + row] =
-            softmax.log_sum_exp(m, half, params.scale);
+        float row_lse = softmax.log_sum_exp(m, half, kModifiesScores ? kLn2 : params.scale);
+        if constexpr (Config::kSinks) {
+          if (warp_row + row < visible.queries()) {
+            row_lse = sink.log_sum_exp(softmax.row_max[m][half] * scale_log2, softmax.row_sum[m][half]);
+          }
+        }
+        lse[((long long)tile.batch * params.heads_q + tile.head) * params.seqlen_q + warp_row + row] = row_lse;
       }
     }
   }

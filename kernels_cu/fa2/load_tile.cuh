@@ -3,11 +3,16 @@
 #include "core/layout.cuh"
 #include "ptx/cp_async.cuh"
 
+struct EveryRow {
+  __device__ __forceinline__ bool operator()(int row) const { return true; }
+};
+
 // Starts the copy of kRows rows by kLoaders threads, of which this is number `loader`. kPeriod neighbouring threads
-// read neighbouring chunks of one row; rows from `rows` on and columns from `columns` on are written as zeros.
-template <int kRows, int kColumns, int kLoaders, class Element>
+// read neighbouring chunks of one row; rows from `rows` on, those that `is_read` denies, and
+// columns from `columns` on are written as zeros.
+template <int kRows, int kColumns, int kLoaders, class Element, class IsRead = EveryRow>
 __device__ __forceinline__ void load_tile(unsigned tile_smem, const Element* tile_gmem, long long row_stride, int rows,
-                                          int columns, unsigned loader) {
+                                          int columns, unsigned loader, const IsRead& is_read = {}) {
   using Layout = SwizzledTile<kColumns>;
   constexpr int kRowsPerPass = kLoaders / Layout::kPeriod;
   static_assert(kRowsPerPass % 8 == 0, "the swizzle of a thread's rows is the same in every pass");
@@ -20,7 +25,7 @@ __device__ __forceinline__ void load_tile(unsigned tile_smem, const Element* til
     if (kRows % kRowsPerPass == 0 || row + pass * kRowsPerPass < kRows) {
 #pragma unroll
       for (int j = 0; j < Layout::kChunks; j += Layout::kPeriod) {
-        const bool inside = row + pass * kRowsPerPass < rows && (chunk + j) * 8 < columns;
+        const bool inside = row + pass * kRowsPerPass < rows && is_read(row + pass * kRowsPerPass) && (chunk + j) * 8 < columns;
         cp_async_16(target + pass * kRowsPerPass * Layout::kRowBytes + j * 16, source + j * 8, inside ? 16 : 0);
       }
     }

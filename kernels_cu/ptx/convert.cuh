@@ -1,4 +1,4 @@
-// Conversions and the base-2 exponential, one instruction each.
+// Conversions, the base-2 exponential and the reciprocal, one instruction each.
 #pragma once
 
 // Two float32 to packed 16-bit floats, round to nearest even; lo lands in the low half.
@@ -25,5 +25,12 @@ __device__ __forceinline__ float ex2_approx(float x) {
 __device__ __forceinline__ float lg2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x, relative error under 2^-23; infinities give 0.
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }

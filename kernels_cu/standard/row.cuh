@@ -14,8 +14,6 @@ constexpr int kChunk = kThreadsPerRow * 8 * kVectors;  // columns that a row's t
 static_assert(kThreadsPerRow % kWarpSize == 0, "whole warps to a row");
 static_assert(kThreadsPerRow == kWarpSize || kRowsPerBlock == 1, "a barrier of the block is one of the row");
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 // First column of vector i of this thread in the chunk that starts at `chunk`.
 __device__ __forceinline__ int column_of(int chunk, int i) {
   return chunk + (i * kThreadsPerRow + threadIdx.x % kThreadsPerRow) * 8;

@@ -38,7 +38,10 @@ class Strides(ctypes.Structure):
 class ForwardParams(ctypes.Structure):
     _fields_ = [
         *((name, Strides) for name in ("q", "k", "v", "out")),
-        *((name, ctypes.c_int) for name in ("seqlen_q", "seqlen_k", "heads_q", "group_size", "batch_heads")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("seqlen_q", "seqlen_k_visible", "heads_q", "group_size", "batch_heads")
+        ),
         *((name, ctypes.c_int) for name in ("head_dim", "head_dim_v", "causal_offset", "m_blocks")),
         ("heads_per_wave", ctypes.c_int),
         ("scale_log2", ctypes.c_float),
@@ -62,7 +65,7 @@ def call_of(problem: Problem, l2_bytes: int = H100_L2) -> launch.KernelCall:
 
 def members(name: str, source: Path = FORWARD_CU) -> list[tuple[str, str]]:
     """(member, C type) of a struct in the kernel's source, in order."""
-    body = re.search(rf"struct {name} \{{(.*?)\}};", source.read_text(), re.S)
+    body = re.search(rf"struct {name}(?: : \S+)? \{{(.*?)\}};", source.read_text(), re.S)
     assert body is not None
     declarations = re.sub(r"//.*", "", body[1]).split(";")
     result = []
@@ -96,7 +99,7 @@ def test_params_hold_the_problem() -> None:
     call = call_of(problem)
     params = ForwardParams.from_buffer_copy(call.params.tobytes())
     assert [getattr(params.out, n) for n in ("batch", "row", "head")] == [30, 31, 32]
-    assert (params.seqlen_q, params.seqlen_k, params.causal_offset) == (300, 500, 200)
+    assert (params.seqlen_q, params.seqlen_k_visible, params.causal_offset) == (300, 500, 200)
     assert (params.heads_q, params.group_size, params.batch_heads) == (6, 3, 12)
     assert (params.head_dim, params.head_dim_v) == (64, 32)
     assert params.scale == 0.25, "the sign is Config.negative_scale"
@@ -110,8 +113,8 @@ def test_params_hold_the_problem() -> None:
 
 def test_keys_no_query_sees_are_not_counted() -> None:
     params = call_of(problem_of(5, 400, causal="top_left")).params
-    assert (params["seqlen_k"], params["causal_offset"]) == (5, 0)
-    assert call_of(problem_of(5, 0)).params["seqlen_k"] == 0
+    assert (params["seqlen_k_visible"], params["causal_offset"]) == (5, 0)
+    assert call_of(problem_of(5, 0)).params["seqlen_k_visible"] == 0
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.0, 1e-45, -1e-300])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash import launch_backward
+from cuflash import launch_backward, modified_backward
 from cuflash.config_backward import BackwardConfigs, choose
 from cuflash.launch import Strides
 from cuflash.launch_backward import BackwardCalls, BackwardStrides, backward_calls
@@ -23,6 +23,8 @@ STRUCTS = [
     ("fa2/backward_preprocess.cu", "PreprocessParams", launch_backward.PREPROCESS_PARAMS),
     ("fa2/backward.cu", "BackwardParams", launch_backward.BACKWARD_PARAMS),
     ("fa2/backward_postprocess.cu", "PostprocessParams", launch_backward.POSTPROCESS_PARAMS),
+    ("fa2/backward_sinks.cu", "SinksParams", modified_backward.SINKS_PARAMS),
+    ("fa2/backward_bias.cu", "BiasParams", modified_backward.BIAS_PARAMS),
 ]
 
 
@@ -44,7 +46,7 @@ def calls_of(problem: Problem, deterministic: bool = False) -> BackwardCalls:
 
 def members(path: str, struct: str) -> list[tuple[str, str]]:
     """(member, C type) of a struct in a kernel's source, in order."""
-    body = re.search(rf"struct {struct} \{{(.*?)\}};", (KERNELS / path).read_text(), re.S)
+    body = re.search(rf"struct {struct}(?: : \S+)? \{{(.*?)\}};", (KERNELS / path).read_text(), re.S)
     assert body is not None
     declarations = re.sub(r"//.*", "", body[1]).split(";")
     result = []

@@ -19,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 
-from cuflash import cublas, jit, launcher, tensor_map
+from cuflash import cublas, formulas, jit, launcher, tensor_map
 from cuflash.launch import Launchable
 from cuflash.tensor_map import EncodedMap
 from emulator import banks, device_memory, host_cublas, toolchain
@@ -127,7 +127,10 @@ def emulator(
     toolchain.runtime().emu_clear_bank_counts()
 
     def compile_(config: Any, arch: str, sources: Path | None = None) -> EmulatedProgram:
-        path = toolchain.compile_kernel(config.stub(), config.entry, session.edits)
+        try:
+            path = toolchain.compile_kernel(config.stub(), config.entry, session.edits)
+        except toolchain.CompileError as error:
+            raise formulas.blamed(str(error), config) or error from error
         return EmulatedProgram(config, arch, path)
 
     def load(program: EmulatedProgram, dynamic_shared_bytes: int = 0) -> Any:
@@ -136,10 +139,13 @@ def emulator(
 
         return function
 
-    def launcher_(function: Any, call: Launchable, *, maps: int = 0, addresses: int) -> Any:
+    def launcher_(function: Any, call: Launchable, *, maps: int = 0, addresses: int, arrays: int = 0) -> Any:
         def start(encoded: Sequence[EncodedMap], pointers: Sequence[int], stream: int) -> None:
-            assert (len(encoded), len(pointers)) == (maps, addresses)
-            arguments = (*(x.value for x in encoded), *pointers, call.params)
+            assert (len(encoded), len(pointers)) == (maps, addresses + arrays)
+            params = bytearray(call.params.tobytes())
+            params[: 8 * arrays] = np.array(pointers[addresses:], np.uint64).tobytes()
+            struct = np.frombuffer(params, np.uint8)
+            arguments = (*(x.value for x in encoded), *pointers[:addresses], struct)
             function(call.grid, call.block, arguments, call.shared_bytes)
 
         return start

@@ -59,7 +59,7 @@ BUGS = [
     Bug("dS without delta", BACKWARD,
         "(dp[i % 2 * 2] - delta_of.lo)", "dp[i % 2 * 2]", WRONG_RESULT),
     Bug("only the first query head of a group", BACKWARD,
-        "max(0, params.m_blocks - m_begin) * params.group_size : 0", "max(0, params.m_blocks - m_begin) : 0", WRONG_RESULT, GROUPED),
+        "max(0, m_end - m_begin) * params.group_size : 0", "max(0, m_end - m_begin) : 0", WRONG_RESULT, GROUPED),
     Bug("the query heads of another group", BACKWARD,
         "const int first_head = tile.head * params.group_size;", "const int first_head = tile.head;", WRONG_RESULT, GROUPED),
     Bug("dlse added instead of subtracted", PREPROCESS,

@@ -35,6 +35,19 @@ def test_conversions_round_to_nearest_even_and_give_one_nan(emulated, function, 
     np.testing.assert_array_equal(y.get().view(np.uint16), expected)
 
 
+def test_rcp_is_the_reciprocal(emulated):
+    values = np.array([1.0, -3.0, 0.7, 1e30, np.inf, -np.inf, np.nan], np.float32)
+    x, y = emulated.cp.asarray(values), emulated.cp.empty(7, np.float32)
+    run(
+        emulated,
+        "(const float* x, float* y) { y[threadIdx.x] = rcp_approx(x[threadIdx.x]); }",
+        x,
+        y,
+        threads=7,
+    )
+    np.testing.assert_allclose(y.get(), 1 / values.astype(np.float64), rtol=2.0**-23)
+
+
 def test_ex2_and_lg2_flush_subnormals_and_keep_infinities(emulated):
     values = np.array([0, -1, 3, -126, -126.5, -200, 128, -np.inf, np.inf, np.nan, 1e-40, 0.7], np.float32)
     x, y = emulated.cp.asarray(values), emulated.cp.empty((2, 12), np.float32)

@@ -93,6 +93,18 @@ EMU_MIN_MAX(long long)
 EMU_MIN_MAX(unsigned long long)
 #undef EMU_MIN_MAX
 
+#define EMU_MIN_MAX(T)                                         \
+  EMU_INLINE T min(T a, T b) { return a < b || b != b ? a : b; } \
+  EMU_INLINE T max(T a, T b) { return a > b || b != b ? a : b; }
+EMU_MIN_MAX(float)
+EMU_MIN_MAX(double)
+#undef EMU_MIN_MAX
+EMU_INLINE float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+EMU_INLINE float rsqrt(float x) { return rsqrtf(x); }
+EMU_INLINE double rsqrt(double x) { return 1.0 / sqrt(x); }
+template <class T>
+EMU_INLINE T __ldg(const T* p) { return *p; }
+
 EMU_INLINE float __fdividef(float a, float b) { return a / b; }
 EMU_INLINE float __logf(float x) { return logf(x); }
 EMU_INLINE float __expf(float x) { return expf(x); }

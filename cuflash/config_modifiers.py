@@ -1,0 +1,248 @@
+"""Which modifiers a program has: constants of its Config, so that what is absent costs nothing.
+
+Pure Python without CuPy. Only what changes the code is here: values, shapes and strides are parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+from cuflash import formulas
+from cuflash.arrays import ArrayInfo
+from cuflash.formulas import ModArg
+from cuflash.problem import Problem
+from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
+from cuflash.stub import translation_unit
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+@dataclass(frozen=True, slots=True)
+class ModifierFlags:
+    """The constants; docs/modifiers.md says what each modifier does."""
+
+    window: bool = False  # bounded on the left; the right side is another causal offset
+    softcap: bool = False
+    alibi: bool = False
+    bias: bool = False
+    bias_float32: bool = False
+    mask: bool = False
+    unit_strides: bool = False  # bias and mask, whichever there are, have contiguous rows
+    bias_pairs: bool = False  # the forward reads two neighbouring elements of bias at once
+    key_padding: bool = False
+    query_padding: bool = False
+    sinks: bool = False
+    dropout: bool = False
+    score_mod: str = ""  # the formula, "" for none
+    mask_mod: str = ""
+    mod_args: tuple[ModArg, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self != PLAIN
+
+    def __str__(self) -> str:
+        return " ".join(name for name, on in self._flags().items() if on) or "none"
+
+    def constants(self) -> dict[str, int]:
+        """What a stub defines of them."""
+        return self._flags() | {"modified": bool(self), "mod_args": len(self.mod_args)}
+
+    @property
+    def masks(self) -> bool:
+        """Keys are hidden element by element, and tiles where all of their elements are."""
+        return self.mask or bool(self.mask_mod)
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The operands that are arguments of formulas, in the order of their addresses."""
+        return tuple(arg.operand for arg in self.mod_args)
+
+    def _flags(self) -> dict[str, bool]:
+        return {
+            field.name: bool(getattr(self, field.name)) for field in fields(self) if field.name != "mod_args"
+        }
+
+    def stub(self, config: DataclassInstance, kernel: str) -> str:
+        """The translation unit of ``config``, which has these modifiers, given to NVRTC."""
+
+        def functions(first_line: int) -> str:
+            return formulas.source(self.score_mod, self.mask_mod, self.mod_args, first_line)
+
+        return translation_unit(config, kernel, self.constants(), functions)
+
+
+PLAIN = ModifierFlags()
+
+
+def mod_args_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> tuple[ModArg, ...]:
+    """The arguments of the formulas of ``problem``, arrays and numbers, in the order of their names."""
+    kinds = {formulas.operand_name(name): ModArg(name, kind) for name, kind in problem.formulas.numbers}
+    for operand, info in infos.items():
+        if formulas.is_mod_arg(operand):
+            name = operand[len("mod_args['") : -len("']")]
+            kinds[operand] = ModArg(name, info.dtype, len(info.shape))
+    return tuple(kinds[operand] for operand in sorted(kinds))
+
+
+def flags_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> ModifierFlags:
+    """The modifiers of a call whose arrays ``infos`` describes."""
+    by_key = [infos[name] for name in ("bias", "mask") if name in infos]
+    unit_strides = all(info.shape[3] == 1 or info.strides[3] == info.itemsize for info in by_key)
+    return ModifierFlags(
+        window=problem.window_offset is not None,
+        softcap=problem.softcap is not None,
+        alibi="alibi_slopes" in infos,
+        bias="bias" in infos,
+        bias_float32="bias" in infos and infos["bias"].dtype == "float32",
+        mask="mask" in infos,
+        unit_strides=bool(by_key) and unit_strides,
+        bias_pairs="bias" in infos and unit_strides and _are_pairs_aligned(infos["bias"]),
+        key_padding="key_padding" in infos,
+        query_padding="query_padding" in infos,
+        sinks="sinks" in infos,
+        dropout=problem.dropout_p > 0,
+        score_mod=problem.formulas.score_mod,
+        mask_mod=problem.formulas.mask_mod,
+        mod_args=mod_args_of(problem, infos),
+    )
+
+
+def _are_pairs_aligned(info: ArrayInfo) -> bool:
+    """Every row starts at a multiple of two elements, and has a whole number of pairs."""
+    steps = [stride for stride, size in zip(info.strides[:3], info.shape[:3], strict=True) if size > 1]
+    return info.shape[3] % 2 == 0 and all(n % (2 * info.itemsize) == 0 for n in (info.pointer, *steps))
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSummaryConfig:
+    """Compile-time constants of ``kernels_cu/fa2/mask_summary.cu``."""
+
+    block_m: int  # of the tiles, the main kernel's
+    block_n: int
+    causal: bool
+    modifiers: ModifierFlags = field(metadata={"in_stub": False})
+    threads: int = 256
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa2/mask_summary.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa2_mask_summary"
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        return self.modifiers.stub(self, self.kernel)
+
+
+def mask_summary_config(
+    problem: Problem, modifiers: ModifierFlags, block_m: int, block_n: int
+) -> MaskSummaryConfig:
+    """Of a main kernel with such tiles. One program serves whatever other modifiers there are."""
+    relevant = ModifierFlags(
+        window=modifiers.window,
+        mask=modifiers.mask,
+        mask_mod=modifiers.mask_mod,
+        mod_args=modifiers.mod_args if modifiers.mask_mod else (),
+    )
+    return MaskSummaryConfig(block_m, block_n, problem.is_causal, relevant)
+
+
+@dataclass(frozen=True, slots=True)
+class SinksGradientConfig:
+    """Compile-time constants of ``kernels_cu/fa2/backward_sinks.cu``."""
+
+    dtype: str
+    modifiers: ModifierFlags = field(metadata={"in_stub": False})
+    threads: int = 256
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa2/backward_sinks.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa2_backward_sinks"
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        return self.modifiers.stub(self, self.kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class BiasGradientConfig:
+    """Compile-time constants of ``kernels_cu/fa2/backward_bias.cu``."""
+
+    dtype: str
+    head_dim: int  # of Q and K, padded to a multiple of 16
+    head_dim_v: int  # of V and O, padded likewise
+    block_m: int  # rows of a tile of the gradient, 16 for each warp
+    block_n: int
+    causal: bool
+    modifiers: ModifierFlags = field(metadata={"in_stub": False})
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa2/backward_bias.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa2_backward_bias"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.block_m // 16
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of one thread block, as the kernel maps it."""
+        return (self.block_m + self.block_n) * (self.head_dim + self.head_dim_v) * ELEMENT_BYTES
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        return self.modifiers.stub(self, self.kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class SumPartsConfig:
+    """Compile-time constants of ``kernels_cu/fa2/sum_parts.cu``."""
+
+    dtype: str
+    threads: int = 256
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa2/sum_parts.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa2_sum_parts"
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        return translation_unit(self, self.kernel)
+
+
+def bias_gradient_config(
+    problem: Problem, capability: tuple[int, int], modifiers: ModifierFlags
+) -> BiasGradientConfig:
+    """The largest tile, of few, that fits."""
+    head_dim, head_dim_v = (-(-size // 16) * 16 for size in (problem.head_dim, problem.head_dim_v))
+    configs = (
+        BiasGradientConfig(problem.dtype, head_dim, head_dim_v, 64, n, problem.is_causal, modifiers)
+        for n in (64, 32)
+    )
+    limit = shared_memory_per_block(capability)
+    return next(config for config in configs if config.shared_bytes <= limit)

@@ -1,0 +1,120 @@
+"""Launches of fa2 kernels with modifiers: the arrays of each call, and the pass over a mask before them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cuflash import jit, launcher
+from cuflash.arrays import ArrayInfo, GpuArrays
+from cuflash.config import Config
+from cuflash.config_modifiers import MaskSummaryConfig, ModifierFlags, mask_summary_config
+from cuflash.formulas import is_mod_arg
+from cuflash.launch import KernelCall
+from cuflash.launch_modifiers import (
+    MODIFIER_ARRAYS,
+    OPERAND_ARRAYS,
+    MaskBlocks,
+    mask_shape,
+    mask_summary_call,
+)
+from cuflash.modifiers import values_of
+from cuflash.problem import Problem
+from cuflash.tensor_map import EncodedMap
+
+
+class MaskSummary(NamedTuple):
+    """The pass over mask and mask_mod for a kernel with tiles of one size, and what it writes."""
+
+    config: MaskSummaryConfig
+    call: KernelCall
+    blocks: MaskBlocks
+    keys: int  # words of keys_seen, before those of mask_tiles
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        infos: Mapping[str, ArrayInfo],
+        modifiers: ModifierFlags,
+        block_m: int,
+        block_n: int,
+        rows: range | None = None,
+    ) -> MaskSummary | None:
+        """Of a kernel for these queries, all by default. None without either, or without an element."""
+        rows = range(problem.seqlen_q) if rows is None else rows
+        shape = mask_shape(problem, infos)
+        if not modifiers.masks or 0 in shape or not rows:
+            return None
+        config = mask_summary_config(problem, modifiers, block_m, block_n)
+        blocks = MaskBlocks.of(shape, len(rows), block_m, block_n)
+        mod_args = config.modifiers.mod_args
+        call = mask_summary_call(problem, infos, mod_args, blocks, config.threads, rows.start, len(rows))
+        return cls(config, call, blocks, blocks.batch * blocks.heads * shape[3])
+
+    @property
+    def words(self) -> int:
+        """What it writes, in words of 4 bytes."""
+        return self.keys + self.blocks.tiles
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryLauncher:
+    """The pass, loaded on its device."""
+
+    start: launcher.Launcher
+    key_bytes: int
+    mod_args: int  # that it takes: all or none
+
+    @classmethod
+    def load(cls, summary: MaskSummary, arch: str) -> SummaryLauncher:
+        arrays = len(summary.config.modifiers.mod_args)
+        start = launcher.load(summary.config, summary.call, arch, addresses=3, arrays=arrays)
+        assert start is not None
+        return cls(start, 4 * summary.keys, arrays)
+
+    def __call__(self, mask: int, mod_args: Sequence[int], workspace: int, stream: int) -> tuple[int, int]:
+        """Queue it; the addresses of mask_tiles and keys_seen, in the workspace."""
+        from cupy.cuda import runtime
+
+        keys_seen, mask_tiles = workspace, workspace + self.key_bytes
+        runtime.memsetAsync(keys_seen, 0, self.key_bytes, stream)
+        self.start((), (mask, mask_tiles, keys_seen, *mod_args[: self.mod_args]), stream)
+        return mask_tiles, keys_seen
+
+
+class ModifiedLauncher:
+    """The forward of a call with modifiers. Called as a ``launcher.Launcher`` of one kernel is."""
+
+    def __init__(self, call: KernelCall, program: jit.Program, summary: MaskSummary | None) -> None:
+        """Load on the current device."""
+        function = jit.load(program, call.shared_bytes)
+        assert isinstance(program.config, Config)
+        self._mod_args = len(program.config.modifiers.mod_args)
+        arrays = self._mod_args + len(MODIFIER_ARRAYS)
+        self._main = launcher.Launcher(function, call, addresses=5, arrays=arrays)
+        self._summary = None if summary is None else SummaryLauncher.load(summary, program.arch)
+
+    def __call__(self, maps: Sequence[EncodedMap], addresses: Sequence[int], stream: int) -> None:
+        """Queue one: the addresses of q, k, v, out, lse or null, the operands, and a workspace for a mask."""
+        mask_tiles = keys_seen = 0
+        if self._summary is not None:
+            *addresses, workspace = addresses
+            mod_args = addresses[5 : 5 + self._mod_args]
+            mask = addresses[5 + self._mod_args + OPERAND_ARRAYS.index("mask")]
+            mask_tiles, keys_seen = self._summary(mask, mod_args, workspace, stream)
+        self._main((), (*addresses, mask_tiles, keys_seen), stream)
+
+
+def operand_addresses(gpu: GpuArrays, operands: Mapping[str, Any]) -> list[int]:
+    """What a launch is given of arguments of formulas, then of each of OPERAND_ARRAYS: null for none.
+
+    What is a number is given itself.
+    """
+    values = values_of(operands)
+    names = (*(name for name in operands if is_mod_arg(name)), *OPERAND_ARRAYS)
+    return [
+        values[name] if name in values else gpu.pointer(operands[name]) if name in operands else 0
+        for name in names
+    ]

@@ -1,0 +1,248 @@
+"""The fa2 backward of a call with modifiers: a pass over its mask, and the gradients of bias and sinks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from cuflash import launcher
+from cuflash.arrays import ArrayInfo
+from cuflash.checks_backward import BackwardOptions
+from cuflash.config_backward import BackwardConfigs
+from cuflash.config_modifiers import (
+    BiasGradientConfig,
+    ModifierFlags,
+    SinksGradientConfig,
+    SumPartsConfig,
+    bias_gradient_config,
+)
+from cuflash.flash_backward import FlashSteps, load_flash_steps
+from cuflash.launch import LOG2_E, KernelCall, params_dtype
+from cuflash.launch_backward import (
+    BackwardCalls,
+    BackwardStrides,
+    backward_calls,
+    first_visible_row,
+    kernel_call,
+    query_blocks,
+    visible_rows,
+)
+from cuflash.launch_modifiers import MODIFIER_ARRAYS, modifier_params, with_mod_args
+from cuflash.modified import MaskSummary, SummaryLauncher
+from cuflash.problem import Problem
+
+# SinksParams, BiasParams and SumParams in kernels_cu/fa2/backward_sinks.cu, backward_bias.cu and sum_parts.cu
+SINKS_PARAMS = params_dtype(
+    "dlse", "first_row seqlen_q all_queries heads_q batch rows_per_head shared_by_batch"
+)
+BIAS_PARAMS = params_dtype(
+    "q k v dout",
+    "first_row rows rows_per_head seqlen_q seqlen_k seqlen_k_visible batch heads_q group_size head_dim "
+    "head_dim_v causal_offset m_blocks n_blocks bias_batch bias_heads bias_rows bias_m_blocks splits",
+    "scale_log2",
+)
+SUM_PARAMS = np.dtype([("count", np.int64), ("parts", np.int32), ("bytes", np.int32)], align=True)
+
+_SINKS_TAKES = ("lse_log2", "delta", "dlse", "dsinks")
+_BIAS_TAKES = ("q", "k", "v", "dout", "lse_log2", "delta")
+_BLOCKS_PER_SM = 4  # thread blocks of the bias's gradient that keep a multiprocessor busy
+
+
+class SinksGradient(NamedTuple):
+    """The kernel of dsinks."""
+
+    config: SinksGradientConfig
+    call: KernelCall
+
+
+class BiasGradient(NamedTuple):
+    """The kernel of dbias, and that of the sum of its parts, if they are several."""
+
+    config: BiasGradientConfig
+    call: KernelCall
+    sum_config: SumPartsConfig
+    sum_call: KernelCall | None
+    words: int  # of the parts
+
+
+class ModifiedCalls(NamedTuple):
+    """What runs; None where there is nothing to do."""
+
+    flash: BackwardCalls
+    summary: MaskSummary | None
+    sinks: SinksGradient | None
+    bias: BiasGradient | None
+
+
+def modified_calls(
+    problem: Problem,
+    infos: Mapping[str, ArrayInfo],
+    options: BackwardOptions,
+    configs: BackwardConfigs,
+    strides: BackwardStrides,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    l2_bytes: int,
+) -> ModifiedCalls:
+    """The launches for a problem whose Configs have modifiers."""
+    main, rows = configs.main, visible_rows(problem)
+    flags = main.modifiers
+    summary = MaskSummary.of(problem, infos, flags, main.block_m, main.block_n, rows)
+    params = modifier_params(
+        problem,
+        infos,
+        problem.scale,
+        first_row=rows.start,
+        blind_rows=first_visible_row(problem) - rows.start,
+        mask_blocks=summary.blocks if summary else None,
+    )
+    main_params = with_mod_args(params, flags.mod_args, infos)
+    flash = backward_calls(problem, configs, strides, l2_bytes, main_params, params)
+    rows_per_head = query_blocks(problem, main.block_m) * main.block_m
+    sinks = bias = None
+    if "sinks" in options.wanted:
+        sinks = _sinks_gradient(problem, infos, flags, strides, rows_per_head)
+    if "bias" in options.wanted:
+        bias = _bias_gradient(
+            problem, infos, flags, strides, rows_per_head, capability, multiprocessors, params
+        )
+    return ModifiedCalls(flash, summary, sinks, bias)
+
+
+def _sinks_gradient(
+    problem: Problem,
+    infos: Mapping[str, ArrayInfo],
+    flags: ModifierFlags,
+    strides: BackwardStrides,
+    rows_per_head: int,
+) -> SinksGradient | None:
+    rows = visible_rows(problem)
+    config = SinksGradientConfig(problem.dtype, ModifierFlags(sinks=True, query_padding=flags.query_padding))
+    call = kernel_call(
+        "sinks",
+        math.prod(infos["sinks"].shape),
+        config.threads,
+        config.threads // 32 * 4,
+        SINKS_PARAMS,
+        strides.dlse,
+        *(rows.start, len(rows), problem.seqlen_q, problem.heads_q, problem.batch, rows_per_head),
+        int(len(infos["sinks"].shape) == 1),
+        modifiers=modifier_params(problem, infos, problem.scale),
+    )
+    return None if call is None else SinksGradient(config, call)
+
+
+def _bias_gradient(
+    problem: Problem,
+    infos: Mapping[str, ArrayInfo],
+    flags: ModifierFlags,
+    strides: BackwardStrides,
+    rows_per_head: int,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    summary_params: Any,
+) -> BiasGradient | None:
+    bias = infos["bias"]
+    if 0 in bias.shape:
+        return None
+    rows = visible_rows(problem)
+    config = bias_gradient_config(problem, capability, flags)
+    m_blocks, n_blocks = -(-problem.seqlen_q // config.block_m), -(-problem.seqlen_k // config.block_n)
+    batch, heads, bias_rows, _ = bias.shape
+    bias_m_blocks = 1 if bias_rows == 1 else m_blocks
+    tiles = batch * heads * bias_m_blocks * n_blocks
+    terms = problem.batch * problem.heads_q * m_blocks // (batch * heads * bias_m_blocks)
+    splits = max(1, min(terms, _BLOCKS_PER_SM * multiprocessors // tiles))
+    # Its queries are all, counted from 0; of the mask's summary it takes which keys are seen.
+    params = modifier_params(problem, infos, problem.scale)
+    params["keys_seen_strides"] = summary_params["keys_seen_strides"]
+    params = with_mod_args(params, flags.mod_args, infos)
+    s = strides
+    call = kernel_call(
+        "bias",
+        tiles * splits,
+        config.threads,
+        config.shared_bytes,
+        BIAS_PARAMS,
+        *(s.q, s.k, s.v, s.dout),
+        *(rows.start, len(rows), rows_per_head),
+        *(problem.seqlen_q, problem.seqlen_k, problem.seqlen_k_visible),
+        *(problem.batch, problem.heads_q, problem.group_size, problem.head_dim, problem.head_dim_v),
+        problem.causal_offset or 0,
+        *(m_blocks, n_blocks, batch, heads, bias_rows, bias_m_blocks, splits),
+        problem.scale * LOG2_E,
+        modifiers=params,
+    )
+    assert call is not None
+    sum_config, sum_call, count = SumPartsConfig(problem.dtype), None, math.prod(bias.shape)
+    if splits > 1:
+        blocks = -(-count // sum_config.threads)
+        sizes = (count, splits, bias.itemsize)
+        sum_call = kernel_call("bias", blocks, sum_config.threads, 0, SUM_PARAMS, *sizes)
+    return BiasGradient(config, call, sum_config, sum_call, splits * count if splits > 1 else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ModifiedSteps:
+    """The launches of one backward, loaded on their device."""
+
+    flash: FlashSteps
+    summary: SummaryLauncher | None
+    sinks: launcher.Launcher | None
+    bias: launcher.Launcher | None
+    sum_bias: launcher.Launcher | None
+    summary_word: int  # where in the workspace what they write starts
+    parts_word: int
+    workspace_words: int
+    mod_args: tuple[str, ...]
+    takes_counter: ClassVar[bool] = False
+
+    def run(self, at: dict[str, int], workspace: int, nbytes: dict[str, int], stream: int) -> None:
+        """Queue one backward: addresses by argument name, gradients' and operands' included; 0 for none."""
+        at = dict.fromkeys(MODIFIER_ARRAYS, 0) | at | self.flash.sums_at(workspace)
+        if self.summary is not None:
+            summary = workspace + 4 * self.summary_word
+            at["mask_tiles"], at["keys_seen"] = self.summary(
+                at["mask"], [at[name] for name in self.mod_args], summary, stream
+            )
+        self.flash.run(at, workspace, nbytes, stream)
+        arrays = [at[name] for name in MODIFIER_ARRAYS]
+        if self.sinks is not None:
+            self.sinks((), [*(at[name] for name in _SINKS_TAKES), *arrays], stream)
+        if self.bias is not None:
+            parts = at["dbias"] if self.sum_bias is None else workspace + 4 * self.parts_word
+            mod_args = [at[name] for name in self.mod_args]
+            self.bias((), [*(at[name] for name in _BIAS_TAKES), parts, *mod_args, *arrays], stream)
+            if self.sum_bias is not None:
+                self.sum_bias((), [parts, at["dbias"]], stream)
+
+
+def load_modified_steps(configs: BackwardConfigs, calls: ModifiedCalls, arch: str) -> ModifiedSteps:
+    """Compile and load on the current device."""
+    flash = load_flash_steps(configs, calls.flash, arch)
+    summary, sinks, bias = calls[1:]
+    summary_word = flash.workspace_words
+    parts_word = summary_word + (summary.words if summary else 0)
+    arrays = len(MODIFIER_ARRAYS)
+    mod_args = configs.main.modifiers.arrays
+    return ModifiedSteps(
+        flash,
+        SummaryLauncher.load(summary, arch) if summary else None,
+        launcher.load(sinks.config, sinks.call, arch, addresses=len(_SINKS_TAKES), arrays=arrays)
+        if sinks
+        else None,
+        launcher.load(
+            bias.config, bias.call, arch, addresses=len(_BIAS_TAKES) + 1, arrays=len(mod_args) + arrays
+        )
+        if bias
+        else None,
+        launcher.load(bias.sum_config, bias.sum_call, arch, addresses=2) if bias else None,
+        summary_word,
+        parts_word,
+        parts_word + (bias.words if bias else 0),
+        mod_args,
+    )

@@ -1,0 +1,156 @@
+"""Kernels with modifiers compile for every target, within the resources their Configs state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_compile import CAPABILITIES
+
+from cuflash import config, config_backward, jit
+from cuflash.config_modifiers import (
+    PLAIN,
+    MaskSummaryConfig,
+    ModifierFlags,
+    SinksGradientConfig,
+    SumPartsConfig,
+    bias_gradient_config,
+)
+from cuflash.formulas import ModArg
+from cuflash.problem import make_problem
+from cuflash.resources import shared_bytes, shared_memory_per_block
+
+IDS = [f"sm_{major}{minor}" for major, minor in CAPABILITIES]
+EVERYTHING = ModifierFlags(
+    window=True,
+    softcap=True,
+    alibi=True,
+    bias=True,
+    mask=True,
+    key_padding=True,
+    query_padding=True,
+    sinks=True,
+    dropout=True,
+)
+SOME = {
+    "Gemma": ModifierFlags(window=True, softcap=True),
+    "float32 bias": ModifierFlags(bias=True, bias_float32=True, unit_strides=True, bias_pairs=True),
+    "mask": ModifierFlags(mask=True, unit_strides=True),
+    "dropout": ModifierFlags(dropout=True),
+    "one number a head or sequence": ModifierFlags(
+        alibi=True, sinks=True, key_padding=True, query_padding=True
+    ),
+}
+
+
+def problem_of(head_dim, dtype="bfloat16"):
+    shape = (1, 1000, 2, head_dim)
+    return make_problem(shape, shape, shape, dtype, causal=True)
+
+
+def configs_for(capability, head_dim, flags):
+    """The forward, and the three programs of the backward."""
+    problem = problem_of(head_dim)
+    backward = config_backward.choose(
+        problem, capability, deterministic=False, vector_out=True, modifiers=flags
+    )
+    return (
+        config.choose(problem, capability, vector_out=True, modifiers=flags),
+        *backward,
+    )
+
+
+def compile_within_limits(program_config, capability):
+    try:
+        arch = jit.architecture(capability)
+    except jit.CompileError as error:
+        pytest.skip(f"the installed NVRTC has no target for {capability}: {error}")
+    program = jit.compile(program_config, arch)
+    assert program.warnings == ()
+    assert program.spill_stores <= getattr(program_config, "spill_bytes", 0)
+    assert program.static_shared_bytes == 0
+
+
+FORMULAS = ModifierFlags(
+    score_mod="score > 0 ? slope[h] * tanh(score) : exp(score) - sqrt(fabs(score) + 1) * pow(score, 2) / cap",
+    mask_mod="doc[b, q] == doc[b, kv]",
+    mod_args=(ModArg("cap", "float"), ModArg("doc", "int64", 2), ModArg("slope", "bfloat16", 1)),
+)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
+def test_formulas_compile_for_every_target(capability):
+    for program_config in configs_for(capability, 128, FORMULAS):
+        compile_within_limits(program_config, capability)
+
+
+def test_formulas_compile_together_with_all_modifiers():
+    flags = replace(
+        EVERYTHING, **{name: getattr(FORMULAS, name) for name in ("score_mod", "mask_mod", "mod_args")}
+    )
+    for program_config in (
+        *configs_for((9, 0), 64, flags),
+        bias_gradient_config(problem_of(128), (9, 0), flags),
+        MaskSummaryConfig(128, 64, True, replace(FORMULAS, mask=True)),
+    ):
+        compile_within_limits(program_config, (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"score_mod": "score +\n  slope[h] * q(3)"},
+            r"score_mod does not compile: line 2, 'slope\[h\] \* q\(3\)'",
+        ),
+        ({"mask_mod": "doc"}, "mask_mod does not compile: line 1, 'doc'"),
+    ],
+)
+def test_nvrtc_points_into_a_formula_that_does_not_compile(wrong, message):
+    config = configs_for((9, 0), 64, replace(FORMULAS, **wrong))[0]
+    with pytest.raises(ValueError, match=message) as caught:
+        jit.compile(config, jit.architecture((9, 0)))
+    assert "\0" not in str(caught.value)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
+def test_all_modifiers_at_once_compile_for_every_target(capability):
+    for program_config in configs_for(capability, 128, EVERYTHING):
+        compile_within_limits(program_config, capability)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_each_compiles_without_spilling_more_than_its_config_states(name):
+    for program_config in configs_for((9, 0), 64, SOME[name]):
+        compile_within_limits(program_config, (9, 0))
+
+
+def test_what_runs_beside_the_main_kernels_compiles_without_spills():
+    window = ModifierFlags(window=True, mask=True)
+    for program_config in (
+        MaskSummaryConfig(128, 64, True, window),
+        SinksGradientConfig("bfloat16", ModifierFlags(sinks=True, query_padding=True)),
+        SumPartsConfig("float16"),
+        bias_gradient_config(problem_of(128), (9, 0), EVERYTHING),
+        bias_gradient_config(problem_of(256), (8, 6), ModifierFlags(bias=True)),
+    ):
+        compile_within_limits(program_config, (9, 0))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
+def test_shared_memory_of_every_head_dim_fits(capability):
+    limit = shared_memory_per_block(capability)
+    for head_dim in range(8, 257, 8):
+        forward, _, backward, _ = configs_for(capability, head_dim, EVERYTHING)
+        assert shared_bytes(forward) <= limit
+        assert backward.shared_bytes <= limit
+        assert backward.min_blocks_per_sm * (backward.shared_bytes + 1024) <= limit + 1024
+        half = backward.warps // 2
+        assert backward.block_m % (16 * half // backward.key_warps) == 0
+        assert backward.block_m % (16 * backward.dq_row_warps) == 0
+        assert bias_gradient_config(problem_of(head_dim), capability, EVERYTHING).shared_bytes <= limit
+
+
+def test_a_plain_stub_defines_every_flag_as_false():
+    assert not any(PLAIN.constants().values())
+    assert "kModified = true" in configs_for((9, 0), 64, SOME["mask"])[0].stub()

@@ -1,0 +1,97 @@
+"""Bugs planted in how the fa2 kernels evaluate formulas, each noticed by a test of formulas."""
+# ruff: noqa: E501 - a mutation is easiest to compare with its source unwrapped
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from formulas import CASES, Case, check_formulas
+
+from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
+
+# Of hidden elements the formula, and its slope, are NaN.
+NAN_WHERE_HIDDEN = Case(
+    lambda *_: {},
+    "score * sqrt(1.0f * (q - kv))",
+    lambda score, b, h, q, kv: score * np.sqrt(np.maximum(q - kv, 0)),
+)
+
+
+class Planted(NamedTuple):
+    bug: Bug
+    case: Case
+    options: dict[str, Any]
+
+
+def planted(
+    name: str, file: str, old: str, new: str, case: Case, seqlens=(70, 90), check=WRONG_RESULT, **options: Any
+) -> Planted:
+    return Planted(Bug(name, file, old, new, check), case, {"seqlens": seqlens, **options})
+
+
+SQUARE = Case(lambda *_: {}, "0.5f * score * score", lambda score, b, h, q, kv: 0.5 * score * score)
+STRIPES = Case(
+    lambda *_: {}, mask_mod="(q / 7 + kv) % 5 != 0", mask=lambda b, h, q, kv: (q // 7 + kv) % 5 != 0
+)
+# Whole tiles, of the queries from the first that sees a key on.
+DIAGONAL = Case(
+    lambda *_: {}, mask_mod="kv / 64 == (q - 150) / 64", mask=lambda b, h, q, kv: kv // 64 == (q - 150) // 64
+)
+OF_BATCH = Case(
+    lambda *_: {},
+    mask_mod="kv / 64 == (q / 128 + b) % 4",
+    mask=lambda b, h, q, kv: kv // 64 == (q // 128 + b) % 4,
+)
+SIGNED = CASES["a slope of either sign"]
+BLIND = {"seqlens": (150, 70), "causal": True}  # the backward starts past the first query
+DROPPED = {"modifiers": {"dropout_p": 0.4}}
+BUGS = [
+    planted("half of the product rule", "core/dual.cuh",
+        "a.slope * b.value + a.value * b.slope", "a.slope * b.value", SQUARE),
+    planted("the slope of tanh left out", "core/dual.cuh",
+        "return chained(x, y, 1.0f - y * y);", "return chained(x, y, 1.0f);", CASES["soft cap"]),
+    planted("the formula's slope lost to the cap's", "fa2/modified_probabilities.cuh",
+        "slope[j][r] *= x;", "slope[j][r] = x;", SIGNED, modifiers={"softcap": 2.0}),
+    planted("scaled twice", "core/score.cuh",
+        "Config::kScoreMod ? kLog2E : params.scale_log2", "params.scale_log2", CASES["ALiBi"]),
+    planted("a formula of the kernel's first query", "core/score_mod.cuh",
+        "first_query + query, key);", "query, key);", SIGNED, **BLIND),
+    planted("a mask_mod of the kernel's first query", "core/hide.cuh",
+        "first_query + query_index, key_index);", "query_index, key_index);", STRIPES, **BLIND),
+    planted("a summary of the kernel's first query", "fa2/mask_summary.cu",
+        "params.first_row + query, key);", "query, key);", DIAGONAL, (400, 250), causal=True),
+    planted("the first batch element's tiles for all", "core/mask_tiles.cuh",
+        "return {params.mask_tiles + batch * s.batch + head * s.head + m_block * s.row, s.key};", "return {params.mask_tiles + head * s.head + m_block * s.row, s.key};", OF_BATCH, (300, 300)),
+    planted("strides of the first axis for all", "core/mod_args.cuh",
+        "axes.strides[kAxis]", "axes.strides[0]", CASES["relative positions"], check="bounds"),
+    planted("indices not clamped at the end", "core/mod_args.cuh",
+        "min(max(index, 0), size - 1)", "max(index, 0) % size", CASES["relative positions"]._replace(
+            score_mod="score + table[h, 2 * kv]", score=lambda score, b, h, q, kv, table: score + table[h, np.minimum(2 * kv, table.shape[1] - 1)].astype(np.float64),
+            args=lambda batch, heads, *_: {"table": np.random.default_rng(0).standard_normal((heads, 100)).astype(np.float32)})),
+    planted("dP of dropped probabilities kept", "fa2/backward.cu",
+        "[&](int m, int j, int r) { acc_dp[m][j][r] = 0.0f; });", "[&](int, int, int) {});", SIGNED, **DROPPED),
+    planted("dropped probabilities change their slope's sign", "fa2/modified_probabilities.cuh",
+        "0.0f : fabsf(x) * slope", "0.0f : x * slope", SIGNED, **DROPPED),
+    planted("NaN slopes of what is hidden", "fa2/modified_probabilities.cuh",
+        "x == 0.0f ? 0.0f : fabsf(x)", "fabsf(x)", NAN_WHERE_HIDDEN, (90, 90), causal=True),
+]  # fmt: skip
+
+
+def check(session, problem, inputs, causal, *, case, options):
+    check_formulas(session.cp, case, **options)
+
+
+@pytest.mark.parametrize("planted", BUGS, ids=lambda planted: planted.bug.name)
+def test_a_planted_bug_is_noticed(needs_emulator, planted):
+    on = functools.partial(check, case=planted.case, options=planted.options)
+    noticed = what_notices(planted.bug.edits(), Call(), on, seeds=1)
+    assert planted.bug.check in noticed, noticed
+
+
+@pytest.mark.parametrize("planted", BUGS, ids=lambda planted: planted.bug.name)
+def test_nothing_is_noticed_without_the_bug(needs_emulator, planted):
+    on = functools.partial(check, case=planted.case, options=planted.options)
+    assert what_notices({}, Call(), on, seeds=1) == {}

@@ -1,0 +1,124 @@
+"""Calls with modifiers: random problems with any of them, and what holds their results to the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from arrays import VIEWS, to_numpy
+from hypothesis import strategies as st
+from numerics import (
+    Inputs,
+    assert_gradient_within_contract,
+    assert_within_contract,
+    random_inputs,
+    random_operands,
+    reference_results,
+    standard_results,
+)
+
+import cuflash
+from cuflash.modifiers import OPERANDS, Modifiers, differentiable
+from cuflash.problem import Problem, make_problem
+
+# Each modifier → what it may be given; operands are arrays of ``random_operands``.
+CHOICES: dict[str, Any] = {
+    "window": st.sampled_from([(20, None), (33, 40), (0, 0), (None, 7), (5, 200)]),
+    "softcap": st.sampled_from([2.0, 30.0]),
+    "dropout_p": st.sampled_from([0.1, 0.5]),
+    **{name: st.just(True) for name in OPERANDS},
+}
+PAIRS = st.lists(st.sampled_from(sorted(CHOICES)), min_size=2, max_size=2, unique=True).flatmap(
+    lambda names: st.fixed_dictionaries({name: CHOICES[name] for name in names})
+)
+
+
+def make_modified(
+    seed: int,
+    batch: int,
+    seqlens: tuple[int, int],
+    heads: tuple[int, int],
+    head_dims: tuple[int, int],
+    dtype: str,
+    causal: bool | str,
+    modifiers: Mapping[str, Any],
+    broadcast: tuple[bool, bool, bool] = (False, False, False),
+) -> tuple[Problem, Inputs, dict[str, Any]]:
+    """A Problem, inputs and operands; bias and mask are broadcast along batch, heads and queries as asked."""
+    (seqlen_q, seqlen_k), (heads_q, heads_kv), (head_dim, head_dim_v) = seqlens, heads, head_dims
+    scalars = Modifiers(
+        modifiers.get("window", (None, None)), modifiers.get("softcap"), modifiers.get("dropout_p", 0.0)
+    )
+    problem = make_problem(
+        (batch, seqlen_q, heads_q, head_dim),
+        (batch, seqlen_k, heads_kv, head_dim),
+        (batch, seqlen_k, heads_kv, head_dim_v),
+        dtype,
+        causal=causal,
+        modifiers=scalars,
+        operands=[name for name in OPERANDS if name in modifiers],
+    )
+    full = batch, heads_q, seqlen_q
+    shape = (*(1 if once else n for n, once in zip(full, broadcast, strict=True)), seqlen_k)
+    return problem, random_inputs(problem, seed), random_operands(problem, seed, shape)
+
+
+def options_of(problem: Problem, causal: bool | str, modifiers: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments that are no arrays."""
+    scalars = {name: x for name, x in modifiers.items() if name not in OPERANDS}
+    return {"causal": causal, "scale": problem.scale, "algorithm": "fa2", **scalars}
+
+
+def on_device(cp: Any, operands: Mapping[str, Any]) -> dict[str, Any]:
+    """Operands as arrays of ``cp``; a seed that is an int stays one."""
+    return {name: x if isinstance(x, int) else cp.asarray(x) for name, x in operands.items()}
+
+
+def check_modified(
+    cp: Any,
+    problem: Problem,
+    inputs: Inputs,
+    operands: Mapping[str, Any],
+    options: Mapping[str, Any],
+    views: tuple[str, ...] = ("contiguous",) * 4,
+    *,
+    deterministic: bool = False,
+    of_operands: Callable[[Any], Any] = lambda x: x,
+) -> None:
+    """Run forward and backward, operands viewed by ``of_operands``, and hold every result to the contract."""
+    q, k, v, dout = (VIEWS[view](cp, cp.asarray(x)) for view, x in zip(views, inputs[:4], strict=True))
+    arrays = {n: x if isinstance(x, int) else of_operands(x) for n, x in on_device(cp, operands).items()}
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **options, **arrays)
+    gradients = cuflash.attention_backward(
+        *(dout, q, k, v, out, lse),
+        dlse=cp.asarray(inputs.dlse),
+        deterministic=deterministic,
+        **options,
+        **arrays,
+    )
+    expected = reference_results(problem, inputs, operands)
+    standard = standard_results(problem, inputs, operands)
+    names = ["dq", "dk", "dv", *(f"d{name}" for name in differentiable(operands))]
+    assert len(gradients) == len(names)
+    for name, actual in zip(("out", "lse"), (out, lse), strict=True):
+        assert_within_contract(to_numpy(actual), getattr(expected, name), getattr(standard, name), name)
+    for name, actual in zip(names, gradients, strict=True):
+        got, want, allowed = to_numpy(actual), getattr(expected, name), getattr(standard, name)
+        if name == "dsinks":
+            assert_within_contract(got, want, allowed, name, sinks_allowance(inputs, operands, expected))
+        else:
+            assert_gradient_within_contract(got, want, allowed, name)
+
+
+def sinks_allowance(inputs: Inputs, operands: Mapping[str, Any], expected: Any) -> float:
+    """Four standard deviations of what rounding out to the input dtype does to dsinks.
+
+    Its terms cancel over all queries, and there are so few sinks that standard attention may be lucky in all.
+    """
+    sinks = np.broadcast_to(operands["sinks"], expected.lse.shape[:2])[..., None].astype(np.float64)
+    lse = np.where(np.isneginf(expected.lse), np.inf, expected.lse)
+    of_rows = ((inputs.dout.astype(np.float64) * expected.out) ** 2).sum(-1).swapaxes(1, 2)
+    variance = (of_rows * np.exp(sinks - lse) ** 2).sum(axis=(0, 2)).max(initial=0.0)
+    return 4 * float(ml_dtypes.finfo(inputs.q.dtype).eps) / 2 * float(np.sqrt(variance))
