@@ -1,4 +1,4 @@
-"""``attention_varlen`` and its backward: recognise the arrays, check the call, run the CPU path."""
+"""``attention_varlen`` and its backward: recognise the arrays, run the CPU path or a GPU plan."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import arrays, cpu_varlen, families_packed
-from cuflash.arrays import Borrowed, HostArrays, Native, loans
+from cuflash import arrays, cpu_varlen, plan_varlen
+from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
 from cuflash.arrays.jax import JaxArrays
 from cuflash.checks_varlen import VarlenOptions, check_offsets, check_varlen, named_varlen
 from cuflash.problem import Causal
@@ -189,8 +189,10 @@ def _attend(library: Native | Borrowed, named: dict[str, Any], options: VarlenOp
 
 def attend(native: Native, named: dict[str, Any], options: VarlenOptions) -> tuple[Any, Any]:
     """``attention_varlen`` of arrays of ``native``, which nothing traces; return out and lse."""
-    problem, infos, out_shape, _ = check_varlen(native, named, options)
-    families_packed.refuse("attention_varlen", infos["q"])
+    if native.on_gpu(named["q"]):
+        assert isinstance(native, GpuArrays)
+        return plan_varlen.attend(native, named, options)
+    problem, _, out_shape, _ = check_varlen(native, named, options)
     assert isinstance(native, HostArrays)
     views = {name: native.view(x) for name, x in named.items()}
     segments = check_offsets(views)
@@ -205,8 +207,10 @@ def attend(native: Native, named: dict[str, Any], options: VarlenOptions) -> tup
 
 def differentiate(native: Native, named: dict[str, Any], options: VarlenOptions) -> tuple[Any, Any, Any]:
     """``attention_varlen_backward`` of arrays of ``native``, which nothing traces."""
-    problem, infos, _, _ = check_varlen(native, named, options)
-    families_packed.refuse("attention_varlen_backward", infos["q"])
+    if native.on_gpu(named["q"]):
+        assert isinstance(native, GpuArrays)
+        return plan_varlen.differentiate(native, named, options)
+    problem, *_ = check_varlen(native, named, options)
     assert isinstance(native, HostArrays)
     views = {name: native.view(x) for name, x in named.items()}
     segments = check_offsets(views)

@@ -1,0 +1,171 @@
+"""Which kernel family computes packed sequences on a GPU, and with what Configs and launches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from cuflash import config, config_backward, launch, launch_packed
+from cuflash.arrays import ArrayInfo
+from cuflash.checks_varlen import VarlenOptions, VarlenRequest
+from cuflash.config import Config
+from cuflash.config_backward import BackwardConfigs
+from cuflash.config_modifiers import ModifierFlags, flags_of
+from cuflash.config_packed import Band, BlocksConfig
+from cuflash.families import Gpu, pick
+from cuflash.families_backward import BackwardLayouts, fa2_backward_layouts
+from cuflash.launch import KernelCall
+from cuflash.launch_backward import BackwardCalls
+from cuflash.launch_modifiers import modifier_params
+from cuflash.launch_packed import PackedSizes
+from cuflash.layouts import Layouts, fa2_layouts
+from cuflash.problem import Problem
+from cuflash.resources import ELEMENT_BYTES
+
+_NOT_PACKED = "it has no packed sequences yet"
+_OBJECTIONS = {
+    "hopper": _NOT_PACKED,
+    "fa2": None,
+    "fa1": "it has no packed sequences",
+    "standard": "it has no packed sequences",
+}
+_SHORT_QUERIES = 64  # where cuflash.config has tiles for them
+
+
+class Blocks(NamedTuple):
+    """The pass that lists the blocks of sequences, before any other kernel."""
+
+    config: BlocksConfig
+    call: KernelCall
+    sizes: PackedSizes
+
+
+class VarlenForward(NamedTuple):
+    """What runs."""
+
+    layouts: Layouts
+    blocks: Blocks
+    config: Config
+    call: KernelCall
+
+
+class VarlenBackward(NamedTuple):
+    """What runs."""
+
+    layouts: BackwardLayouts
+    blocks: Blocks
+    configs: BackwardConfigs
+    calls: BackwardCalls
+
+
+def choose_forward(request: VarlenRequest, options: VarlenOptions, gpu: Gpu) -> VarlenForward | None:
+    """None where the output is empty. ValueError if ``options.algorithm`` names another family than fa2."""
+    pick(options.algorithm, _OBJECTIONS, "packed sequences")
+    problem, infos, batch, band = _packed(request, options)
+    if problem.is_empty:
+        return None
+    layouts = fa2_layouts(problem, infos, "bshd")
+    flags = _flags(problem, infos, band)
+    chosen = config.choose(
+        # Short tiles for short sequences: how short, only their mean tells.
+        dataclasses.replace(problem, seqlen_q=-(-problem.seqlen_q // max(1, batch))),
+        gpu.capability,
+        vector_out=layouts.vector_out,
+        modifiers=flags,
+    )
+    blocks = _blocks(problem, infos, batch, band, chosen.block_m, chosen.block_n, of_keys=False)
+    strides = [launch.kernel_strides(*operand, ELEMENT_BYTES, "bshd") for operand in layouts[:4]]
+    q, k, v, out = strides
+    call = launch_packed.forward_call(
+        problem,
+        chosen,
+        blocks.sizes,
+        band,
+        (q, k, v, out),
+        _longest(options.max_seqlen_k, problem.seqlen_k),
+        gpu.l2_bytes,
+        _params(problem, infos, band, launch.kernel_scale(problem)),
+    )
+    return VarlenForward(layouts, blocks, chosen, call)
+
+
+def choose_backward(request: VarlenRequest, options: VarlenOptions, gpu: Gpu) -> VarlenBackward:
+    """ValueError if ``options.algorithm`` names another family than fa2."""
+    pick(options.algorithm, _OBJECTIONS, "the backward of packed sequences")
+    problem, infos, batch, band = _packed(request, options)
+    layouts = fa2_backward_layouts(problem, infos, "bshd")
+    configs = config_backward.choose(
+        problem,
+        gpu.capability,
+        deterministic=options.deterministic,
+        vector_out=layouts.vector_out,
+        modifiers=_flags(problem, infos, band),
+    )
+    main = configs.main
+    blocks = _blocks(problem, infos, batch, band, main.block_m, main.block_n, of_keys=True)
+    calls = launch_packed.backward_calls(
+        problem,
+        configs,
+        blocks.sizes,
+        band,
+        layouts.strides,
+        _longest(options.max_seqlen_q, problem.seqlen_q),
+        gpu.l2_bytes,
+        _params(problem, infos, band, problem.scale),
+    )
+    return VarlenBackward(layouts, blocks, configs, calls)
+
+
+class _Packed(NamedTuple):
+    problem: Problem  # as if all were one sequence
+    infos: dict[str, ArrayInfo]  # of arrays with a batch axis of one sequence
+    batch: int
+    band: Band
+
+
+def _packed(request: VarlenRequest, options: VarlenOptions) -> _Packed:
+    problem = request.problem
+    band = Band(options.causal is not False, 0, None, options.causal == "top_left")
+    problem = dataclasses.replace(problem, causal_offset=0 if band.causal else None)
+    infos = {name: _with_batch_axis(info) if _is_packed(name) else info for name, info in request.infos.items()}
+    return _Packed(problem, infos, request.infos["cu_seqlens_q"].shape[0] - 1, band)
+
+
+def _is_packed(name: str) -> bool:
+    return name in ("q", "k", "v", "out", "dout", "lse", "dlse")
+
+
+def _with_batch_axis(info: ArrayInfo) -> ArrayInfo:
+    return dataclasses.replace(info, shape=(1, *info.shape), strides=(0, *info.strides))
+
+
+def _flags(problem: Problem, infos: Mapping[str, ArrayInfo], band: Band) -> ModifierFlags:
+    flags = flags_of(problem, infos)
+    return dataclasses.replace(flags, varlen=True, window=band.window_offset is not None)
+
+
+def _params(problem: Problem, infos: Mapping[str, ArrayInfo], band: Band, scale: float) -> object:
+    params = modifier_params(problem, infos, scale)
+    params["diagonal"], params["window_offset"] = 0, band.window_offset or 0  # from each sequence's diagonal
+    return launch_packed.packed_params(params)
+
+
+def _blocks(
+    problem: Problem,
+    infos: Mapping[str, ArrayInfo],
+    batch: int,
+    band: Band,
+    block_m: int,
+    block_n: int,
+    *,
+    of_keys: bool,
+) -> Blocks:
+    sizes = PackedSizes.of(problem, batch, block_m, block_n)
+    flags = ModifierFlags(varlen=True, window=band.window_offset is not None)
+    made = BlocksConfig(block_m, block_n, band.causal, flags)
+    return Blocks(made, launch_packed.blocks_call(problem, infos, made, sizes, band, of_keys=of_keys), sizes)
+
+
+def _longest(hint: int | None, total: int) -> int:
+    return total if hint is None else min(hint, total)
