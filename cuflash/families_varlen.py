@@ -128,7 +128,9 @@ def _packed(request: VarlenRequest, options: VarlenOptions) -> _Packed:
     problem = request.problem
     band = Band(options.causal is not False, 0, None, options.causal == "top_left")
     problem = dataclasses.replace(problem, causal_offset=0 if band.causal else None)
-    infos = {name: _with_batch_axis(info) if _is_packed(name) else info for name, info in request.infos.items()}
+    infos = {
+        name: _with_batch_axis(info) if _is_packed(name) else info for name, info in request.infos.items()
+    }
     return _Packed(problem, infos, request.infos["cu_seqlens_q"].shape[0] - 1, band)
 
 

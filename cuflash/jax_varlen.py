@@ -13,8 +13,8 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from cuflash import cpu_varlen, families_packed
-from cuflash.arrays.jax import JaxAvals
+from cuflash import cpu_varlen, plan_varlen
+from cuflash.arrays.jax import JaxAvals, XlaBuffers
 from cuflash.checks import GPU_ALGORITHMS
 from cuflash.checks_varlen import (
     OFFSETS,
@@ -24,7 +24,7 @@ from cuflash.checks_varlen import (
     check_varlen,
     named_varlen,
 )
-from cuflash.jax import _deterministic
+from cuflash.jax import _current_device, _deterministic, _padded
 
 Arrays = Sequence[Any]
 Names = tuple[str, ...]
@@ -144,9 +144,25 @@ def _on_cpu(primitive: Primitive, *arrays: Any, names: Names, options: VarlenOpt
 
 
 def _on_gpu(primitive: Primitive, *arrays: Any, names: Names, options: VarlenOptions) -> Arrays:
-    request = check_varlen(JaxAvals(0), named_varlen(**dict(zip(names, arrays, strict=True))), options)
-    families_packed.refuse("attention_varlen", request.infos["q"])
-    raise AssertionError("families_packed.refuse returned for a GPU")
+    """As ``cuflash.jax`` compiles attention: XLA pads what kernels cannot read, and holds the workspace."""
+    native = JaxAvals(_current_device())
+    problem, *_ = check_varlen(native, named_varlen(**dict(zip(names, arrays, strict=True))), options)
+    options = options._replace(scale=problem.scale)  # that of the head_dim before padding
+    padded = [_padded(x) if x.ndim == 3 else x for x in arrays]
+    # Compile and load now: while a CUDA graph captures the callback it is too late.
+    request = check_varlen(native, named_varlen(**dict(zip(names, padded, strict=True))), options)
+    words = plan_varlen.make_plan(request, options).workspace_words
+
+    def callback(context: Any, outputs: Arrays, *inputs: Any) -> None:
+        named = named_varlen(**dict(zip(names, inputs, strict=True)))
+        run = plan_varlen.attend if primitive is _forward_p else plan_varlen.differentiate
+        run(XlaBuffers(context.stream, outputs), named, options)
+
+    bind = functools.partial(primitive.bind, names=names, options=options)
+    wanted = jax.eval_shape(bind, *arrays)
+    outputs = [*jax.eval_shape(bind, *padded), jax.ShapeDtypeStruct((words,), np.float32)]
+    *results, _ = buffer_callback(callback, outputs, command_buffer_compatible=True)(*padded)
+    return [x[..., : like.shape[2]] if like.ndim == 3 else x for x, like in zip(results, wanted, strict=True)]
 
 
 for _primitive in (_forward_p, _backward_p):

@@ -22,7 +22,6 @@ from cuflash.launch import (
     Strides,
     check_ranges,
     kernel_scale,
-    make_params,
 )
 from cuflash.launch_backward import (
     BACKWARD_PARAMS,
@@ -99,7 +98,10 @@ def packed_params(params: Any = None) -> Any:
     if params is None:
         return np.zeros((), _PACKED)[()]
     names = params.dtype.names
-    fields = [*((name, _PACKED[name]) for name in PACKED_ARRAYS), *((name, params.dtype[name]) for name in names)]
+    fields = [
+        *((name, _PACKED[name]) for name in PACKED_ARRAYS),
+        *((name, params.dtype[name]) for name in names),
+    ]
     made: Any = np.zeros((), np.dtype(fields, align=True))
     for name in names:
         made[name] = params[name]

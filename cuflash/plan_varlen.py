@@ -1,4 +1,4 @@
-"""What calls with packed sequences do on a GPU, worked out once for each signature, as ``cuflash.plan`` does."""
+"""What calls with packed sequences do on a GPU, worked out once and kept, as ``cuflash.plan`` does."""
 
 from __future__ import annotations
 
@@ -150,9 +150,7 @@ def _forward_plan(
         copied = {name: getattr(layouts, name).shape[3] for name in layouts.copies}
         blocks = BlocksLauncher.load(kernels.blocks, arch)
         arrays = len(PACKED_ARRAYS) + len(MODIFIER_ARRAYS)
-        main = launcher.load(
-            kernels.config, kernels.call, arch, addresses=len(_FORWARD_TAKES), arrays=arrays
-        )
+        main = launcher.load(kernels.config, kernels.call, arch, addresses=len(_FORWARD_TAKES), arrays=arrays)
         words = kernels.blocks.sizes.words
     return ForwardPlan(
         device=device,
@@ -203,8 +201,8 @@ def _run_forward(
             raise ValueError(
                 f"{' and '.join(plan.copied)} cannot be read or written in place, and a graph captured "
                 "through CuPy does not keep the memory of a copy: capture with arrays whose last axis is "
-                f"contiguous, whose rows start at multiples of {launch.ALIGNMENT} bytes and whose head_dim is "
-                f"a multiple of {launch.ALIGNMENT // ELEMENT_BYTES}"
+                f"contiguous, whose rows start at multiples of {launch.ALIGNMENT} bytes and whose head_dim "
+                f"is a multiple of {launch.ALIGNMENT // ELEMENT_BYTES}"
             )
         inputs = {
             name: gpu.padded(x, plan.copied[name]) if name in plan.copied and name != "out" else x

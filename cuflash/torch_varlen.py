@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuflash import arrays, families_packed, varlen
+from cuflash import arrays, varlen
 from cuflash.arrays.torch import FakeTensors
 from cuflash.checks_varlen import VarlenOptions, check_varlen, named_varlen
 from cuflash.torch import autocast
@@ -40,9 +40,7 @@ def attend(named: dict[str, Any], options: VarlenOptions) -> tuple[Tensor, Tenso
 def _checked(tensors: tuple[Any, ...], names: tuple[str, ...], options: VarlenOptions) -> Any:
     named = dict(zip(names, tensors, strict=True))
     given = named_varlen(q=named.pop("q"), **named)
-    request = check_varlen(_FAKE, given, options)
-    families_packed.refuse("attention_varlen", request.infos["q"])
-    return request
+    return check_varlen(_FAKE, given, options)
 
 
 @torch.library.custom_op("cuflash::attention_varlen_forward", mutates_args=())

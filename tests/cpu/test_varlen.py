@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from numerics import TOLERANCE, VIEWS, normal
 
 import cuflash
-from cuflash import checks_varlen, reference_packed
-from cuflash.arrays import ArrayInfo
-from cuflash.arrays.base import Native
+from cuflash import reference_packed
 from cuflash.problem import DTYPES
 
 CAUSAL = [False, True, "top_left"]
@@ -369,43 +367,3 @@ def test_misuse_of_the_backward_and_of_out_is_named() -> None:
             cuflash.attention_varlen_backward(**(call | {"dout": dout, "out": out, "lse": lse} | change))
     with pytest.raises(ValueError, match=r"^out shares memory with q"):
         cuflash.attention_varlen(**(call | {"v": call["k"]}), out=call["q"])
-
-
-class Facts(Native):
-    """Arrays that are nothing but their ``ArrayInfo``."""
-
-    noun = "a CuPy array"
-
-    def check(self, x: ArrayInfo, name: str) -> None:
-        pass
-
-    def info(self, x: ArrayInfo) -> ArrayInfo:
-        return x
-
-    def on_gpu(self, x: ArrayInfo) -> bool:
-        return True
-
-
-def test_on_a_gpu_shapes_are_checked_and_then_one_error_says_that_there_is_no_kernel() -> None:
-    from cuflash import varlen
-
-    def fact(x: np.ndarray) -> ArrayInfo:
-        return ArrayInfo(x.shape, x.strides, x.dtype.name, x.itemsize, 0, 1 << 20)
-
-    call = {name: fact(x) for name, x in inputs(dtype="float16").items() if name not in ("dout", "dlse")}
-    options = checks_varlen.VarlenOptions(False, None, None, None, "auto")
-    with pytest.raises(
-        ValueError, match=r"^attention_varlen is not in the GPU kernels yet, and q is on cuda:0"
-    ):
-        varlen.attend(Facts(), call, options)
-    with pytest.raises(ValueError, match=r"^cu_seqlens_k has shape"):
-        varlen.attend(Facts(), call | {"cu_seqlens_k": fact(cu(0))}, options)
-
-
-def test_jax_says_so_when_compiling_for_a_gpu() -> None:
-    jax = pytest.importorskip("jax")
-    arrays = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in inputs(dtype="float16").items()}
-    del arrays["dout"], arrays["dlse"]
-    traced = jax.jit(lambda x: cuflash.attention_varlen(**x)).trace(arrays)
-    with pytest.raises(ValueError, match="not in the GPU kernels yet"):
-        traced.lower(lowering_platforms=("cuda",))
