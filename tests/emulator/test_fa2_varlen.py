@@ -136,6 +136,18 @@ def test_what_is_not_in_use_may_hold_nan_and_gets_zeros(cp, causal):
         assert (result[rows] == 0).all()
 
 
+def test_a_nan_in_use_does_not_reach_what_is_not(cp):
+    call = make_call(11, ((100, 40), (100, 70)), (2, 1), (64, 64), "float16", False)
+    call = call._replace(seqused_q=np.array([70, 40]), seqused_k=np.array([70, 50]))
+    for name in ("k", "v", "q", "dout"):
+        getattr(call, name)[30] = np.nan
+    out, lse, dq, dk, dv = map(to_numpy, results_of(cp, call, placed(cp, call), algorithm="fa2"))
+    queries, keys = call.unused()
+    assert np.isneginf(lse[:, queries]).all()
+    for result, rows in ((out, queries), (dq, queries), (dk, keys), (dv, keys)):
+        assert (result[rows] == 0).all()
+
+
 def test_queries_that_see_no_key_may_hold_nan_and_get_zeros(cp):
     call = make_call(4, ((150, 60), (40, 70)), (2, 1), (64, 64), "float16", True)
     blind = slice(0, 110)
