@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from cuflash.checks_packed import (
     check_written,
     checked_count,
 )
+from cuflash.checks_modifiers import check_operands
+from cuflash.modifiers import NO_MODIFIERS, Modifiers
 from cuflash.problem import Causal, Problem, make_problem
 
 _AXES = {
@@ -26,6 +29,7 @@ _AXES = {
     "v": "total_k, heads_kv, head_dim_v",
 }
 OFFSETS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+PACKED_OPERANDS = ("alibi_slopes", "sinks", "seed")
 
 
 class VarlenOptions(NamedTuple):
@@ -38,12 +42,14 @@ class VarlenOptions(NamedTuple):
     algorithm: str
     return_lse: bool = True
     deterministic: bool = False
+    modifiers: Modifiers = NO_MODIFIERS
+    wanted: tuple[str, ...] = ()  # the operands whose gradients are computed too
 
 
 class VarlenRequest(NamedTuple):
     """A call that passed every check but those of the offsets' values."""
 
-    problem: Problem  # sizes as if all were one sequence
+    problem: Problem  # sizes as if all were one sequence, and without a window
     infos: dict[str, ArrayInfo]
     out_shape: tuple[int, int, int]
     lse_shape: tuple[int, int]
@@ -51,7 +57,7 @@ class VarlenRequest(NamedTuple):
 
 def named_varlen(**arrays: Any) -> dict[str, Any]:
     """The arrays of a call by argument name, q first, without those that may be None and are."""
-    optional = {"seqused_q", "seqused_k", "dlse"} if "dout" in arrays else {"seqused_q", "seqused_k", "out"}
+    optional = {"seqused_q", "seqused_k", *PACKED_OPERANDS, "dlse" if "dout" in arrays else "out"}
     return {name: x for name, x in arrays.items() if x is not None or name not in optional}
 
 
@@ -68,7 +74,10 @@ def check_varlen(native: Native, arrays: dict[str, Any], options: VarlenOptions)
     check_axes(infos, _AXES)
     q, k, v = (infos[name] for name in "qkv")
     shapes = ((1, *q.shape), (1, *k.shape), (1, *v.shape))
-    problem = make_problem(*shapes, q.dtype, causal=options.causal, scale=options.scale)
+    modifiers = options.modifiers._replace(window=(None, None))  # each sequence has its own diagonal
+    problem = make_problem(
+        *shapes, q.dtype, causal=options.causal, scale=options.scale, modifiers=modifiers, operands=infos
+    )
     check_axes(infos, {"cu_seqlens_q": "batch + 1"})
     entries = infos["cu_seqlens_q"].shape[0]
     if entries == 0:
@@ -77,6 +86,7 @@ def check_varlen(native: Native, arrays: dict[str, Any], options: VarlenOptions)
         if name in infos:
             length, meaning = (entries - 1, "(batch,)") if "used" in name else (entries, "(batch + 1,)")
             check_integers(name, infos[name], (length,), meaning)
+    check_operands(dataclasses.replace(problem, batch=entries - 1), infos)
     check_algorithm(native, q, options.algorithm)
 
     out_shape = (q.shape[0], q.shape[1], problem.head_dim_v)

@@ -19,6 +19,7 @@ from cuflash.launch import KernelCall
 from cuflash.launch_backward import BackwardCalls
 from cuflash.launch_modifiers import modifier_params
 from cuflash.launch_packed import PackedSizes
+from cuflash.modified_backward import SinksGradient
 from cuflash.layouts import Layouts, fa2_layouts
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
@@ -57,6 +58,7 @@ class VarlenBackward(NamedTuple):
     blocks: Blocks
     configs: BackwardConfigs
     calls: BackwardCalls
+    sinks: SinksGradient | None
 
 
 def choose_forward(request: VarlenRequest, options: VarlenOptions, gpu: Gpu) -> VarlenForward | None:
@@ -114,7 +116,11 @@ def choose_backward(request: VarlenRequest, options: VarlenOptions, gpu: Gpu) ->
         gpu.l2_bytes,
         _params(problem, infos, band, problem.scale),
     )
-    return VarlenBackward(layouts, blocks, configs, calls)
+    sinks = None
+    if "sinks" in options.wanted:
+        params = _params(problem, infos, band, problem.scale)
+        sinks = launch_packed.sinks_gradient(problem, infos, blocks.sizes, layouts.strides.dlse, params)
+    return VarlenBackward(layouts, blocks, configs, calls, sinks)
 
 
 class _Packed(NamedTuple):
@@ -126,8 +132,19 @@ class _Packed(NamedTuple):
 
 def _packed(request: VarlenRequest, options: VarlenOptions) -> _Packed:
     problem = request.problem
-    band = Band(options.causal is not False, 0, None, options.causal == "top_left")
-    problem = dataclasses.replace(problem, causal_offset=0 if band.causal else None)
+    left, right = (
+        # A side that no sequence can be as long as hides nothing.
+        None if side is None or side >= max(problem.seqlen_q, problem.seqlen_k) else side
+        for side in options.modifiers.window
+    )
+    causal = options.causal is not False
+    band = Band(
+        causal or right is not None,
+        0 if causal else right or 0,
+        None if left is None else -left,
+        options.causal == "top_left",
+    )
+    problem = dataclasses.replace(problem, causal_offset=band.causal_offset if band.causal else None)
     infos = {
         name: _with_batch_axis(info) if _is_packed(name) else info for name, info in request.infos.items()
     }

@@ -6,6 +6,7 @@ have to be, for any lengths.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from cuflash.arrays import ArrayInfo
 from cuflash.config import Config
 from cuflash.config_backward import BackwardConfigs
+from cuflash.config_modifiers import ModifierFlags, SinksGradientConfig
 from cuflash.config_packed import Band, BlocksConfig
 from cuflash.launch import (
     FORWARD_PARAMS,
@@ -33,6 +35,7 @@ from cuflash.launch_backward import (
     kernel_call,
 )
 from cuflash.launch_modifiers import element_strides
+from cuflash.modified_backward import SINKS_PARAMS, SinksGradient
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, shared_bytes
 
@@ -132,6 +135,30 @@ def blocks_call(
     params["batch"], params["top_left"] = sizes.batch, band.top_left
     params["causal_offset"], params["window_offset"] = band.causal_offset, band.window_offset or 0
     return KernelCall((2 if of_keys else 1,), (config.threads,), config.shared_bytes, params[()])
+
+
+def sinks_gradient(
+    problem: Problem,
+    infos: Mapping[str, ArrayInfo],
+    sizes: PackedSizes,
+    dlse: Strides,
+    modifiers: Any,
+) -> SinksGradient | None:
+    """The kernel of dsinks, after the passes before the backward."""
+    sinks = infos["sinks"].shape
+    config = SinksGradientConfig(problem.dtype, ModifierFlags(sinks=True, varlen=True))
+    rows = sizes.query_blocks * sizes.block_m
+    call = kernel_call(
+        "sinks",
+        math.prod(sinks),
+        config.threads,
+        config.threads // 32 * 4,
+        SINKS_PARAMS,
+        dlse,
+        *(0, rows, problem.seqlen_q, problem.heads_q, sizes.batch, rows, len(sinks) == 1, sizes.block_m),
+        modifiers=modifiers,
+    )
+    return None if call is None else SinksGradient(config, call)
 
 
 def heads_per_wave(problem: Problem, longest: int, l2_bytes: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from cuflash.families_varlen import Blocks, VarlenBackward, VarlenForward, choos
 from cuflash.flash_backward import FlashSteps, load_flash_steps
 from cuflash.launch_modifiers import MODIFIER_ARRAYS
 from cuflash.launch_packed import PACKED_ARRAYS
+from cuflash.modified_backward import SINKS_TAKES, SinksGradient
+from cuflash.modifiers import NO_OPERANDS
 from cuflash.resources import ELEMENT_BYTES
 
 _MAX_PLANS = 4096  # as in cuflash.plan
@@ -72,42 +74,60 @@ class BackwardPlan:
     copied: dict[str, int]
     blocks: BlocksLauncher
     steps: FlashSteps
+    sinks: launcher.Launcher | None
     blocks_word: int  # where in the workspace what ``blocks`` writes starts
     workspace_words: int
+    wanted: tuple[str, ...]  # operands whose gradients are asked for
     get_current_device: Callable[[], int]
 
 
-def attend(gpu: GpuArrays, arrays: dict[str, Any], options: VarlenOptions) -> tuple[Any, Any]:
-    """``attention_varlen`` of GPU arrays of the library ``gpu``: out, and lse or None."""
-    plan = _plan_of(gpu, arrays, options)
+def attend(
+    gpu: GpuArrays,
+    arrays: dict[str, Any],
+    options: VarlenOptions,
+    values: Mapping[str, int] = NO_OPERANDS,
+) -> tuple[Any, Any]:
+    """``attention_varlen`` of GPU arrays of the library ``gpu``: out, and lse or None.
+
+    ``values`` are the operands that are numbers, as ``values_of`` has them.
+    """
+    plan = _plan_of(gpu, arrays, options, values)
     assert isinstance(plan, ForwardPlan)
     if plan.get_current_device() == plan.device:
-        return _run_forward(plan, gpu, arrays, options.return_lse)
+        return _run_forward(plan, gpu, arrays, values, options.return_lse)
     from cupy import cuda
 
     with cuda.Device(plan.device):
-        return _run_forward(plan, gpu, arrays, options.return_lse)
+        return _run_forward(plan, gpu, arrays, values, options.return_lse)
 
 
-def differentiate(gpu: GpuArrays, arrays: dict[str, Any], options: VarlenOptions) -> tuple[Any, ...]:
-    """``attention_varlen_backward`` of GPU arrays of the library ``gpu``: dq, dk and dv."""
-    plan = _plan_of(gpu, arrays, options)
+def differentiate(
+    gpu: GpuArrays,
+    arrays: dict[str, Any],
+    options: VarlenOptions,
+    values: Mapping[str, int] = NO_OPERANDS,
+) -> tuple[Any, ...]:
+    """``attention_varlen_backward`` of GPU arrays of ``gpu``: dq, dk, dv and what ``options.wanted`` names."""
+    plan = _plan_of(gpu, arrays, options, values)
     assert isinstance(plan, BackwardPlan)
     if plan.get_current_device() == plan.device:
-        return _run_backward(plan, gpu, arrays)
+        return _run_backward(plan, gpu, arrays, values)
     from cupy import cuda
 
     with cuda.Device(plan.device):
-        return _run_backward(plan, gpu, arrays)
+        return _run_backward(plan, gpu, arrays, values)
 
 
-def _plan_of(gpu: GpuArrays, arrays: dict[str, Any], options: VarlenOptions) -> ForwardPlan | BackwardPlan:
+def _plan_of(
+    gpu: GpuArrays, arrays: dict[str, Any], options: VarlenOptions, values: Mapping[str, int]
+) -> ForwardPlan | BackwardPlan:
     """A backward's if there is a "dout"."""
     try:
         key = (
             tuple((name, gpu.signature(x)) for name, x in arrays.items()),
             options,
             tuple(map(type, options)),  # 1 == True == 1.0, but not all of them are allowed everywhere
+            "seed" in values,
         )
         plan = _plans.get(key)
     except (RuntimeError, TypeError):
@@ -132,7 +152,7 @@ def make_plan(request: VarlenRequest, options: VarlenOptions) -> ForwardPlan | B
     with cuda.Device(device):
         if "dout" in request.infos:
             backward = choose_backward(request, options, gpu)
-            return _backward_plan(device, backward, arch, cuda.runtime.getDevice)
+            return _backward_plan(device, backward, arch, options.wanted, cuda.runtime.getDevice)
         forward = choose_forward(request, options, gpu)
         return _forward_plan(device, request, forward, arch, cuda.runtime.getDevice)
 
@@ -166,7 +186,11 @@ def _forward_plan(
 
 
 def _backward_plan(
-    device: int, kernels: VarlenBackward, arch: str, get_current_device: Callable[[], int]
+    device: int,
+    kernels: VarlenBackward,
+    arch: str,
+    wanted: tuple[str, ...],
+    get_current_device: Callable[[], int],
 ) -> BackwardPlan:
     layouts = kernels.layouts
     steps = load_flash_steps(kernels.configs, kernels.calls, arch)
@@ -176,14 +200,27 @@ def _backward_plan(
         copied={name: layouts.operands[name].shape[3] for name in layouts.copies},
         blocks=BlocksLauncher.load(kernels.blocks, arch),
         steps=steps,
+        sinks=_load_sinks(kernels.sinks, arch),
         blocks_word=blocks_word,
         workspace_words=blocks_word + kernels.blocks.sizes.words,
+        wanted=wanted,
         get_current_device=get_current_device,
     )
 
 
+def _load_sinks(sinks: SinksGradient | None, arch: str) -> launcher.Launcher | None:
+    if sinks is None:
+        return None
+    arrays = len(PACKED_ARRAYS) + len(MODIFIER_ARRAYS)
+    return launcher.load(sinks.config, sinks.call, arch, addresses=len(SINKS_TAKES), arrays=arrays)
+
+
 def _run_forward(
-    plan: ForwardPlan, gpu: GpuArrays, arrays: dict[str, Any], return_lse: bool
+    plan: ForwardPlan,
+    gpu: GpuArrays,
+    arrays: dict[str, Any],
+    values: Mapping[str, int],
+    return_lse: bool,
 ) -> tuple[Any, Any]:
     out, q = arrays.get("out"), arrays["q"]
     if out is None:
@@ -213,7 +250,7 @@ def _run_forward(
     workspace = gpu.empty((plan.workspace_words,), "float32", plan.device)
     stream = gpu.stream(plan.device)
     at = {name: gpu.pointer(x) for name, x in inputs.items()}
-    at |= {"out": gpu.pointer(target), "lse": 0 if lse is None else gpu.pointer(lse)}
+    at |= {"out": gpu.pointer(target), "lse": 0 if lse is None else gpu.pointer(lse), **values}
     lists = plan.blocks(at, gpu.pointer(workspace), stream)
     packed = lists["sequences"], lists["query_blocks"]
     operands = (at.get(name, 0) for name in MODIFIER_ARRAYS)
@@ -227,18 +264,25 @@ def _run_forward(
     return result, lse
 
 
-def _run_backward(plan: BackwardPlan, gpu: GpuArrays, arrays: dict[str, Any]) -> tuple[Any, ...]:
+def _run_backward(
+    plan: BackwardPlan, gpu: GpuArrays, arrays: dict[str, Any], values: Mapping[str, int]
+) -> tuple[Any, ...]:
     dtype = arrays["q"].dtype
     dq, dk, dv = (gpu.empty(arrays[name].shape, dtype, plan.device) for name in "qkv")
+    others = {f"d{x}": gpu.empty(arrays[x].shape, arrays[x].dtype, plan.device) for x in plan.wanted}
     buffer = gpu.empty((plan.workspace_words,), "float32", plan.device)
     inputs = {
         name: gpu.padded(x, plan.copied[name]) if name in plan.copied else x for name, x in arrays.items()
     }
-    at = {name: gpu.pointer(x) for name, x in (inputs | {"dq": dq, "dk": dk, "dv": dv}).items()}
-    at = dict.fromkeys((*MODIFIER_ARRAYS, "dlse"), 0) | at
+    made = {"dq": dq, "dk": dk, "dv": dv, **others}
+    at = {name: gpu.pointer(x) for name, x in (inputs | made).items()}
+    at = dict.fromkeys((*MODIFIER_ARRAYS, "dlse"), 0) | at | values
     stream, workspace = gpu.stream(plan.device), gpu.pointer(buffer)
     at |= plan.blocks(at, workspace + 4 * plan.blocks_word, stream)
     plan.steps.run(at, workspace, {}, stream)
+    if plan.sinks is not None:
+        at |= plan.steps.sums_at(workspace) | {"blocks": 0}
+        plan.sinks((), [at[name] for name in (*SINKS_TAKES, *PACKED_ARRAYS, *MODIFIER_ARRAYS)], stream)
     if not gpu.keeps_temporaries():  # and not if a launch was refused
         _captured.append((buffer, inputs))
-    return dq, dk, dv
+    return tuple(made.values())

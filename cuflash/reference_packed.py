@@ -5,12 +5,15 @@ The oracle of tests, as ``cuflash.reference`` is, and as slow: rows are gathered
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cuflash import reference
+from cuflash.modifiers import NO_MODIFIERS, NO_OPERANDS, Modifiers, of_sequence
+from cuflash.philox import seed_value
 from cuflash.problem import Causal
 
 Array = NDArray[Any]
@@ -27,15 +30,16 @@ def attention_varlen(
     seqused_k: Array | None = None,
     causal: Causal = False,
     scale: float,
+    modifiers: Modifiers = NO_MODIFIERS,
+    operands: Mapping[str, Any] = NO_OPERANDS,
 ) -> tuple[Array, Array]:
     """Return out (total_q, Hq, Dv) and lse (Hq, total_q) in float64."""
     out = np.zeros((*q.shape[:2], v.shape[2]))
     lse = np.full((q.shape[1], q.shape[0]), -np.inf)
-    for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
-        offset = _causal_offset(causal, len(rows), len(keys))
-        x, y = reference.attention(
-            q[rows][None], k[keys][None], v[keys][None], causal_offset=offset, scale=scale
-        )
+    sequences = _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    for index, (rows, keys) in enumerate(sequences):
+        band = _band(causal, modifiers, operands, index, len(rows), len(keys))
+        x, y = reference.attention(q[rows][None], k[keys][None], v[keys][None], scale=scale, **band)
         out[rows], lse[:, rows] = x[0], y[0]
     return out, lse
 
@@ -53,21 +57,30 @@ def attention_varlen_backward(
     seqused_k: Array | None = None,
     causal: Causal = False,
     scale: float,
-) -> tuple[Array, Array, Array]:
-    """Return dq, dk and dv in float64 of a loss with ∂loss/∂out = dout and ∂loss/∂lse = dlse (0 if None)."""
+    modifiers: Modifiers = NO_MODIFIERS,
+    operands: Mapping[str, Any] = NO_OPERANDS,
+) -> tuple[Array, ...]:
+    """Return dq, dk and dv in float64 of a loss with ∂loss/∂out = dout and ∂loss/∂lse = dlse (0 if None).
+
+    With sinks, dsinks too.
+    """
     dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
-    for rows, keys in _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
+    dsinks = np.zeros(operands["sinks"].shape) if "sinks" in operands else None
+    sequences = _sequences(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    for index, (rows, keys) in enumerate(sequences):
         gradients = reference.attention_backward(
             dout[rows][None],
             q[rows][None],
             k[keys][None],
             v[keys][None],
-            causal_offset=_causal_offset(causal, len(rows), len(keys)),
             scale=scale,
             dlse=None if dlse is None else dlse[None, :, rows],
+            **_band(causal, modifiers, operands, index, len(rows), len(keys)),
         )
         dq[rows], dk[keys], dv[keys] = (gradient[0] for gradient in gradients[:3])
-    return dq, dk, dv
+        if dsinks is not None:
+            dsinks[index if dsinks.ndim == 2 else ...] += gradients[3].reshape(-1)
+    return (dq, dk, dv) if dsinks is None else (dq, dk, dv, dsinks)
 
 
 def attention_kv_cache(
@@ -116,6 +129,33 @@ def _sequences(
         (rows(cu_seqlens_q, seqused_q, b), rows(cu_seqlens_k, seqused_k, b))
         for b in range(len(cu_seqlens_q) - 1)
     ]
+
+
+def _band(
+    causal: Causal,
+    modifiers: Modifiers,
+    operands: Mapping[str, Any],
+    index: int,
+    seqlen_q: int,
+    seqlen_k: int,
+) -> dict[str, Any]:
+    """What ``reference`` takes for sequence ``index``: the causal mask and the modifiers."""
+    diagonal = 0 if causal == "top_left" else seqlen_k - seqlen_q
+    left, right = modifiers.window
+    offset = _causal_offset(causal, seqlen_q, seqlen_k)
+    if offset is None and right is not None:
+        offset = diagonal + right
+    arrays = {name: x for name, x in of_sequence(operands, index).items() if name != "seed"}
+    extras = reference.Extras(
+        diagonal,
+        None if left is None else diagonal - left,
+        modifiers.softcap,
+        modifiers.dropout_p,
+        seed_value(operands.get("seed", 0)),
+        **arrays,
+        first_batch=index,
+    )
+    return {"causal_offset": offset, "extras": extras}
 
 
 def _causal_offset(causal: Causal, seqlen_q: int, seqlen_k: int) -> int | None:

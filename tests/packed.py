@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 import cuflash
 from cuflash import reference, reference_packed
+from cuflash.modifiers import collect_packed
 
 Array = NDArray[Any]
-NAMES = ("out", "lse", "dq", "dk", "dv")
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")  # the last only with sinks
 
 
 class Call(NamedTuple):
@@ -29,6 +30,7 @@ class Call(NamedTuple):
     seqused_q: Array | None
     seqused_k: Array | None
     causal: bool | str
+    modifiers: dict[str, Any] = {}
 
     def offsets(self) -> dict[str, Array]:
         """By argument name, those that are given."""
@@ -60,10 +62,13 @@ def make_call(
     tails: tuple[int, int] = (0, 0),
     used: tuple[bool, bool] = (False, False),
     integers: tuple[str, str] = ("int32", "int64"),
+    modifiers: dict[str, Any] | None = None,
+    per_sequence: bool = False,
 ) -> Call:
     """Sequences of ``lengths`` of queries and keys, and ``tails`` rows that belong to none.
 
-    ``used`` says whether only random parts of each are in use.
+    ``used`` says whether only random parts of each are in use. Of ``modifiers``, alibi_slopes and sinks that
+    are True become random arrays, with a row for each sequence if ``per_sequence``.
     """
     rng = np.random.default_rng(seed)
     (heads_q, heads_kv), (d, dv) = heads, head_dims
@@ -85,7 +90,15 @@ def make_call(
         *offsets,
         *in_use,
         causal,
+        {
+            name: _per_head(rng, len(lengths[0]), heads_q, per_sequence) if x is True else x
+            for name, x in (modifiers or {}).items()
+        },
     )
+
+
+def _per_head(rng: np.random.Generator, batch: int, heads: int, per_sequence: bool) -> Array:
+    return rng.uniform(0, 1, (batch, heads) if per_sequence else heads).astype("float32")
 
 
 def placed(cp: Any, call: Call, views: Sequence[str] = ("contiguous",) * 4) -> dict[str, Any]:
@@ -100,8 +113,10 @@ def placed(cp: Any, call: Call, views: Sequence[str] = ("contiguous",) * 4) -> d
 
 
 def results_of(cp: Any, call: Call, arrays: dict[str, Any], **options: Any) -> tuple[Any, ...]:
-    """out, lse, dq, dk and dv."""
-    given = dict(arrays)
+    """out, lse, dq, dk and dv; with sinks dsinks too."""
+    given = arrays | {
+        name: cp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in call.modifiers.items()
+    }
     dout, deterministic = given.pop("dout"), options.pop("deterministic", False)
     options["causal"] = call.causal
     out, lse = cuflash.attention_varlen(**given, return_lse=True, **options)
@@ -115,6 +130,7 @@ def results_of(cp: Any, call: Call, arrays: dict[str, Any], **options: Any) -> t
 def expected(call: Call) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """What is right, in float64, and the same by standard attention in the input dtype."""
     options: dict[str, Any] = {"causal": call.causal, "scale": call.q.shape[2] ** -0.5, **call.offsets()}
+    options["modifiers"], options["operands"] = collect_packed(call.modifiers)
     q, k, v, dout, dlse = call[:5]
 
     def both() -> tuple[Array, ...]:
