@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cuflash.arrays import ArrayInfo, Native
 from cuflash.checks import check_algorithm
+from cuflash.checks_modifiers import check_operands
 from cuflash.checks_packed import (
     check_axes,
     check_bounds,
@@ -19,7 +20,6 @@ from cuflash.checks_packed import (
     check_written,
     checked_count,
 )
-from cuflash.checks_modifiers import check_operands
 from cuflash.modifiers import NO_MODIFIERS, Modifiers
 from cuflash.problem import Causal, Problem, make_problem
 

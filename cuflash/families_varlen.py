@@ -19,8 +19,8 @@ from cuflash.launch import KernelCall
 from cuflash.launch_backward import BackwardCalls
 from cuflash.launch_modifiers import modifier_params
 from cuflash.launch_packed import PackedSizes
-from cuflash.modified_backward import SinksGradient
 from cuflash.layouts import Layouts, fa2_layouts
+from cuflash.modified_backward import SinksGradient
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 

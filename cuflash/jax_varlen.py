@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import buffer_callback
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -18,13 +19,14 @@ from cuflash.arrays.jax import JaxAvals, XlaBuffers
 from cuflash.checks import GPU_ALGORITHMS
 from cuflash.checks_varlen import (
     OFFSETS,
+    PACKED_OPERANDS,
     VarlenOptions,
     VarlenRequest,
     check_offsets,
     check_varlen,
     named_varlen,
 )
-from cuflash.jax import _current_device, _deterministic, _padded
+from cuflash.jax import _current_device, _deterministic, _number_array, _padded
 
 Arrays = Sequence[Any]
 Names = tuple[str, ...]
@@ -32,36 +34,48 @@ Names = tuple[str, ...]
 
 def attend(named: dict[str, Any], options: VarlenOptions) -> tuple[Any, Any]:
     """``cuflash.attention_varlen`` of arrays that JAX traces: out and lse, both differentiable."""
+    named = {name: _number_array(name, x) for name, x in named.items()}
     _check_traced(named, options)
     q, k, v = (named[name] for name in "qkv")
-    offsets = {name: named[name] for name in OFFSETS if name in named}
-    return _attention(q, k, v, tuple(offsets.values()), tuple(offsets), options._replace(return_lse=True))
+    others = {name: named[name] for name in (*OFFSETS, *PACKED_OPERANDS) if name in named}
+    return _attention(q, k, v, others, options._replace(return_lse=True))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q: Any, k: Any, v: Any, offsets: Arrays, names: Names, options: VarlenOptions) -> Any:
-    return tuple(_forward_p.bind(q, k, v, *offsets, names=("q", "k", "v", *names), options=options))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q: Any, k: Any, v: Any, others: dict[str, Any], options: VarlenOptions) -> tuple[Any, Any]:
+    return _forward(q, k, v, others, options)
 
 
-def _attention_fwd(q: Any, k: Any, v: Any, offsets: Arrays, names: Names, options: VarlenOptions) -> Any:
-    out, lse = _forward_p.bind(q, k, v, *offsets, names=("q", "k", "v", *names), options=options)
-    return (out, lse), (q, k, v, offsets, out, lse)
+def _forward(q: Any, k: Any, v: Any, others: dict[str, Any], options: VarlenOptions) -> tuple[Any, Any]:
+    out, lse = _forward_p.bind(q, k, v, *others.values(), names=("q", "k", "v", *others), options=options)
+    return out, lse
 
 
-def _attention_bwd(
-    names: Names, options: VarlenOptions, saved: Arrays, cotangents: tuple[Any, Any]
-) -> tuple[Any, ...]:
-    q, k, v, offsets, out, lse = saved
-    all_names = ("q", "k", "v", "dout", "dlse", "out", "lse", *names)
-    gradients = _backward_p.bind(
-        *(q, k, v, *cotangents, out, lse, *offsets),
-        names=all_names,
-        options=options._replace(deterministic=_deterministic()),
+def _attention_fwd(
+    q: Any, k: Any, v: Any, others: dict[str, Any], options: VarlenOptions
+) -> tuple[tuple[Any, Any], Any]:
+    if "alibi_slopes" in others and others["alibi_slopes"].perturbed:
+        raise NotImplementedError("alibi_slopes has no gradient: wrap it in jax.lax.stop_gradient")
+    values = {name: x.value for name, x in others.items()}
+    q, k, v = q.value, k.value, v.value
+    out, lse = _forward(q, k, v, values, options)
+    wanted = {"sinks": None} if "sinks" in others and others["sinks"].perturbed else {}
+    return (out, lse), (q, k, v, out, lse, values, wanted)  # wanted: part of the structure, not of the values
+
+
+def _attention_bwd(options: VarlenOptions, saved: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+    q, k, v, out, lse, others, wanted = saved
+    dout, dlse = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in cotangents)
+    dq, dk, dv, *dsinks = _backward_p.bind(
+        *(q, k, v, dout, dlse, out, lse, *others.values()),
+        names=("q", "k", "v", "dout", "dlse", "out", "lse", *others),
+        options=options._replace(deterministic=_deterministic(), wanted=tuple(wanted)),
     )
-    return *gradients, None
+    gradients = dict(zip(wanted, dsinks, strict=True))
+    return dq, dk, dv, {name: gradients.get(name) for name in others}
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 _forward_p = Primitive("cuflash_attention_varlen")
 _backward_p = Primitive("cuflash_attention_varlen_backward")
@@ -80,8 +94,12 @@ def _(*arrays: Any, names: Names, options: VarlenOptions) -> Arrays:
 
 
 @_backward_p.def_abstract_eval
-def _(q: Any, k: Any, v: Any, *_: Any, names: Names, options: VarlenOptions) -> Arrays:
-    return [jax.core.ShapedArray(x.shape, x.dtype) for x in (q, k, v)]
+def _(*arrays: Any, names: Names, options: VarlenOptions) -> Arrays:
+    named = dict(zip(names, arrays, strict=True))
+    return [
+        jax.core.ShapedArray(named[name].shape, named[name].dtype)
+        for name in ("q", "k", "v", *options.wanted)
+    ]
 
 
 def _check_traced(named: dict[str, Any], options: VarlenOptions) -> VarlenRequest:
@@ -131,11 +149,14 @@ def _on_cpu(primitive: Primitive, *arrays: Any, names: Names, options: VarlenOpt
         views = dict(zip(names, map(np.asarray, inputs), strict=True))
         segments = check_offsets(views)
         q, k, v = (views[name] for name in "qkv")
+        operands = {name: views[name] for name in PACKED_OPERANDS if name in views}
         targets = [np.asarray(x) for x in outputs]
         if primitive is _forward_p:
-            targets[1][...] = cpu_varlen.forward(problem, options.causal, segments, q, k, v, targets[0])
+            targets[1][...] = cpu_varlen.forward(
+                problem, options.causal, segments, q, k, v, targets[0], options.modifiers, operands
+            )
             return
-        others = views["out"], views["lse"], views["dlse"]
+        others = views["out"], views["lse"], views["dlse"], options.modifiers, operands, options.wanted
         gradients = cpu_varlen.backward(problem, options.causal, segments, views["dout"], q, k, v, *others)
         for target, gradient in zip(targets, gradients, strict=True):
             target[...] = gradient

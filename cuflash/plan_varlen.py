@@ -107,7 +107,7 @@ def differentiate(
     options: VarlenOptions,
     values: Mapping[str, int] = NO_OPERANDS,
 ) -> tuple[Any, ...]:
-    """``attention_varlen_backward`` of GPU arrays of ``gpu``: dq, dk, dv and what ``options.wanted`` names."""
+    """``attention_varlen_backward`` of GPU arrays: dq, dk, dv and the gradients of ``options.wanted``."""
     plan = _plan_of(gpu, arrays, options, values)
     assert isinstance(plan, BackwardPlan)
     if plan.get_current_device() == plan.device:
@@ -276,7 +276,7 @@ def _run_backward(
     }
     made = {"dq": dq, "dk": dk, "dv": dv, **others}
     at = {name: gpu.pointer(x) for name, x in (inputs | made).items()}
-    at = dict.fromkeys((*MODIFIER_ARRAYS, "dlse"), 0) | at | values
+    at = dict.fromkeys((*MODIFIER_ARRAYS, "dlse"), 0) | at | dict(values)
     stream, workspace = gpu.stream(plan.device), gpu.pointer(buffer)
     at |= plan.blocks(at, workspace + 4 * plan.blocks_word, stream)
     plan.steps.run(at, workspace, {}, stream)

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from cuflash import arrays, varlen
 from cuflash.arrays.torch import FakeTensors
-from cuflash.checks_varlen import VarlenOptions, check_varlen, named_varlen
+from cuflash.checks_varlen import OFFSETS, PACKED_OPERANDS, VarlenOptions, check_varlen, named_varlen
+from cuflash.modifiers import Modifiers
 from cuflash.torch import autocast
 
 _FAKE = FakeTensors()
-_NAMES = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+_NAMES = ("q", "k", "v", *OFFSETS, *PACKED_OPERANDS)
+_SINKS = _NAMES.index("sinks")
 _BACKWARD_NAMES = ("dout", "out", "lse", "dlse", *_NAMES)
 
 
@@ -27,10 +29,16 @@ def attend(named: dict[str, Any], options: VarlenOptions) -> tuple[Tensor, Tenso
     if not compiling:
         q, k, v = (x.resolve_neg() if x.is_neg() else x for x in (q, k, v))
     q, k, v = autocast(q, k, v)
+    slopes, seed = named.get("alibi_slopes"), named.get("seed")
+    _refuse_slopes(slopes is not None and slopes.requires_grad and torch.is_grad_enabled())
+    if isinstance(seed, int):
+        # As a tensor even so: a compiled graph is then the same for every seed.
+        named = named | {"seed": torch.tensor(seed - (seed >> 63 << 64), dtype=torch.int64, device=q.device)}
     tensors = (q, k, v, *(named.get(name) for name in _NAMES[3:]))
     causal, scale, max_seqlen_q, max_seqlen_k, algorithm, *_ = options
+    window, softcap, dropout_p, _ = options.modifiers
     causal = causal if isinstance(causal, str) else "bottom_right" if causal else "none"
-    call = (causal, scale, max_seqlen_q, max_seqlen_k, algorithm)
+    call = (causal, scale, max_seqlen_q, max_seqlen_k, algorithm, *window, softcap, dropout_p)
     if compiling:
         return attention_varlen_forward(*tensors, *call)  # whose fake implementation checks
     _checked(tensors, _NAMES, options)
@@ -52,16 +60,25 @@ def attention_varlen_forward(
     cu_seqlens_k: Tensor,
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
     causal: str,
     scale: float | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     algorithm: str,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Return out and lse. ``causal`` is "none", "bottom_right" or "top_left"."""
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, sinks, seed)
     named = named_varlen(**dict(zip(_NAMES, tensors, strict=True)))
-    options = _options(causal, scale, max_seqlen_q, max_seqlen_k, algorithm)
+    options = _options(
+        causal, scale, max_seqlen_q, max_seqlen_k, algorithm, window_left, window_right, softcap, dropout_p
+    )
     return varlen.attend(arrays.TORCH, named, options)
 
 
@@ -87,26 +104,41 @@ def attention_varlen_backward(
     cu_seqlens_k: Tensor,
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
     causal: str,
     scale: float | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     algorithm: str,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    dropout_p: float,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv. The arguments are those of ``attention_varlen_forward`` and what it returned."""
+    wants_dsinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv, and dsinks, which is empty if it is not wanted.
+
+    The other arguments are those of ``attention_varlen_forward`` and what it returned.
+    """
     tensors = (dout, out, lse, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    named = dict(zip(_BACKWARD_NAMES, tensors, strict=True))
-    options = _options(causal, scale, max_seqlen_q, max_seqlen_k, algorithm, deterministic)
-    return varlen.differentiate(arrays.TORCH, named_varlen(q=named.pop("q"), **named), options)
+    named = dict(zip(_BACKWARD_NAMES, (*tensors, alibi_slopes, sinks, seed), strict=True))
+    options = _options(
+        causal, scale, max_seqlen_q, max_seqlen_k, algorithm, window_left, window_right, softcap, dropout_p
+    )._replace(deterministic=deterministic, wanted=("sinks",) if wants_dsinks else ())
+    dq, dk, dv, *dsinks = varlen.differentiate(arrays.TORCH, named_varlen(q=named.pop("q"), **named), options)
+    return dq, dk, dv, dsinks[0] if dsinks else q.new_empty(0)
 
 
 @attention_varlen_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, call = arguments[: len(_BACKWARD_NAMES)], arguments[len(_BACKWARD_NAMES) :]
-    _checked(tensors, _BACKWARD_NAMES, _options(*call))
+    _checked(tensors, _BACKWARD_NAMES, _options(*call[:-2]))
     q, k, v = tensors[4:7]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dsinks = tensors[4 + _SINKS] if call[-1] else q[:0, 0, 0]
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, dsinks))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -118,12 +150,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     out, lse, *inputs = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    arguments = (dout, out, lse, dlse, *inputs, *ctx.call, torch.are_deterministic_algorithms_enabled())
+    wants_dsinks = ctx.needs_input_grad[_SINKS]
+    _refuse_slopes(ctx.needs_input_grad[_NAMES.index("alibi_slopes")])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    arguments = (dout, out, lse, dlse, *inputs, *ctx.call, deterministic, wants_dsinks)
     if torch._C._are_functorch_transforms_active():
-        gradients = _AttentionVarlenBackward.apply(*arguments)
+        *gradients, dsinks = _AttentionVarlenBackward.apply(*arguments)
     else:
-        gradients = attention_varlen_backward(*arguments)
-    return *gradients, *[None] * (len(inputs) - 3 + len(ctx.call))
+        *gradients, dsinks = attention_varlen_backward(*arguments)
+    every = [*gradients, *[None] * (len(inputs) - 3 + len(ctx.call))]
+    every[_SINKS] = dsinks if wants_dsinks else None
+    return tuple(every)
+
+
+def _refuse_slopes(need_gradient: bool) -> None:
+    if need_gradient:
+        raise ValueError("alibi_slopes requires grad, and has no gradient: pass alibi_slopes.detach()")
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -188,19 +230,12 @@ def _one_by_one(
     return results, (0,) * len(results)
 
 
-def _options(
-    causal: str,
-    scale: float | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    algorithm: str,
-    deterministic: bool = False,
-) -> VarlenOptions:
-    return VarlenOptions(
-        False if causal == "none" else causal,
-        scale,
-        max_seqlen_q,
-        max_seqlen_k,
-        algorithm,
-        deterministic=deterministic,
-    )
+def _options(*call: Any) -> VarlenOptions:
+    """What the arguments of an operator say that are no tensors: those that both operators have."""
+    causal, scale, max_seqlen_q, max_seqlen_k, algorithm, left, right, softcap, dropout_p = call
+    modifiers = Modifiers((left, right), softcap, dropout_p)
+    return VarlenOptions(_causal(causal), scale, max_seqlen_q, max_seqlen_k, algorithm, modifiers=modifiers)
+
+
+def _causal(causal: str) -> bool | str:
+    return False if causal == "none" else causal

@@ -51,8 +51,9 @@ def attention_varlen(
     Sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q and out, and rows cu_seqlens_k[b] to
     cu_seqlens_k[b + 1] of k and v. It sees no other sequence. docs/packed.md has examples.
 
-    On a GPU by the fa2 kernels: a pass over the offsets, on the device, lists the blocks of all sequences, the
-    longest sequences first, and thread blocks take them from there. The host knows no length and never waits.
+    On a GPU by the fa2 kernels: a pass over the offsets, on the device, lists the blocks of all sequences,
+    the longest sequences first, and thread blocks take them from there. The host knows no length and never
+    waits.
 
     Parameters
     ----------
@@ -85,7 +86,8 @@ def attention_varlen(
     out : array (total_q, heads_q, head_dim_v), of q's library, device and dtype
         Rows that see no key, that belong to no sequence or are not in use, are 0.
     lse : array (heads_q, total_q), only with ``return_lse=True``
-        Natural logarithm, −inf for those rows, or the sink of those in use; float32, or float64 where q is float64.
+        Natural logarithm, −inf for those rows, or the sink of those in use; float32, or float64 where q is
+        float64.
 
     Raises
     ------
@@ -96,12 +98,12 @@ def attention_varlen(
 
     Notes
     -----
-    Gradients of q, k, v and sinks, of first order, through out and lse: by PyTorch's autograd, torch.compile and
-    torch.func, and by JAX's grad under jit. vmap calls once for each element that it maps over. Other
+    Gradients of q, k, v and sinks, of first order, through out and lse: by PyTorch's autograd, torch.compile
+    and torch.func, and by JAX's grad under jit. vmap calls once for each element that it maps over. Other
     libraries have ``attention_varlen_backward``.
 
-    Memory and streams are as those of ``attention``; a call allocates some bytes for each sequence and block of
-    queries. It can be captured in a CUDA graph, which then takes offsets from memory at every replay.
+    Memory and streams are as those of ``attention``; a call allocates some bytes for each sequence and block
+    of queries. It can be captured in a CUDA graph, which then takes offsets from memory at every replay.
     """
     scalars, operands = collect_packed(modifiers)
     options = VarlenOptions(
@@ -222,10 +224,10 @@ def _attend(
         if library is arrays.TORCH:
             from cuflash import torch_varlen
 
-            return torch_varlen.attend(named | values, options)
+            return torch_varlen.attend({**named, **values}, options)
         from cuflash import jax_varlen
 
-        return jax_varlen.attend(named | values, options)
+        return jax_varlen.attend({**named, **values}, options)
     if isinstance(library, Native):
         return library.untraced(attend)(library, named, options, values)
     result, lse = _with_borrowed(library, named, attend, options, values)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ class Call(NamedTuple):
     seqused_q: Array | None
     seqused_k: Array | None
     causal: bool | str
-    modifiers: dict[str, Any] = {}
+    modifiers: Mapping[str, Any] = MappingProxyType({})
 
     def offsets(self) -> dict[str, Array]:
         """By argument name, those that are given."""

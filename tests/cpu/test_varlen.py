@@ -228,7 +228,8 @@ def test_torch_operators_are_registered_as_the_library_wants_them() -> None:
     arrays = tensors(lengths=([5, 2], [4, 6]))
     pytest.importorskip("cuflash.torch_varlen")
     names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
-    arguments = (*(arrays[name] for name in names), None, None, "bottom_right", None, None, None, "auto")
+    call = ("bottom_right", None, None, None, "auto", 3, None, 2.0, 0.0)
+    arguments = (*(arrays[name] for name in names), *[None] * 5, *call)
     torch.library.opcheck(torch.ops.cuflash.attention_varlen_forward.default, arguments)
 
 
