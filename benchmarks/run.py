@@ -10,9 +10,10 @@ python -m benchmarks.run train                           loss curves of a small 
 python -m benchmarks.run gpt2                            steps of GPT-2, with each attention
 python -m benchmarks.run memory                          memory beyond inputs and outputs, by each family
 python -m benchmarks.run matmul                          the rate of large matrix products
+python -m benchmarks.run varlen                          packed documents, against dense and others' varlen
 
 Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps, counters also
---families and --topic; the other options are forward's and backward's.
+--families and --topic, varlen also --algorithm; the other options are forward's and backward's.
 """
 
 from __future__ import annotations
@@ -155,6 +156,18 @@ def _matmul(options: argparse.Namespace, command: str) -> int:
     return _record(matmul.PRODUCTS, measure, Recorder(options.results_dir, matmul.TOPIC, header))
 
 
+def _varlen(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("varlen", reason)
+    from benchmarks import varlen
+
+    def measure(point: varlen.Point) -> list[Row]:
+        return varlen.measure(point, (options.algorithm,), budget_ms=options.budget_ms)
+
+    header = machine.header(command, options.commit, varlen.METHOD)
+    return _record(varlen.POINTS, measure, Recorder(options.results_dir, varlen.TOPIC, header))
+
+
 BENCHMARKS = {
     "forward": _speed,
     "backward": _speed,
@@ -166,6 +179,7 @@ BENCHMARKS = {
     "gpt2": _gpt2,
     "memory": _memory,
     "matmul": _matmul,
+    "varlen": _varlen,
 }
 
 
