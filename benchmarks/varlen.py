@@ -1,10 +1,10 @@
-"""The varlen benchmark: packed documents, against the dense kernel at equal work and others' varlen kernels."""
+"""The varlen benchmark: packed documents, against the dense kernel at equal work and others' kernels."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -24,8 +24,8 @@ METHOD = (
     + f" Lengths: {documents.SOURCE}, cut at the context, in random order. seqlen_q and seqlen_k are the "
     "context, batch is the number of documents; operations are counted document by document. The offsets are "
     "in GPU memory; peers are told the longest length, which they need, and cuflash is not. dense: "
-    "cuflash.attention of the same family on equal sequences with as many tokens and as much work, Σ n² / Σ n "
-    "long. fa2_varlen: torch.nn.attention.varlen. fa2_nested: SDPA of nested tensors. fa3_varlen: "
+    "cuflash.attention of the same family on equal sequences with as many tokens and as much work, "
+    "Σ n² / Σ n long. fa2_varlen: torch.nn.attention.varlen. fa2_nested: SDPA of nested tensors. fa3_varlen: "
     "flash_attn_interface. A call of ours has all its kernels in it, that of the blocks' list too. Backwards "
     "as in the backward benchmark."
 )
@@ -84,15 +84,13 @@ class Packed:
     def draw(cls, point: Point) -> Packed:
         """Normal data from a fixed seed."""
         generator = torch.Generator("cuda").manual_seed(0)
-        q, k, v, dout = (
-            torch.randn(
-                (point.tokens, heads, point.head_dim),
-                generator=generator,
-                device="cuda",
-                dtype=torch.bfloat16,
-            )
-            for heads in (point.heads_q, point.heads_kv, point.heads_kv, point.heads_q)
-        )
+
+        def draw(heads: int) -> torch.Tensor:
+            shape = (point.tokens, heads, point.head_dim)
+            return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+        q, dout = draw(point.heads_q), draw(point.heads_q)
+        k, v = draw(point.heads_kv), draw(point.heads_kv)
         offsets = torch.tensor([0, *point.lengths], device="cuda").cumsum(0).to(torch.int32)
         return cls(q, k, v, dout, offsets, max(point.lengths))
 
@@ -170,13 +168,13 @@ def _prepare(prepare: Callable[[Packed], Run], packed: Packed, backward: bool) -
     """The forward, or the gradients by autograd through one that ran before."""
     if not backward:
         return prepare(packed)
-    leaves = tuple(x.detach().requires_grad_() for x in (packed.q, packed.k, packed.v))
-    out = prepare(Packed(*leaves, packed.dout, packed.offsets, packed.longest))()
-    return lambda: torch.autograd.grad(out, leaves, packed.dout, retain_graph=True)
+    q, k, v = (x.detach().requires_grad_() for x in (packed.q, packed.k, packed.v))
+    out = prepare(replace(packed, q=q, k=k, v=v))()
+    return lambda: torch.autograd.grad(out, (q, k, v), packed.dout, retain_graph=True)
 
 
 def _ours(packed: Packed, family: str, backward: bool) -> Run:
-    q, k, v, dout, offsets, _ = (getattr(packed, name) for name in Packed.__dataclass_fields__)
+    q, k, v, dout, offsets = packed.q, packed.k, packed.v, packed.dout, packed.offsets
     options: dict[str, Any] = {"causal": True, "algorithm": family}
     if not backward:
         return lambda: cuflash.attention_varlen(q, k, v, offsets, offsets, **options)
