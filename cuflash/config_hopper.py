@@ -23,6 +23,7 @@ _REGISTERS_PER_SM = 65536
 _MAX_REGISTERS = 255
 _BARRIER_BYTES = 8
 _TILE_SLOT_BYTES = 16  # which tile a Q belongs to
+_PACKED_TILE_SLOT_BYTES = 32  # and of which sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class HopperConfig:
     dynamic_tiles: bool  # tiles are taken from an atomic counter, not every grid-th
     causal: bool
     negative_scale: bool
+    varlen: bool = False  # sequences are packed one after the other
 
     @property
     def kernel(self) -> str:
@@ -68,7 +70,8 @@ class HopperConfig:
         k, v = self._tile_bytes(self.block_n, self.head_dim), self._tile_bytes(self.block_n, self.head_dim_v)
         tiles = self.q_stages * q + self.stages * (k + v) + (o if self.q_stages == 2 else 0)
         barriers = _BARRIER_BYTES * (2 * (self.q_stages + 2 * self.stages) + 1)
-        return tiles + _TILE_SLOT_BYTES * self.q_stages + barriers
+        slot = _PACKED_TILE_SLOT_BYTES if self.varlen else _TILE_SLOT_BYTES
+        return tiles + slot * self.q_stages + barriers
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
@@ -167,6 +170,7 @@ def make_config(
     packed_heads: int = 1,
     ping_pong: bool = True,
     dynamic_tiles: bool | None = None,
+    varlen: bool = False,
 ) -> HopperConfig:
     """``tile`` as a Config.
 
@@ -190,6 +194,7 @@ def make_config(
         dynamic_tiles=causal if dynamic_tiles is None else dynamic_tiles,
         causal=causal,
         negative_scale=negative_scale,
+        varlen=varlen,
     )
 
 

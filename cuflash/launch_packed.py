@@ -85,7 +85,7 @@ class PackedSizes(NamedTuple):
     @property
     def words(self) -> int:
         """Words of 4 bytes of the sequences, then of the blocks of queries, then of those of keys."""
-        return self.key_blocks_word + _BLOCK_WORDS * self.key_blocks
+        return self.key_blocks_word + _BLOCK_WORDS * (self.key_blocks + 1)
 
     @property
     def query_blocks_word(self) -> int:
@@ -93,7 +93,7 @@ class PackedSizes(NamedTuple):
 
     @property
     def key_blocks_word(self) -> int:
-        return self.query_blocks_word + _BLOCK_WORDS * self.query_blocks
+        return self.query_blocks_word + _BLOCK_WORDS * (self.query_blocks + 1)
 
 
 def packed_params(params: Any = None) -> Any:

@@ -1,6 +1,5 @@
 // Sequences packed one after the other in one tensor (docs/packed.md): the one that a thread block works on.
 #pragma once
-#include "core/modifier_params.cuh"
 
 // One of them, as packed/blocks.cu describes it. The rows past the last make up one more, of which none is in use.
 struct Sequence {
@@ -13,7 +12,8 @@ struct Sequence {
   int first_block;                   // its first block of queries, among those of all sequences
 };
 
-// A block of queries, or of keys, of one sequence. Lists of them end with some of no sequence, −1.
+// A block of queries, or of keys, of one sequence. Lists of them end with some of no sequence, −1; after those that there
+// can be at most, one more has in `block` how many are of sequences.
 struct PackedBlock {
   int sequence, block;
 };

@@ -8,6 +8,7 @@
 // Bounds   a list has as many elements as whatever lengths can need; those left over are of no sequence, −1. Offsets are
 //          taken as they are, unless they are no offsets: then they are clamped, and no kernel leaves its arrays.
 // Speed    a few microseconds, of one or two multiprocessors.
+#include "core/modifier_params.cuh"
 #include "core/packed.cuh"
 #include "core/read_operand.cuh"
 #include "core/types.cuh"
@@ -74,8 +75,8 @@ packed_blocks(const void* __restrict__ cu_seqlens_q,      // (batch + 1,)
               const void* __restrict__ seqused_q,         // (batch,) or null
               const void* __restrict__ seqused_k,         // (batch,) or null
               Sequence* __restrict__ sequences,           // (batch + 1,)
-              PackedBlock* __restrict__ blocks_of_queries,  // (of_queries.blocks,)
-              PackedBlock* __restrict__ blocks_of_keys,     // (of_keys.blocks,), only for a second thread block
+              PackedBlock* __restrict__ blocks_of_queries,  // (of_queries.blocks + 1,)
+              PackedBlock* __restrict__ blocks_of_keys,     // (of_keys.blocks + 1,), only for a second thread block
               const __grid_constant__ BlocksParams params) {
   DYN_SMEM(smem);
   int* next = reinterpret_cast<int*>(smem);  // of each bucket: where in the list its next sequence goes; then the end
@@ -137,5 +138,6 @@ packed_blocks(const void* __restrict__ cu_seqlens_q,      // (batch + 1,)
       for (int block = lane; block < its_count; block += kWarpSize) list[its_position + block] = {its_index, block};
     }
   }
+  if (threadIdx.x == 0) list[length] = {-1, max(0, min(next[kBuckets], length))};
   for (int i = max(0, next[kBuckets]) + threadIdx.x; i < length; i += kThreads) list[i] = {-1, 0};
 }
