@@ -115,6 +115,9 @@ TILES = (
 )
 
 _PRODUCER_REGISTERS = 32  # as few as it needs without spilling
+# Of packed sequences, whose tiles it has to look up: more only where consumers need not give them.
+_PACKED_PRODUCER_REGISTERS = 40
+_PACKED_SPILL_BYTES = 24  # once a tile, where they would
 _MAX_CONSUMER_REGISTERS = 240
 
 
@@ -176,6 +179,13 @@ def make_config(
 
     Under a causal mask tiles differ in length, so by default thread blocks take the next as they finish one.
     """
+    producer = _PRODUCER_REGISTERS
+    consumer = _consumer_registers(tile, producer)
+    spill_bytes = tile.spill_bytes
+    if varlen and _consumer_registers(tile, _PACKED_PRODUCER_REGISTERS) == consumer:
+        producer = _PACKED_PRODUCER_REGISTERS
+    elif varlen:
+        spill_bytes += _PACKED_SPILL_BYTES
     return HopperConfig(
         dtype=dtype,
         head_dim=tile.head_dim,
@@ -187,9 +197,9 @@ def make_config(
         q_stages=tile.q_stages,
         blocks_per_sm=tile.blocks_per_sm,
         packed_heads=packed_heads,
-        producer_registers=_PRODUCER_REGISTERS,
-        consumer_registers=_consumer_registers(tile),
-        spill_bytes=tile.spill_bytes,
+        producer_registers=producer,
+        consumer_registers=consumer,
+        spill_bytes=spill_bytes,
         ping_pong=ping_pong and tile.warpgroups > 1,
         dynamic_tiles=causal if dynamic_tiles is None else dynamic_tiles,
         causal=causal,
@@ -204,8 +214,8 @@ def launch_registers(warpgroups: int, blocks_per_sm: int) -> int:
     return min(_REGISTERS_PER_SM // threads, _MAX_REGISTERS) // 8 * 8
 
 
-def _consumer_registers(tile: Tile) -> int:
+def _consumer_registers(tile: Tile, producer_registers: int) -> int:
     # setmaxnreg only moves what the launch allocated: asking for more compiles, and then waits for ever.
     pool = (1 + tile.warpgroups) * launch_registers(tile.warpgroups, tile.blocks_per_sm)
-    share = (pool - _PRODUCER_REGISTERS) // tile.warpgroups
+    share = (pool - producer_registers) // tile.warpgroups
     return min(share // 8 * 8, _MAX_CONSUMER_REGISTERS)

@@ -15,15 +15,18 @@ import numpy as np
 from cuflash.arrays import ArrayInfo
 from cuflash.config import Config
 from cuflash.config_backward import BackwardConfigs
+from cuflash.config_hopper import WARPGROUP_ROWS, HopperConfig
 from cuflash.config_modifiers import ModifierFlags, SinksGradientConfig
 from cuflash.config_packed import Band, BlocksConfig
 from cuflash.launch import (
     FORWARD_PARAMS,
     LOG2_E,
     KernelCall,
+    Operand,
     Strides,
     check_ranges,
     kernel_scale,
+    make_params,
 )
 from cuflash.launch_backward import (
     BACKWARD_PARAMS,
@@ -34,14 +37,17 @@ from cuflash.launch_backward import (
     Workspace,
     kernel_call,
 )
+from cuflash.launch_hopper import FORWARD_PARAMS as HOPPER_FORWARD_PARAMS
+from cuflash.launch_hopper import MAX_HEADS_PER_WAVE, MAX_TILES, HopperCall
 from cuflash.launch_modifiers import element_strides
 from cuflash.modified_backward import SINKS_PARAMS, SinksGradient
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, shared_bytes
+from cuflash.tensor_map import TensorMap, packed_map
 
 # PackedArrays in kernels_cu/core/packed.cuh: the first addresses of a struct of parameters.
 PACKED_ARRAYS = ("sequences", "blocks")
-_PACKED = np.dtype([(name, np.uint64) for name in PACKED_ARRAYS])
+_PACKED = np.dtype([(name, np.uint64) for name in PACKED_ARRAYS], align=True)
 
 _SIDE = np.dtype(
     [
@@ -203,6 +209,50 @@ def forward_call(
     )
     assert call is not None
     return call
+
+
+def hopper_forward_call(
+    problem: Problem,
+    config: HopperConfig,
+    sizes: PackedSizes,
+    band: Band,
+    operands: tuple[Operand, Operand, Operand, Operand],
+    longest: int,
+    multiprocessors: int,
+    l2_bytes: int,
+) -> HopperCall:
+    """The launch of ``hopper_forward``; ``operands`` are q, k, v and out, with a batch axis of one."""
+    check_ranges(problem)
+    tiles = sizes.query_blocks * problem.heads_q
+    if tiles > MAX_TILES:
+        raise ValueError(
+            f"q may have {tiles} tiles ({problem.heads_q} heads, {sizes.query_blocks} blocks of "
+            f"{config.block_m} rows) and the GPU kernel takes at most {MAX_TILES}; split the batch"
+        )
+    scale = kernel_scale(problem)
+    params = make_params(
+        HOPPER_FORWARD_PARAMS,
+        (
+            *(problem.seqlen_q, problem.seqlen_k, problem.heads_q, problem.group_size, problem.heads_q),
+            *(band.causal_offset, sizes.query_blocks, tiles),
+            min(heads_per_wave(problem, longest, l2_bytes), MAX_HEADS_PER_WAVE),
+            *(scale * LOG2_E, scale),
+        ),
+        packed_params(),
+    )
+    q, k, v, out = operands
+
+    def map_of(operand: Operand, rows: int) -> TensorMap:
+        return packed_map(*operand, problem.dtype, rows=rows)
+
+    maps = (
+        map_of(q, config.block_m),
+        map_of(k, config.block_n),
+        map_of(v, config.block_n),
+        map_of(out, WARPGROUP_ROWS),
+    )
+    grid = min(tiles, multiprocessors * config.blocks_per_sm)
+    return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, params)
 
 
 def backward_calls(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cuflash import jit, launch, launcher
+from cuflash import jit, launch, launcher, tile_counters
 from cuflash.arrays import GpuArrays
 from cuflash.arrays.overlap import Footprint
 from cuflash.checks import check_no_alias
@@ -14,11 +14,13 @@ from cuflash.checks_varlen import VarlenOptions, VarlenRequest, check_varlen
 from cuflash.families import Gpu
 from cuflash.families_varlen import Blocks, VarlenBackward, VarlenForward, choose_backward, choose_forward
 from cuflash.flash_backward import FlashSteps, load_flash_steps
+from cuflash.launch_hopper import HopperCall
 from cuflash.launch_modifiers import MODIFIER_ARRAYS
 from cuflash.launch_packed import PACKED_ARRAYS
 from cuflash.modified_backward import SINKS_TAKES, SinksGradient
 from cuflash.modifiers import NO_OPERANDS
 from cuflash.resources import ELEMENT_BYTES
+from cuflash.tensor_map import Encoder
 
 _MAX_PLANS = 4096  # as in cuflash.plan
 _plans: dict[Hashable, ForwardPlan | BackwardPlan] = {}
@@ -62,6 +64,7 @@ class ForwardPlan:
     footprints: dict[str, Footprint]
     blocks: BlocksLauncher | None  # None: the output is empty
     main: launcher.Launcher | None
+    encoders: tuple[Encoder, ...] | None  # of q, k, v and out, for the kernel that takes tensor maps
     workspace_words: int
     get_current_device: Callable[[], int]
 
@@ -164,13 +167,19 @@ def _forward_plan(
     arch: str,
     get_current_device: Callable[[], int],
 ) -> ForwardPlan:
-    copied, blocks, main, words = {}, None, None, 0
+    copied, blocks, main, encoders, words = {}, None, None, None, 0
     if kernels is not None:
         layouts = kernels.layouts
         copied = {name: getattr(layouts, name).shape[3] for name in layouts.copies}
         blocks = BlocksLauncher.load(kernels.blocks, arch)
-        arrays = len(PACKED_ARRAYS) + len(MODIFIER_ARRAYS)
-        main = launcher.load(kernels.config, kernels.call, arch, addresses=len(_FORWARD_TAKES), arrays=arrays)
+        call, arrays = kernels.call, len(PACKED_ARRAYS)
+        if isinstance(call, HopperCall):
+            encoders = tuple(map(Encoder, call.maps))
+            main = launcher.load(kernels.config, call, arch, maps=len(call.maps), addresses=2, arrays=arrays)
+            tile_counters.prepare(device)
+        else:
+            arrays += len(MODIFIER_ARRAYS)
+            main = launcher.load(kernels.config, call, arch, addresses=len(_FORWARD_TAKES), arrays=arrays)
         words = kernels.blocks.sizes.words
     return ForwardPlan(
         device=device,
@@ -180,6 +189,7 @@ def _forward_plan(
         footprints={name: Footprint.of(info) for name, info in request.infos.items()},
         blocks=blocks,
         main=main,
+        encoders=encoders,
         workspace_words=words,
         get_current_device=get_current_device,
     )
@@ -253,8 +263,13 @@ def _run_forward(
     at |= {"out": gpu.pointer(target), "lse": 0 if lse is None else gpu.pointer(lse), **values}
     lists = plan.blocks(at, gpu.pointer(workspace), stream)
     packed = lists["sequences"], lists["query_blocks"]
-    operands = (at.get(name, 0) for name in MODIFIER_ARRAYS)
-    plan.main((), (*(at[name] for name in _FORWARD_TAKES), *packed, *operands), stream)
+    if plan.encoders is None:
+        operands = (at.get(name, 0) for name in MODIFIER_ARRAYS)
+        plan.main((), (*(at[name] for name in _FORWARD_TAKES), *packed, *operands), stream)
+    else:
+        maps = [encode(at[name]) for encode, name in zip(plan.encoders, _FORWARD_TAKES, strict=False)]
+        counter = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
+        plan.main(maps, (at["lse"], counter, *packed), stream)
     if not gpu.keeps_temporaries():  # and not if a launch was refused
         _captured.append(workspace)
     if target is not result:

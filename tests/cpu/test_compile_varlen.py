@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_compile import CAPABILITIES
 
-from cuflash import config, config_backward, jit
+from cuflash import config, config_backward, config_hopper, jit
 from cuflash.config_modifiers import ModifierFlags
 from cuflash.config_packed import BlocksConfig
 from cuflash.problem import make_problem
@@ -42,6 +42,13 @@ def test_kernels_spill_hardly_more_than_plain_ones(capability, head_dim, causal)
         compile_(main, capability, main.min_blocks_per_sm, allowed + MORE_SPILLS)
         compile_(pre, capability)
         compile_(post, capability)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("tile", config_hopper.TILES, ids=str)
+def test_hopper_forward_compiles_without_serialised_wgmma_or_spills(tile, causal):
+    made = config_hopper.make_config(tile, dtype="bfloat16", causal=causal, dynamic_tiles=True, varlen=True)
+    compile_(made, (9, 0), made.blocks_per_sm, made.spill_bytes)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
