@@ -13,7 +13,7 @@ python -m benchmarks.run matmul                          the rate of large matri
 python -m benchmarks.run varlen                          packed documents, against dense and others' varlen
 
 Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps, counters also
---families and --topic, varlen also --algorithm; the other options are forward's and backward's.
+--families and --topic, varlen also --budget-ms; the other options are forward's and backward's.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _varlen(options: argparse.Namespace, command: str) -> int:
     from benchmarks import varlen
 
     def measure(point: varlen.Point) -> list[Row]:
-        return varlen.measure(point, (options.algorithm,), budget_ms=options.budget_ms)
+        return varlen.measure(point, budget_ms=options.budget_ms)
 
     header = machine.header(command, options.commit, varlen.METHOD)
     return _record(varlen.POINTS, measure, Recorder(options.results_dir, varlen.TOPIC, header))

@@ -86,7 +86,7 @@ def _fa2(packed: Packed, options: VarlenOptions, gpu: Gpu) -> VarlenForward:
         blocks.sizes,
         band,
         (q, k, v, out),
-        _longest(options.max_seqlen_k, problem.seqlen_k),
+        _longest(options.max_seqlen_k, problem.seqlen_k, batch),
         gpu.l2_bytes,
         _params(problem, infos, band, launch.kernel_scale(problem)),
     )
@@ -113,7 +113,7 @@ def _hopper(packed: Packed, options: VarlenOptions, gpu: Gpu) -> VarlenForward:
         blocks.sizes,
         band,
         (q, k, v, out),
-        _longest(options.max_seqlen_k, problem.seqlen_k),
+        _longest(options.max_seqlen_k, problem.seqlen_k, batch),
         gpu.multiprocessors,
         gpu.l2_bytes,
     )
@@ -162,7 +162,7 @@ def choose_backward(request: VarlenRequest, options: VarlenOptions, gpu: Gpu) ->
         blocks.sizes,
         band,
         layouts.strides,
-        _longest(options.max_seqlen_q, problem.seqlen_q),
+        _longest(options.max_seqlen_q, problem.seqlen_q, batch),
         gpu.l2_bytes,
         _params(problem, infos, band, problem.scale),
     )
@@ -236,5 +236,6 @@ def _blocks(
     return Blocks(made, launch_packed.blocks_call(problem, infos, made, sizes, band, of_keys=of_keys), sizes)
 
 
-def _longest(hint: int | None, total: int) -> int:
-    return total if hint is None else min(hint, total)
+def _longest(hint: int | None, total: int, batch: int) -> int:
+    """The longest sequence as far as the host may guess: without a hint, of twice the mean length."""
+    return min(total, 2 * total // max(1, batch) if hint is None else hint)
