@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,11 +127,11 @@ def prepare_peer(prepare: Callable[[], Run], require: Callable[[Any], float]) ->
             run = prepare()
             require(run())
         except Exception as error:  # anything at all may be wrong with another library
-            return _reason(error, [str(warning.message) for warning in caught])
+            return reason(error, [str(warning.message) for warning in caught])
     return run
 
 
-def _reason(error: Exception, notes: list[str]) -> str:
+def reason(error: Exception, notes: Sequence[str] = ()) -> str:
     """One line; SDPA says in warnings, not in its error, why a backend refuses a problem."""
     lines = [f"{type(error).__name__}: {error}".splitlines()[0]]
     lines += [note.split(" (Triggered internally")[0] for note in notes]

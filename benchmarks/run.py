@@ -11,10 +11,11 @@ python -m benchmarks.run gpt2                            steps of GPT-2, with ea
 python -m benchmarks.run memory                          memory beyond inputs and outputs, by each family
 python -m benchmarks.run matmul                          the rate of large matrix products
 python -m benchmarks.run modifiers                       the cost of modifiers, and FlexAttention's time
+python -m benchmarks.run varlen                          packed documents, against dense and others' varlen
 
 Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps, counters also
---families and --topic, modifiers also --cases, --shapes, --algorithm, --budget-ms and --topic; the other
-options are forward's and backward's.
+--families and --topic, modifiers also --cases, --shapes, --algorithm, --budget-ms and --topic, varlen also
+--budget-ms; the other options are forward's and backward's.
 """
 
 from __future__ import annotations
@@ -170,6 +171,18 @@ def _modifiers(options: argparse.Namespace, command: str) -> int:
     return _record(modifiers.points(options.cases, options.shapes), measure, recorder)
 
 
+def _varlen(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("varlen", reason)
+    from benchmarks import varlen
+
+    def measure(point: varlen.Point) -> list[Row]:
+        return varlen.measure(point, budget_ms=options.budget_ms)
+
+    header = machine.header(command, options.commit, varlen.METHOD)
+    return _record(varlen.POINTS, measure, Recorder(options.results_dir, varlen.TOPIC, header))
+
+
 BENCHMARKS = {
     "forward": _speed,
     "backward": _speed,
@@ -182,6 +195,7 @@ BENCHMARKS = {
     "memory": _memory,
     "matmul": _matmul,
     "modifiers": _modifiers,
+    "varlen": _varlen,
 }
 
 

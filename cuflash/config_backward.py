@@ -228,7 +228,7 @@ def with_passes(main: BackwardConfig) -> BackwardConfigs:
             main.dtype,
             main.head_dim,
             main.block_m,
-            modifiers=ModifierFlags(query_padding=flags.query_padding),
+            modifiers=ModifierFlags(query_padding=flags.query_padding, varlen=flags.varlen),
         ),
         main,
         PostprocessConfig(
@@ -237,5 +237,6 @@ def with_passes(main: BackwardConfig) -> BackwardConfigs:
             main.block_m,
             main.vector_reductions,
             main.vector_out,
+            modifiers=ModifierFlags(varlen=flags.varlen),
         ),
     )

@@ -23,6 +23,7 @@ _REGISTERS_PER_SM = 65536
 _MAX_REGISTERS = 255
 _BARRIER_BYTES = 8
 _TILE_SLOT_BYTES = 16  # which tile a Q belongs to
+_PACKED_TILE_SLOT_BYTES = 32  # and of which sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class HopperConfig:
     dynamic_tiles: bool  # tiles are taken from an atomic counter, not every grid-th
     causal: bool
     negative_scale: bool
+    varlen: bool = False  # sequences are packed one after the other
 
     @property
     def kernel(self) -> str:
@@ -68,7 +70,8 @@ class HopperConfig:
         k, v = self._tile_bytes(self.block_n, self.head_dim), self._tile_bytes(self.block_n, self.head_dim_v)
         tiles = self.q_stages * q + self.stages * (k + v) + (o if self.q_stages == 2 else 0)
         barriers = _BARRIER_BYTES * (2 * (self.q_stages + 2 * self.stages) + 1)
-        return tiles + _TILE_SLOT_BYTES * self.q_stages + barriers
+        slot = _PACKED_TILE_SLOT_BYTES if self.varlen else _TILE_SLOT_BYTES
+        return tiles + slot * self.q_stages + barriers
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
@@ -112,6 +115,9 @@ TILES = (
 )
 
 _PRODUCER_REGISTERS = 32  # as few as it needs without spilling
+# Of packed sequences, whose tiles it has to look up: more only where consumers need not give them.
+_PACKED_PRODUCER_REGISTERS = 40
+_PACKED_SPILL_BYTES = 24  # once a tile, where they would
 _MAX_CONSUMER_REGISTERS = 240
 
 
@@ -167,11 +173,19 @@ def make_config(
     packed_heads: int = 1,
     ping_pong: bool = True,
     dynamic_tiles: bool | None = None,
+    varlen: bool = False,
 ) -> HopperConfig:
     """``tile`` as a Config.
 
     Under a causal mask tiles differ in length, so by default thread blocks take the next as they finish one.
     """
+    producer = _PRODUCER_REGISTERS
+    consumer = _consumer_registers(tile, producer)
+    spill_bytes = tile.spill_bytes
+    if varlen and _consumer_registers(tile, _PACKED_PRODUCER_REGISTERS) == consumer:
+        producer = _PACKED_PRODUCER_REGISTERS
+    elif varlen:
+        spill_bytes += _PACKED_SPILL_BYTES
     return HopperConfig(
         dtype=dtype,
         head_dim=tile.head_dim,
@@ -183,13 +197,14 @@ def make_config(
         q_stages=tile.q_stages,
         blocks_per_sm=tile.blocks_per_sm,
         packed_heads=packed_heads,
-        producer_registers=_PRODUCER_REGISTERS,
-        consumer_registers=_consumer_registers(tile),
-        spill_bytes=tile.spill_bytes,
+        producer_registers=producer,
+        consumer_registers=consumer,
+        spill_bytes=spill_bytes,
         ping_pong=ping_pong and tile.warpgroups > 1,
         dynamic_tiles=causal if dynamic_tiles is None else dynamic_tiles,
         causal=causal,
         negative_scale=negative_scale,
+        varlen=varlen,
     )
 
 
@@ -199,8 +214,8 @@ def launch_registers(warpgroups: int, blocks_per_sm: int) -> int:
     return min(_REGISTERS_PER_SM // threads, _MAX_REGISTERS) // 8 * 8
 
 
-def _consumer_registers(tile: Tile) -> int:
+def _consumer_registers(tile: Tile, producer_registers: int) -> int:
     # setmaxnreg only moves what the launch allocated: asking for more compiles, and then waits for ever.
     pool = (1 + tile.warpgroups) * launch_registers(tile.warpgroups, tile.blocks_per_sm)
-    share = (pool - _PRODUCER_REGISTERS) // tile.warpgroups
+    share = (pool - producer_registers) // tile.warpgroups
     return min(share // 8 * 8, _MAX_CONSUMER_REGISTERS)

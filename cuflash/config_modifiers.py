@@ -36,6 +36,7 @@ class ModifierFlags:
     query_padding: bool = False
     sinks: bool = False
     dropout: bool = False
+    varlen: bool = False  # sequences are packed one after the other: no modifier, but known to the same code
     score_mod: str = ""  # the formula, "" for none
     mask_mod: str = ""
     mod_args: tuple[ModArg, ...] = ()

@@ -346,7 +346,7 @@ def _current_device() -> int:
 def _padded(x: Any) -> Any:
     """``x`` with zeros after its last axis, up to rows that start at multiples of 16 bytes."""
     missing = -x.shape[-1] % (launch.ALIGNMENT // ELEMENT_BYTES)
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, missing)]) if missing else x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
 def _results(primitive: Primitive, *arrays: Any, options: Any, names: Names) -> Arrays:

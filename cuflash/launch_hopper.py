@@ -31,8 +31,8 @@ FORWARD_PARAMS = np.dtype(
 
 # A persistent grid is balanced by its counter; waves of more heads only spread what L2 holds (measured up to
 # 132 heads: docs/hopper-forward.md).
-_MAX_HEADS_PER_WAVE = 16
-_MAX_TILES = 2**30  # the kernel adds two tile indices in 32 bits
+MAX_HEADS_PER_WAVE = 16
+MAX_TILES = 2**30  # the kernel adds two tile indices in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,10 @@ def hopper_forward_call(
     m_blocks = -(-problem.seqlen_q // (config.block_m // pack))
     batch_heads = problem.batch * problem.heads_q // pack
     tiles = m_blocks * batch_heads
-    if tiles > _MAX_TILES:
+    if tiles > MAX_TILES:
         raise ValueError(
             f"q has {tiles} tiles (batch {problem.batch}, {problem.heads_q} heads, {m_blocks} blocks of "
-            f"{config.block_m} rows) and the GPU kernel takes at most {_MAX_TILES}; split the batch"
+            f"{config.block_m} rows) and the GPU kernel takes at most {MAX_TILES}; split the batch"
         )
     scale = kernel_scale(problem)
     params: Any = np.array(
@@ -87,7 +87,7 @@ def hopper_forward_call(
             problem.causal_offset or 0,
             m_blocks,
             tiles,
-            min(heads_per_wave(problem, l2_bytes), _MAX_HEADS_PER_WAVE),
+            min(heads_per_wave(problem, l2_bytes), MAX_HEADS_PER_WAVE),
             scale * LOG2_E,
             scale,
         ),

@@ -41,7 +41,7 @@ from cuflash.resources import ELEMENT_BYTES
 
 # SinksParams, BiasParams, ModArgsParams (but for its last member) and SumParams in kernels_cu/fa2/
 SINKS_PARAMS = params_dtype(
-    "dlse", "first_row seqlen_q all_queries heads_q batch rows_per_head shared_by_batch"
+    "dlse", "first_row seqlen_q all_queries heads_q batch rows_per_head shared_by_batch block_rows"
 )
 BIAS_PARAMS = params_dtype(
     "q k v dout",
@@ -57,7 +57,7 @@ MOD_ARGS_PARAMS = params_dtype(
 )
 SUM_PARAMS = np.dtype([("count", np.int64), ("parts", np.int32), ("bytes", np.int32)], align=True)
 
-_SINKS_TAKES = ("lse_log2", "delta", "dlse", "dsinks")
+SINKS_TAKES = ("lse_log2", "delta", "dlse", "dsinks")
 _BIAS_TAKES = ("q", "k", "v", "dout", "lse_log2", "delta")
 _BLOCKS_PER_SM = 4  # thread blocks of the bias's gradient that keep a multiprocessor busy
 
@@ -154,7 +154,7 @@ def _sinks_gradient(
         SINKS_PARAMS,
         strides.dlse,
         *(rows.start, len(rows), problem.seqlen_q, problem.heads_q, problem.batch, rows_per_head),
-        int(len(infos["sinks"].shape) == 1),
+        *(int(len(infos["sinks"].shape) == 1), 0),
         modifiers=modifier_params(problem, infos, problem.scale),
     )
     return None if call is None else SinksGradient(config, call)
@@ -329,7 +329,7 @@ class ModifiedSteps:
         self.flash.run(at, workspace, nbytes, stream)
         arrays = [at[name] for name in MODIFIER_ARRAYS]
         if self.sinks is not None:
-            self.sinks((), [*(at[name] for name in _SINKS_TAKES), *arrays], stream)
+            self.sinks((), [*(at[name] for name in SINKS_TAKES), *arrays], stream)
         if self.bias is not None:
             parts = at["dbias"] if self.sum_bias is None else workspace + 4 * self.parts_word
             mod_args = [at[name] for name in self.mod_args]
@@ -356,7 +356,7 @@ def load_modified_steps(configs: BackwardConfigs, calls: ModifiedCalls, arch: st
     return ModifiedSteps(
         flash,
         SummaryLauncher.load(summary, arch) if summary else None,
-        launcher.load(sinks.config, sinks.call, arch, addresses=len(_SINKS_TAKES), arrays=arrays)
+        launcher.load(sinks.config, sinks.call, arch, addresses=len(SINKS_TAKES), arrays=arrays)
         if sinks
         else None,
         launcher.load(

@@ -67,7 +67,36 @@ class Arguments(TypedDict, total=False):
     mask_summary: Any
 
 
-def collect(given: Arguments) -> tuple[Modifiers, Mapping[str, Any]]:
+class PackedArguments(TypedDict, total=False):
+    """Those of packed sequences: the others are of one sequence length."""
+
+    window: Window | None
+    softcap: float | None
+    alibi_slopes: Any
+    sinks: Any
+    dropout_p: float
+    seed: Any
+
+
+def collect_packed(given: PackedArguments) -> tuple[Modifiers, Mapping[str, Any]]:
+    """``collect``, of packed sequences."""
+    for name in given:
+        if name not in PackedArguments.__annotations__:
+            known = ", ".join(PackedArguments.__annotations__)
+            raise TypeError(f"got an unexpected keyword argument {name!r}; modifiers here are {known}")
+    return collect(given)
+
+
+def of_sequence(operands: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The operands of packed sequence ``index`` alone, as one batch element."""
+    per_sequence = ("alibi_slopes", "sinks")
+    return {
+        name: x[index : index + 1] if name in per_sequence and x.ndim == 2 else x
+        for name, x in operands.items()
+    }
+
+
+def collect(given: Arguments | PackedArguments) -> tuple[Modifiers, Mapping[str, Any]]:
     """The scalars, checked, and the operands that are not None; among these "seed", where there is dropout.
 
     A ``seed`` that is a number becomes an int; any other is taken for an array. Likewise arguments of

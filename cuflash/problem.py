@@ -45,6 +45,7 @@ class Problem:
     dropout_p: float = 0.0
     modifiers: tuple[str, ...] = ()  # the arguments of ``attention`` that modify the scores or probabilities
     formulas: Formulas = NO_FORMULAS
+    first_batch: int = 0  # of these batch elements, among those that dropout counts
 
     @property
     def diagonal(self) -> int:

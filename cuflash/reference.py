@@ -43,13 +43,14 @@ class Extras(NamedTuple):
     # Of all scores, (B, Hq, Sq, Sk); and the gradients of its arguments, of ∂loss/∂result and the scores.
     score_mod: Callable[[Array], Array] | None = None
     score_mod_args: Callable[[Array, Array], tuple[Array, ...]] | None = None
+    first_batch: int = 0
 
     @classmethod
     def of(cls, problem: Problem, operands: Mapping[str, Any]) -> Extras:
         """The modifiers of ``problem``, with its ``operands`` by argument name."""
         scalars = problem.diagonal, problem.window_offset, problem.softcap, problem.dropout_p
         arrays = {name: x for name, x in operands.items() if name != "seed"}
-        return cls(*scalars, seed_value(operands.get("seed", 0)), **arrays)
+        return cls(*scalars, seed_value(operands.get("seed", 0)), **arrays, first_batch=problem.first_batch)
 
     def wide(self) -> Extras:
         """The same with its floats in float64."""
@@ -229,7 +230,8 @@ def _kept(shape: tuple[int, ...], extras: Extras) -> Array:
     batches, heads, rows, columns = shape
     kept = np.empty(shape, np.float64)
     for b, h in np.ndindex(batches, heads):
-        kept[b, h] = dropout_keep(extras.dropout_p, extras.seed, b, h, slice(0, rows), slice(0, columns))
+        batch = extras.first_batch + b
+        kept[b, h] = dropout_keep(extras.dropout_p, extras.seed, batch, h, slice(0, rows), slice(0, columns))
     return kept / (1 - extras.dropout_p)
 
 

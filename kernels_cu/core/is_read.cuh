@@ -29,15 +29,15 @@ __device__ __forceinline__ KeyIsRead<Params> keys_read(const Params& params, int
   return {params, batch, head, heads, first};
 }
 
-// Of a tile of Q or dO whose first query is `first`. Only with dropout does a kernel start before the first query that
-// sees a key.
+// Of a tile of Q or dO whose first query is `first`. Only with dropout, and in packed sequences, does a kernel start before
+// the first query that sees a key.
 template <class Params>
 struct QueryIsRead {
   const Params& params;
   int first;
 
   __device__ __forceinline__ bool operator()(int row) const {
-    if constexpr (Config::kDropout) return first + row >= params.blind_rows;
+    if constexpr (Config::kDropout || Config::kVarlen) return first + row >= params.blind_rows;
     else return true;
   }
 };

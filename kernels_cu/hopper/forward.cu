@@ -30,6 +30,8 @@
 //           bar 1 + w        the warpgroup before w                 warpgroup w, before it issues products
 //           bar 1 + kWarpgroups + w: O's place is free, O is written (w's warps); with O in V also bar
 //           1 + 2·kWarpgroups: nobody reads V any more (all consumers)
+// Packed    with kVarlen tiles are of many sequences (hopper/packed.cuh), as a list on the device has them. The tensor maps
+//           end each sequence where it ends, for loads and stores alike; out and lse of rows not in use are 0 and −inf.
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > row + causal_offset get −inf; masked blocks are peeled off. A
 //           tile that sees no key visits one, masked block. TMA reads rows outside the tensors as zeros, and the host
 //           ends K and V at the last key some query sees. A row that sees no key gives out = 0, lse = −inf.
@@ -39,9 +41,11 @@
 // Sibling   fa2/forward.cu: a warp loads, multiplies and exponentiates in turn; other thread blocks fill its gaps.
 #include "core/fragment.cuh"
 #include "core/mask.cuh"
+#include "core/packed.cuh"
 #include "core/scheduler.cuh"
 #include "core/tile_range.cuh"
 #include "core/types.cuh"
+#include "hopper/packed.cuh"
 #include "hopper/pipeline.cuh"
 #include "hopper/products.cuh"
 #include "hopper/softmax.cuh"
@@ -55,7 +59,7 @@
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
-struct ForwardParams {
+struct ForwardParams : PackedArrays<Config::kVarlen> {
   int seqlen_q, seqlen_k;  // seqlen_k counts the keys some query sees
   int heads_q, group_size, batch_heads;  // in packs of kPackedHeads heads
   int causal_offset;
@@ -79,6 +83,7 @@ constexpr int kNTiles = kBlockN / 8;
 constexpr int kDTiles = kHeadDimV / 8;
 static_assert(kBlockM == 64 * kWarpgroups && kBlockN % 16 == 0, "whole wgmma tiles");
 static_assert(64 % kPack == 0, "whole queries in the rows of a warpgroup");
+static_assert(!Config::kVarlen || (kPack == 1 && Config::kDynamicTiles), "packed sequences are of many lengths");
 static_assert(kQStages == 1 || kQStages == 2, "the next Q waits for this one, or has its own slot");
 
 using QTile = PanelTile<kBlockM, kHeadDim>;
@@ -91,7 +96,7 @@ constexpr int kKOffset = kQStages * QTile::kBytes;
 constexpr int kVOffset = kKOffset + kStages * KTile::kBytes;
 constexpr int kOOffset = kOInV ? kVOffset : kVOffset + kStages * VTile::kBytes;
 constexpr int kTileSlotsOffset = kVOffset + kStages * VTile::kBytes + (kOInV ? 0 : kWarpgroups * OTile::kBytes);
-constexpr int kBarriersOffset = kTileSlotsOffset + kQStages * 16;
+constexpr int kBarriersOffset = kTileSlotsOffset + kQStages * (Config::kVarlen ? 32 : 16);
 static_assert(!kOInV || kWarpgroups * OTile::kBytes <= kStages * VTile::kBytes, "O fits in V's place");
 
 using QRing = Ring<kQStages, QTile::kBytes>;
@@ -100,14 +105,17 @@ using VRing = Ring<kStages, VTile::kBytes>;
 constexpr int kOEmptyOffset = kBarriersOffset + QRing::kBarrierBytes + KRing::kBarrierBytes + VRing::kBarrierBytes;
 static_assert(kOEmptyOffset + 8 == Config::kSharedBytes, "the host's map is the same");
 
-struct alignas(16) TileSlot { Tile tile; };  // how the producer tells the consumers which tile Q belongs to
+using WorkTile = ChosenTile<Config::kVarlen>::Type;
+struct alignas(16) TileSlot { WorkTile tile; };  // how the producer tells the consumers which tile Q belongs to
 constexpr int kNoTile = -1;                  // in place of m_block: there is no further tile
 
 struct Work {  // a tile, and what its divisions give: they would delay each load
-  Tile tile;
+  WorkTile tile;
   int kv_head;
   int n_first;  // key block
+  int first_key;  // of a packed sequence
 };
+static_assert(sizeof(TileSlot) == (Config::kVarlen ? 32 : 16), "as its place in shared memory");
 
 // acc_s = Q Kᵀ: 64 rows of Q, from q_smem on, and all keys of the block. Started, not waited for.
 __device__ __forceinline__ void start_q_k(float (&acc_s)[kNTiles][4], unsigned q_smem, unsigned k_smem) {
@@ -164,10 +172,11 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   }
   __syncthreads();
 
-  const auto key_blocks = [&](const Tile& tile) {
+  const auto key_blocks = [&](const WorkTile& tile) {
     const int query = tile.m_block * kQueries;
-    TileRange range = key_tiles<kBlockN, Config::kCausal>(query, min(query + kQueries, params.seqlen_q),
-                                                          params.seqlen_k, params.causal_offset);
+    TileRange range =
+        key_tiles<kBlockN, Config::kCausal>(query, min(query + kQueries, queries_of(tile, params)), keys_of(tile, params),
+                                            causal_offset_of(tile, params));
     range.end = max(range.end, 1);  // a tile that sees no key passes through the pipeline as one masked block
     return range;
   };
@@ -179,30 +188,42 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     if (threadIdx.x != 0) return;
     unsigned use = 0;    // of the K and V rings: key blocks before this one, of all tiles so far
     unsigned q_use = 0;  // of the Q ring: tiles before this one
-    const auto load_q = [&](unsigned q_use, const Tile& tile) {
+    const auto load_q = [&](unsigned q_use, const auto& tile) {
       q_ring.wait_empty(q_use);
       tile_slots[q_use % kQStages].tile = tile;
       mbarrier_arrive_expect_tx(q_ring.full(q_use), QTile::kBytes);
       const unsigned slot = q_ring.slot(q_use), full = q_ring.full(q_use);
-      if constexpr (kPack == 1) QTile::load(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
+      if constexpr (Config::kVarlen) {
+        QTile::load_of_sequence(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.first_query, tile.queries);
+      } else if constexpr (kPack == 1) QTile::load(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
       else QTile::load_packed(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
     };
-    const auto load_k = [&](unsigned use, const Work& work, int n_block) {
+    const auto load_k = [&](unsigned use, const auto& work, int n_block) {
       k_ring.wait_empty(use);
       mbarrier_arrive_expect_tx(k_ring.full(use), KTile::kBytes);
-      KTile::load(k_ring.slot(use), &k_map, k_ring.full(use), n_block * kBlockN, work.kv_head, work.tile.batch);
+      if constexpr (Config::kVarlen) {
+        KTile::load_of_sequence(k_ring.slot(use), &k_map, k_ring.full(use), n_block * kBlockN, work.kv_head,
+                                work.first_key, work.tile.keys);
+      } else KTile::load(k_ring.slot(use), &k_map, k_ring.full(use), n_block * kBlockN, work.kv_head, work.tile.batch);
     };
-    const auto load_v = [&](unsigned use, const Work& work, int n_block) {
+    const auto load_v = [&](unsigned use, const auto& work, int n_block) {
       if constexpr (kOInV) mbarrier_wait(o_empty, q_use % 2);
       v_ring.wait_empty(use);
       mbarrier_arrive_expect_tx(v_ring.full(use), VTile::kBytes);
-      VTile::load(v_ring.slot(use), &v_map, v_ring.full(use), n_block * kBlockN, work.kv_head, work.tile.batch);
+      if constexpr (Config::kVarlen) {
+        VTile::load_of_sequence(v_ring.slot(use), &v_map, v_ring.full(use), n_block * kBlockN, work.kv_head,
+                                work.first_key, work.tile.keys);
+      } else VTile::load(v_ring.slot(use), &v_map, v_ring.full(use), n_block * kBlockN, work.kv_head, work.tile.batch);
     };
+    const int packed_blocks = packed_blocks_of(params);
+    const auto m_blocks = [&] { return Config::kVarlen ? packed_blocks : params.m_blocks; };
+    const auto tiles = [&] { return Config::kVarlen ? packed_blocks * params.heads_q : params.tiles; };
     const auto work_at = [&](int index) {
-      if (index >= params.tiles) return Work{{kNoTile, 0, 0}, 0, 0};
-      const Tile tile =
-          longest_first(index, params.m_blocks, params.heads_q, params.batch_heads, params.heads_per_wave);
-      return Work{tile, tile.head / params.group_size, key_blocks(tile).end - 1};
+      if (index >= tiles()) return Work{{kNoTile, 0, 0}, 0, 0};
+      const Tile at = longest_first(index, m_blocks(), params.heads_q, params.batch_heads, params.heads_per_wave);
+      int first_key = 0;
+      const WorkTile tile = tile_at<kBlockM>(params, at, m_blocks(), first_key);
+      return Work{tile, tile.head / params.group_size, key_blocks(tile).end - 1, first_key};
     };
 
     // Q and the first key block.
@@ -213,13 +234,21 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
 
     int index = blockIdx.x;
     Work work = work_at(index);
+    const auto finish = [&] {
+      q_ring.wait_empty(q_use);
+      tile_slots[q_use % kQStages].tile = WorkTile{kNoTile, 0, 0};
+      mbarrier_arrive(q_ring.full(q_use));
+    };
+    if constexpr (Config::kVarlen) {
+      if (work.tile.m_block == kNoTile) return finish();  // there are fewer tiles than the host had to allow for
+    }
     start_tile(q_use, use, work);
     while (true) {
       Work next;
       for (int n_block = work.n_first; n_block >= 0; --n_block, ++use) {
         // The next tile is claimed late, to balance the load, but a block ahead: the counter takes its time to answer.
         if (n_block == min(work.n_first, 1)) {
-          if constexpr (Config::kDynamicTiles) index = gridDim.x + atomicInc(tiles_taken, params.tiles - 1);
+          if constexpr (Config::kDynamicTiles) index = gridDim.x + atomicInc(tiles_taken, tiles() - 1);
           else index += gridDim.x;
         }
         // Always what is needed next comes first; but one Q slot is not free before the last V is awaited.
@@ -236,9 +265,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       if (next.tile.m_block == kNoTile) break;
       work = next;
     }
-    q_ring.wait_empty(q_use);
-    tile_slots[q_use % kQStages].tile = Tile{kNoTile, 0, 0};
-    mbarrier_arrive(q_ring.full(q_use));
+    finish();
     return;
   }
 
@@ -252,7 +279,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
 
   const auto receive_tile = [&](unsigned q_use) {
     q_ring.wait_full(q_use);
-    const Tile tile = tile_slots[q_use % kQStages].tile;
+    const WorkTile tile = tile_slots[q_use % kQStages].tile;
     if (lane > 0) mbarrier_arrive(q_ring.empty(q_use));  // early: lane 0 does when the warp is done with Q
     return tile;
   };
@@ -264,20 +291,23 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   float acc_o[kDTiles][4] = {};
   unsigned p_reg[kNTiles / 2][4];  // P of the block whose S was computed last
   DeferredSoftmax softmax;
-  Tile tile = receive_tile(q_use);
+  WorkTile tile = receive_tile(q_use);
+  if constexpr (Config::kVarlen) {
+    if (tile.m_block == kNoTile) return;
+  }
   TileRange keys = key_blocks(tile);
 
   // From the scores of a block to its P, unrounded, and the row statistics.
-  const auto exponentiate = [&](float (&acc_s)[1][kNTiles][4], DeferredSoftmax& softmax, const Tile& tile, int n_block,
-                                auto masked) {
+  const auto exponentiate = [&](float (&acc_s)[1][kNTiles][4], DeferredSoftmax& softmax, const WorkTile& tile,
+                                int n_block, auto masked) {
     if constexpr (Config::kNegativeScale) {
 #pragma unroll
       for (int i = 0; i < kNTiles * 4; ++i) acc_s[0][i / 4][i % 4] = -acc_s[0][i / 4][i % 4];
     }
     // Without a causal mask only the last block can need one, and only if the keys do not fill it.
-    if (decltype(masked)::value && (Config::kCausal || params.seqlen_k % kBlockN != 0)) {
-      apply_mask<Config::kCausal, kPack>(acc_s, tile.m_block * kBlockM + warp_row, n_block * kBlockN, params.seqlen_k,
-                                  params.causal_offset);
+    if (decltype(masked)::value && (Config::kCausal || Config::kVarlen || params.seqlen_k % kBlockN != 0)) {
+      apply_mask<Config::kCausal, kPack>(acc_s, tile.m_block * kBlockM + warp_row, n_block * kBlockN,
+                                         keys_of(tile, params), causal_offset_of(tile, params));
     }
     softmax.update(acc_s, params.scale_log2);
   };
@@ -301,7 +331,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   // The next block's S and P, and O += P V of the block before, which may be the last of the tile before. If there is
   // no next block, S is computed from whatever the slots hold and dropped: a second way through this code would make
   // ptxas treat the loops as divergent.
-  const auto next_block = [&](DeferredSoftmax& softmax, const Tile& tile, unsigned q_use, int n_block, bool exists,
+  const auto next_block = [&](DeferredSoftmax& softmax, const WorkTile& tile, unsigned q_use, int n_block, bool exists,
                               auto masked) {
     float acc_s[1][kNTiles][4];
     if (exists) k_ring.wait_full(use + 1);
@@ -341,7 +371,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     }
 
     release(q_ring.empty(q_use));
-    Tile next_tile;
+    WorkTile next_tile;
     TileRange next_keys;
     DeferredSoftmax next_softmax;
     if constexpr (kOInV) {
@@ -375,6 +405,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       for (int i = 0; i < 4; ++i) {
         const float(&o)[4] = acc_o[d + i / 2];
         o_reg[i] = Element::pack(o[i % 2 * 2] * inverse[i % 2], o[i % 2 * 2 + 1] * inverse[i % 2]);
+        if constexpr (Config::kVarlen) {
+          if (tile.m_block * kQueries + warp_row + Fragment::row(i % 2) >= queries_of(tile, params)) o_reg[i] = 0;
+        }
       }
       stmatrix_x4(o_smem + OTile::offset(warp * 16 + lane % 16, d + lane / 16), o_reg);
     }
@@ -385,7 +418,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       for (int panel = 0; panel < OTile::kPanels; ++panel) {
         const unsigned panel_smem = o_smem + panel * OTile::kPanelBytes;
         const int query = tile.m_block * kQueries + warpgroup * (64 / kPack);
-        if constexpr (kPack == 1) {
+        if constexpr (Config::kVarlen) {
+          store_of_sequence(&out_map, panel_smem, panel * kPanelColumns, tile, query);
+        } else if constexpr (kPack == 1) {
           cp_async_bulk_tensor_4d_store(&out_map, panel_smem, panel * kPanelColumns, query, tile.head, tile.batch);
         } else {
           cp_async_bulk_tensor_5d_store(&out_map, panel_smem, panel * kPanelColumns, 0, query, tile.head, tile.batch);
@@ -400,7 +435,11 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
         const int row = warp_row + Fragment::row(half);
         const int query = tile.m_block * kQueries + row / kPack;
         const long long head = pack * kPack + row % kPack;
-        if (query < params.seqlen_q) lse[head * params.seqlen_q + query] = softmax.log_sum_exp(0, half, params.scale);
+        if constexpr (Config::kVarlen) {
+          store_lse_of_sequence(lse, softmax.log_sum_exp(0, half, params.scale), params, tile, query);
+        } else {
+          if (query < params.seqlen_q) lse[head * params.seqlen_q + query] = softmax.log_sum_exp(0, half, params.scale);
+        }
       }
     }
 

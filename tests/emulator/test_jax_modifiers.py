@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import numpy as np
 import pytest
 from modified import make_modified
@@ -19,6 +17,7 @@ import cuflash
 from cuflash.checks import Options
 from cuflash.checks_backward import BackwardOptions
 from cuflash.modifiers import Modifiers, collect
+from emulator.xla import lowered_on
 
 jax = pytest.importorskip("jax")
 
@@ -27,33 +26,10 @@ import cuflash.jax as adapter  # noqa: E402
 jnp = jax.numpy
 
 
-class Buffer:
-    """A piece of emulated memory as ``buffer_callback`` shows a buffer."""
-
-    def __init__(self, array):
-        self.array = array
-        self.shape, self.dtype = array.shape, array.dtype
-        self.__cuda_array_interface__ = {"data": (array.data.ptr, False)}
-
-    def __dlpack_device__(self):
-        return (2, 0)
-
-
 @pytest.fixture
 def on_gpu(emulated, monkeypatch):
     """``adapter``'s lowerings run on the emulator when they are called."""
-
-    def buffer_callback(callback, outputs, command_buffer_compatible):
-        def call(*inputs):
-            buffers = [Buffer(emulated.cp.asarray(np.asarray(x))) for x in inputs]
-            results = [Buffer(emulated.cp.empty(x.shape, x.dtype)) for x in outputs]
-            callback(types.SimpleNamespace(stream=0), results, *buffers)
-            return [jnp.asarray(x.array.get()) for x in results]
-
-        return call
-
-    monkeypatch.setattr(adapter, "buffer_callback", buffer_callback)
-    monkeypatch.setattr(adapter, "_current_device", lambda: 0)
+    lowered_on(emulated, monkeypatch, adapter)
 
 
 @pytest.mark.parametrize("head_dim", [64, 59])
