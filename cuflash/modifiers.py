@@ -78,7 +78,7 @@ def collect(given: Arguments) -> tuple[Modifiers, Mapping[str, Any]]:
     if given.keys() & _FORMULA_ARGUMENTS:
         formulas, mod_args = collect_formulas(given)
     modifiers = Modifiers(
-        _window(given.get("window")),
+        checked_window(given.get("window")),
         _softcap(given.get("softcap")),
         _dropout_p(given.get("dropout_p", 0.0)),
         formulas,
@@ -110,7 +110,8 @@ def differentiable(operands: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in DIFFERENTIABLE if name in operands)
 
 
-def _window(window: Any) -> Window:
+def checked_window(window: Any) -> Window:
+    """A window as (left, right), each side an integer or None, which is unbounded."""
     if window is None:
         return (None, None)
     if not isinstance(window, (tuple, list)) or len(window) != 2:
