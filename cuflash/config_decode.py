@@ -175,7 +175,7 @@ def choose(
 # In bytes a cycle, of an H100: what each multiprocessor gets of its memory if all read, what one block can
 # take at most, and what a block that merges reads out of L2. A merge costs some cycles more for its start.
 _SHARED_RATE = 15
-_BLOCK_RATE = 30
+_BLOCK_RATE = 17
 _MERGE_RATE = 50
 _MERGE_CYCLES = 1500
 

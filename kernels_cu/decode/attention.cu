@@ -165,10 +165,9 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
   Slot ahead[kSlabs];
   const auto first_key = [&](int tile, int slab) { return tile * kTileKeys + (warp_m * kSlabs + slab) * kSlabRows; };
   const auto locate = [&](int tile) {
-    if constexpr (Config::kPageKeys == 1) return;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      if (first_key(tile, slab) < high) ahead[slab] = slots.at(first_key(tile, slab));
+      if (Config::kPageKeys != 1 && first_key(tile, slab) < high) ahead[slab] = slots.at(first_key(tile, slab));
     }
   };
   const auto load = [&](int tile, int slot) {

@@ -28,10 +28,10 @@ struct Partial {
 // Merges `count` partial results, one every `rows` rows of `statistics` and of `o`, whose rows are `row_floats` apart.
 __device__ __forceinline__ Partial merge(int count, const Statistics* statistics, const float* o, int rows, int row_floats) {
   Partial merged = {{-infinity(), 0.0f}, {}};
-#pragma unroll 8
+#pragma unroll 16
   for (int i = 0; i < count; ++i) merged.of_row.max = fmaxf(merged.of_row.max, statistics[i * rows].max);
   const float offset = merged.of_row.max == -infinity() ? 0.0f : merged.of_row.max;
-#pragma unroll 8
+#pragma unroll 16
   for (int i = 0; i < count; ++i) {
     const Statistics part = statistics[i * rows];
     const Floats4 part_o = *reinterpret_cast<const Floats4*>(o + i * rows * row_floats);
