@@ -148,10 +148,9 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
   v_cache += rows.head_kv * params.v_cache.head;
   const Rotary rotary = {cos, sin, params};
   if constexpr (Config::kAppends) {
-    // Also what no query sees: the first and the last split have what is before and behind.
+    // The first split also writes what is before every query's window; behind what the last one sees is nothing.
     const int append_begin = split == 0 ? 0 : begin * kTileKeys;
-    const bool is_last = end == tiles_end && (begin < end || split == 0);
-    const int append_end = is_last ? sequence.length : end * kTileKeys;
+    const int append_end = min(sequence.length, end * kTileKeys);
     if (append_end > max(append_begin, sequence.before)) {
       append<kThreads>(k + rows.batch * params.k.outer + rows.head_kv * params.k.head,
                        v + rows.batch * params.v.outer + rows.head_kv * params.v.head, k_cache, v_cache, rotary, slots,
@@ -249,7 +248,7 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
 #pragma unroll
       for (int d = 0; d < kHeadDimV / 8; ++d) {
         *reinterpret_cast<FloatPair*>(o_smem + row * kORow + Fragment::column(d, 0)) =
-            FloatPair{acc_o[m][d][2 * half], acc_o[m][d][2 * half + 1]};
+            *reinterpret_cast<const FloatPair*>(&acc_o[m][d][2 * half]);
       }
       if (Fragment::lane() % 4 == 0) {
         statistics_smem[row] = {softmax.row_max[m][half] * params.scale_log2, softmax.row_sum[m][half]};

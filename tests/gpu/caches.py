@@ -13,7 +13,7 @@ from numerics import assert_within_contract
 import cuflash
 from cuflash import reference
 
-CANARY = 0xABCD
+CANARY = 0xFFCD  # NaN, so that reading one shows too
 UNALIGNED = 3  # columns more than a cache has: no row then starts at a multiple of 16 bytes
 
 
