@@ -142,8 +142,8 @@ def check_cache(views: dict[str, NDArray[Any]], request: KvCacheRequest, given: 
         before = views["cache_seqlens"].astype(np.int64)
     else:
         before = np.full(batch, capacity if given is None else given)
-    positions = len(views["rotary_cos"]) if "rotary_cos" in views else None
-    check_lengths(before, capacity - new, new, positions)
+    rotations = len(views["rotary_cos"]) if "rotary_cos" in views else None
+    check_lengths(before, capacity - new, new, rotations)
 
     pages = infos["k_cache"].shape[0]
     if page_size is not None:
@@ -165,14 +165,13 @@ def check_cache(views: dict[str, NDArray[Any]], request: KvCacheRequest, given: 
     return CacheLayout(before, slots)
 
 
-def check_lengths(before: NDArray[np.int64], most: int, new: int, positions: int | None) -> None:
-    """Sequences with ``before`` keys have room for ``new`` ones, and a rotation for each where there are any."""
+def check_lengths(before: NDArray[np.int64], most: int, new: int, rotations: int | None) -> None:
+    """Sequences with ``before`` keys must have room for ``new`` ones and, if any, a rotation for each."""
     room = f"which leaves room for {new} new keys" if new else "what the cache holds for a sequence"
     check_bounds("cache_seqlens", before, 0, most, room)
-    if positions is not None and len(before) and before.max() + max(new, 1) > positions:
-        raise ValueError(
-            f"rotary_cos has {positions} positions; the longest sequence needs {int(before.max()) + max(new, 1)}"
-        )
+    needed = int(before.max(initial=0)) + max(new, 1)
+    if rotations is not None and len(before) and needed > rotations:
+        raise ValueError(f"rotary_cos has {rotations} positions; the longest sequence needs {needed}")
 
 
 def _check_appended(

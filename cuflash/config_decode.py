@@ -1,4 +1,4 @@
-"""Which decode kernel, with which tiles and how many splits. Pure Python without CuPy, as ``cuflash.config``."""
+"""Which decode kernel, with which tiles and how many splits. Pure Python, as ``cuflash.config``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class DecodeConfig:
     interleaved: bool
     page_keys: int
     aligned: bool
-    spill_bytes: int = field(default=0, metadata={"in_stub": False})
+    spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack
 
     @property
     def kernel(self) -> str:
@@ -111,7 +111,7 @@ class AppendConfig:
 
 
 def shared_bytes(config: DecodeConfig) -> int:
-    """Dynamic shared memory of one thread block: Q and the rings or, after the loop, what the groups leave."""
+    """Dynamic shared memory of one thread block: Q and the rings, then what the groups leave."""
     groups = config.warps_n
     slot = config.tile_keys * (config.head_dim + config.head_dim_v) * ELEMENT_BYTES
     loop = config.block_m * config.head_dim * ELEMENT_BYTES + groups * config.stages * slot
@@ -140,8 +140,8 @@ def _shapes(rows: int, widest: int) -> tuple[Shape, ...]:
     return Shape(1, 4, 1, 64), Shape(1, 2, 1, 32)
 
 
-# (stages, blocks on a multiprocessor). Two blocks, so that one streams while the other starts or ends; else one
-# that has as much in flight as fits.
+# (stages, blocks on a multiprocessor). Two blocks, so that one streams while the other starts or ends; else
+# one that has as much in flight as fits.
 _RINGS = ((3, 2), (4, 1), (3, 1), (2, 1))
 
 
@@ -162,6 +162,7 @@ def choose(
             min_blocks_per_sm=blocks,
             appends=appends,
             split=False,
+            spill_bytes=8 if max(head_dim, head_dim_v) > 192 and shape.warps_m > 1 else 0,
             negative_scale=problem.scale < 0,
             **features._asdict(),
         )

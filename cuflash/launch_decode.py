@@ -68,7 +68,7 @@ def decode_calls(request: KvCacheRequest, options: KvCacheOptions, gpu: Gpu) -> 
 
     ValueError where a size does not fit the kernels' 32-bit fields or a grid, or |scale| float32.
     """
-    problem, infos, new, page_size = request
+    problem, _, new, _ = request
     check_ranges(problem)
     params = _params(request, options)
     features = _features(request, options)
@@ -190,7 +190,8 @@ def _append_call(
     blocks = problem.batch * problem.heads_kv * int(params["append_blocks"])
     if blocks > MAX_GRID:
         raise ValueError(
-            f"k needs {blocks} thread blocks to be appended and a grid has at most {MAX_GRID}; split the batch"
+            f"k needs {blocks} thread blocks to be appended and a grid has at most {MAX_GRID}; split the "
+            "batch"
         )
     return config, KernelCall((blocks,), (config.threads,), 0, params.copy()[()])
 
@@ -221,7 +222,7 @@ def _elements(
 
 def _is_aligned(info: ArrayInfo) -> bool:
     """Every row is contiguous, starts at a multiple of 16 bytes, and is one."""
-    *steps, column = (stride if size > 1 else 0 for size, stride in zip(info.shape, info.strides, strict=True))
-    row_bytes = info.shape[-1] * info.itemsize
-    is_contiguous = column == info.itemsize or info.shape[-1] == 1
-    return is_contiguous and all(n % ALIGNMENT == 0 for n in (info.pointer, row_bytes, *steps))
+    width, column = info.shape[3], info.strides[3]
+    steps = [step for step, size in zip(info.strides[:3], info.shape[:3], strict=True) if size > 1]
+    is_contiguous = width == 1 or column == info.itemsize
+    return is_contiguous and all(n % ALIGNMENT == 0 for n in (info.pointer, width * info.itemsize, *steps))

@@ -48,7 +48,7 @@ class Plan:
 
 
 def attend(gpu: GpuArrays, arrays: dict[str, Any], options: KvCacheOptions) -> tuple[Any, Any]:
-    """Append and attend with GPU arrays, by argument name, of the library ``gpu``; return out and lse or None.
+    """Append and attend with GPU arrays of the library ``gpu``, by argument name; return out and lse or None.
 
     A ``cache_seqlens`` that is an integer goes to the kernels beside the plan: it is another one every step.
     """

@@ -15,7 +15,7 @@ _BYTES = 4
 
 class _Counters(NamedTuple):
     address: int
-    count: int
+    size: int
 
 
 _lock = threading.Lock()
@@ -30,7 +30,7 @@ def address(device: int, stream: int, capturing: bool, count: int = 1) -> int:
         with _lock:
             return _take(device, count).address
     known = _of_stream.get((device, stream))
-    if known is None or known.count < count:
+    if known is None or known.size < count:
         with _lock:
             known = _of_stream[device, stream] = _take(device, count)
     return known.address
@@ -50,7 +50,7 @@ def _take(device: int, count: int) -> _Counters:
 
 
 def _require(device: int, count: int) -> None:
-    if device not in _unused or _unused[device].count < count:
+    if device not in _unused or _unused[device].size < count:
         size = max(_BLOCK, count)
         block = new_zeros(size)
         _blocks.append(block)

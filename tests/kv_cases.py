@@ -1,4 +1,4 @@
-"""Calls of ``attention_kv_cache``, and what they must return and write; for the CPU, the emulator and a GPU."""
+"""Calls of ``attention_kv_cache``, and what they must return and write."""
 
 from __future__ import annotations
 
@@ -108,4 +108,6 @@ class Case:
             np.array([v_cache[s] for s in slots]).reshape(-1, *v_cache.shape[2:]) for slots in self.slots
         ]
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        return reference_packed.attention_kv_cache(q, keys, values, **self.mask, scale=scale, attention=attention)
+        return reference_packed.attention_kv_cache(
+            q, keys, values, **self.mask, scale=scale, attention=attention
+        )

@@ -54,6 +54,7 @@ def check(
     for base, cache, before in zip(bases, caches, outside, strict=True):
         np.testing.assert_array_equal(_outside(base, cache), before)
 
+
 def _outside(base: np.ndarray, view: np.ndarray) -> np.ndarray:
     """All of ``base`` that is not in ``view``, which then holds what it held before."""
     kept = view.copy()

@@ -43,9 +43,7 @@ def test_any_cache_and_options_agree_with_float64_and_only_appended_slots_are_wr
     cp, layout, columns, give_out, num_splits, rotary, new, **sizes
 ):
     case = Case(rotary=rotary if new else 0, new=new, capacity=160, **sizes)
-    check_on_device(
-        cp, case, layout=layout, columns=columns, give_out=give_out, num_splits=num_splits
-    )
+    check_on_device(cp, case, layout=layout, columns=columns, give_out=give_out, num_splits=num_splits)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
@@ -197,7 +195,7 @@ def test_memory_that_is_shared_is_refused_also_where_a_plan_is_kept(cp):
         cuflash.attention_kv_cache(q, k_cache, k_cache, **arrays)
     with pytest.raises(ValueError, match=r"^v_cache shares memory with k;"):
         cuflash.attention_kv_cache(q, k_cache, v_cache, **(arrays | {"k": v_cache[:, 7:8]}))
-    with pytest.raises(ValueError, match='^algorithm="fa2" cannot compute attention_kv_cache'):
+    with pytest.raises(ValueError, match=r'^algorithm="fa2" cannot compute attention_kv_cache'):
         cuflash.attention_kv_cache(q, k_cache, v_cache, **arrays, algorithm="fa2")
 
 
@@ -242,6 +240,6 @@ def test_no_shared_memory_access_meets_a_bank_conflict(needs_emulator, head_dim)
     assert len(counts) >= 8, "loads of Q, K and V, their reads, and the exchange of O"
     # g++ stores a vector that was put together in registers word by word, NVRTC at once (STS.128).
     source = (jit.sources_dir() / "decode/attention.cu").read_text().splitlines()
-    store_of_q = 1 + source.index("    *reinterpret_cast<Vector16*>(smem + QTile::offset(row, chunk)) = vector;")
+    (store_of_q,) = (i for i, line in enumerate(source, 1) if "QTile::offset(row, chunk)) = vector;" in line)
     in_words = f"decode/attention.cu:{store_of_q}"
     assert [count for count in counts if count.extra and count.line != in_words] == []
