@@ -37,6 +37,7 @@ def add_options(add: Callable[..., Any]) -> None:
         default=counters.FAMILIES,
         help=f"counters: of {','.join(COUNTED)}",
     )
+    add("--splits", type=_integers, default=(), help="decode: also these num_splits, in rows of their own")
     add("--steps", type=int, default=300, help="of each run of train (default 300)")
     add("--topic", default=None, help="rows replace <gpu>-<topic>.json (default <algorithm>-<direction>)")
     add("--results-dir", type=Path, default=RESULTS_DIR, help="folder of the results file")

@@ -74,6 +74,12 @@ COUNTERS: dict[str, tuple[type, ...]] = {  # of one kernel, by ncu; in per cent 
     "dram": (float,),
     "instructions": (float,),  # of warps
 }
+DECODE: dict[str, tuple[type, ...]] = {
+    "us": (float,),  # of one call in a CUDA graph
+    "gbps": (float,),  # of the keys and values in use
+    "host_us": (float,),  # host time of a call outside of a graph: the median
+    "peers": (dict,),  # in GB/s
+}
 CURVE: dict[str, tuple[type, ...]] = {"losses": (list,), "loss_every": (int,)}
 MEMORY: dict[str, tuple[type, ...]] = {
     "extra_mb": (float,),  # most that a call had allocated at once, beyond its inputs and outputs
@@ -83,8 +89,9 @@ MATMUL: dict[str, tuple[type, ...]] = {
     "ms": (float,),
     "tflops": (float,),
 }  # M × K by K × N: benchmarks/matmul.py
-# Directions whose rows hold no speeds of attention kernels.
+# Directions whose rows hold no speeds in TFLOP/s.
 TIMES = {
+    "decode": DECODE,
     "host": HOST,
     "call": CALL,
     "train": TRAIN,
@@ -92,7 +99,7 @@ TIMES = {
     "memory": MEMORY,
     "matmul": MATMUL,
 }
-DIRECTIONS = ("forward", "backward", "decode", *TIMES)
+DIRECTIONS = ("forward", "backward", *TIMES)
 
 
 def significant(value: float, digits: int = 5) -> float:

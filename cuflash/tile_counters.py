@@ -10,6 +10,7 @@ import threading
 from typing import Any, NamedTuple
 
 _BLOCK = 1 << 16  # counters allocated at once: 256 KB
+_SPARE = 1 << 15  # that a capture finds, which cannot allocate: 64 launches of 512 counters
 _BYTES = 4
 
 
@@ -33,13 +34,15 @@ def address(device: int, stream: int, capturing: bool, count: int = 1) -> int:
     if known is None or known.size < count:
         with _lock:
             known = _of_stream[device, stream] = _take(device, count)
+    if _unused[device].size < _SPARE:
+        prepare(device)
     return known.address
 
 
 def prepare(device: int, count: int = 1) -> None:
-    """Allocate ``count`` counters for the current device: while a graph captures it is too late."""
+    """Allocate counters for the current device, at least ``count``: while a graph captures it is too late."""
     with _lock:
-        _require(device, count)
+        _require(device, max(count, _SPARE))
 
 
 def _take(device: int, count: int) -> _Counters:
