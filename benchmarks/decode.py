@@ -119,7 +119,7 @@ def random_inputs(point: Point) -> Inputs:
     return Inputs(
         q=draw(batch, point.seqlen_q, point.heads_q, HEAD_DIM),
         caches=[cache, *((cache[0].clone(), cache[1].clone()) for _ in range(copies - 1))],
-        lengths=(lengths - point.append).to(torch.int32),
+        lengths=(lengths - int(point.append)).to(torch.int32),
         block_table=block_table,
         k=draw(*new) if point.append else None,
         v=draw(*new) if point.append else None,
