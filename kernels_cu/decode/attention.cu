@@ -159,34 +159,36 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
     }
   }
 
-  // The group's tiles are begin + warp_n, + kWarpsN …; each is located while the one before it is loaded.
+  // The group's tiles are begin + warp_n, + kWarpsN …; each is located while the one before it is loaded, the first
+  // ones together: a page table is another trip to memory.
   const unsigned ring = kRingOffset + warp_n * kStages * kSlotBytes;
-  Slot ahead[kSlabs];
   const auto first_key = [&](int tile, int slab) { return tile * kTileKeys + (warp_m * kSlabs + slab) * kSlabRows; };
-  const auto locate = [&](int tile) {
+  const auto locate = [&](int tile, Slot(&located)[kSlabs]) {
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      if (Config::kPageKeys != 1 && first_key(tile, slab) < high) ahead[slab] = slots.at(first_key(tile, slab));
+      if (Config::kPageKeys != 1 && first_key(tile, slab) < high) located[slab] = slots.at(first_key(tile, slab));
     }
   };
-  const auto load = [&](int tile, int slot) {
+  const auto load = [&](int tile, int slot, const Slot(&located)[kSlabs]) {
     if (tile < end) {
       const unsigned k_tile = ring + slot * kSlotBytes;
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
         const int key = first_key(tile, slab), tile_row = (warp_m * kSlabs + slab) * kSlabRows;
-        load_slab<kHeadDim>(smem, smem_address, k_tile, tile_row, k_cache, params.k_cache, slots, ahead[slab], key, low,
-                            high, params.head_dim);
+        load_slab<kHeadDim>(smem, smem_address, k_tile, tile_row, k_cache, params.k_cache, slots, located[slab], key,
+                            low, high, params.head_dim);
         load_slab<kHeadDimV>(smem, smem_address, k_tile + kVOffset, tile_row, v_cache, params.v_cache, slots,
-                             ahead[slab], key, low, high, params.head_dim_v);
+                             located[slab], key, low, high, params.head_dim_v);
       }
-      locate(tile + kWarpsN);
     }
     cp_async_commit_group();
   };
-  locate(begin + warp_n);
+  Slot first[kStages][kSlabs];
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load(begin + warp_n + i * kWarpsN, i);
+  for (int i = 0; i < kStages; ++i) locate(begin + warp_n + i * kWarpsN, first[i]);
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) load(begin + warp_n + i * kWarpsN, i, first[i]);
+  Slot(&ahead)[kSlabs] = first[kStages - 1];
 
   // Q, while the first tiles arrive. A causal or windowed query has the position of its own key.
   for (int item = threadIdx.x; item < kBlockM * QTile::kChunks; item += kThreads) {
@@ -211,7 +213,8 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
     cp_async_wait_group<kStages - 2>();
     if constexpr (kWarpsM == 1) __syncwarp();
     else bar_sync(1 + warp_n, kWarpsM * kWarpSize);
-    load(tile + (kStages - 1) * kWarpsN, slot == 0 ? kStages - 1 : slot - 1);
+    load(tile + (kStages - 1) * kWarpsN, slot == 0 ? kStages - 1 : slot - 1, ahead);
+    locate(tile + kStages * kWarpsN, ahead);
 
     const unsigned k_smem = smem_address + ring + slot * kSlotBytes;
     float acc_s[kMTiles][kTileKeys / 8][4] = {};
