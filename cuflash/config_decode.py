@@ -126,6 +126,7 @@ class Shape(NamedTuple):
     warps_m: int
     warps_n: int
     tile_keys: int
+    spill_bytes: int = 0
 
 
 def _shapes(rows: int, widest: int) -> tuple[Shape, ...]:
@@ -136,13 +137,16 @@ def _shapes(rows: int, widest: int) -> tuple[Shape, ...]:
     if rows <= 32 and widest <= 128:
         return (Shape(2, 1, 4, 16),)
     if rows <= 32:  # 32 rows of O do not fit a warp's registers
-        return Shape(1, 2, 2, 32), Shape(1, 2, 1, 32)
-    return Shape(1, 4, 1, 64), Shape(1, 2, 1, 32)
+        return Shape(1, 2, 2, 32, 8), Shape(1, 2, 1, 32, 8)
+    if rows <= 64 or widest > 128:
+        return Shape(1, 4, 1, 64), Shape(1, 2, 1, 32, 8)
+    # Products matter as much as memory here: with 32 rows a warp uses each K/V fragment twice.
+    return (Shape(2, 4, 1, 64, 112 if widest > 64 else 0),)
 
 
 # (stages, blocks on a multiprocessor). Two blocks, so that one streams while the other starts or ends; else
 # one that has as much in flight as fits.
-_RINGS = ((3, 2), (4, 1), (3, 1), (2, 1))
+_RINGS = ((3, 2), (2, 2), (4, 1), (3, 1), (2, 1))
 
 
 def choose(
@@ -162,7 +166,6 @@ def choose(
             min_blocks_per_sm=blocks,
             appends=appends,
             split=False,
-            spill_bytes=8 if max(head_dim, head_dim_v) > 192 and shape.warps_m > 1 else 0,
             negative_scale=problem.scale < 0,
             **features._asdict(),
         )

@@ -183,7 +183,7 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
     }
     cp_async_commit_group();
   };
-  Slot first[kStages][kSlabs];
+  Slot first[kStages][kSlabs] = {};
 #pragma unroll
   for (int i = 0; i < kStages; ++i) locate(begin + warp_n + i * kWarpsN, first[i]);
 #pragma unroll

@@ -46,16 +46,16 @@ def compile_clean(config: DecodeConfig | AppendConfig, capability: tuple[int, in
     assert program.static_shared_bytes == 0
 
 
-@pytest.mark.parametrize("rows", [4, 32, 64])
+@pytest.mark.parametrize("rows", [4, 32, 64, 400])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_every_shape_compiles_without_spills_beyond_its_config(capability, head_dim, rows):
     compile_clean(config_for(capability, head_dim, rows, split=rows < 64), capability)
 
 
-@pytest.mark.parametrize("rows", [4, 32, 64])
+@pytest.mark.parametrize("rows", [4, 32, 64, 400])
 @pytest.mark.parametrize("head_dim", [128, 256])
-def test_all_options_at_once_compile_without_spills(head_dim, rows):
+def test_all_options_at_once_compile_without_spills_beyond_their_config(head_dim, rows):
     config = config_for((9, 0), head_dim, rows, ALL, scale=-1.0, split=True, appends=rows < 64)
     compile_clean(config, (9, 0))
 

@@ -55,7 +55,7 @@ def test_any_cache_and_options_agree_with_float64_and_only_appended_slots_are_wr
         (1, (32, 1), (128, 128)),
         (3, (18, 2), (64, 128)),
         (5, (12, 2), (256, 136)),
-        (20, (4, 1), (128, 64)),
+        (12, (4, 1), (128, 64)),
         (50, (3, 1), (64, 64)),  # several blocks of rows, the last of them not full
         (40, (2, 1), (256, 192)),
     ],
