@@ -20,9 +20,8 @@ UNALIGNED = 3  # columns more than a cache has: no row then starts at a multiple
 def guarded(cp: Any, x: np.ndarray, columns: int = 8) -> tuple[Any, Any]:
     """``x`` on the device as a view of an array of canaries, and that array."""
     rows, positions, heads, width = x.shape
-    base = cp.asarray(np.full((rows + 2, positions + 3, heads + 1, width + columns), CANARY, np.uint16)).view(
-        x.dtype
-    )
+    base = cp.empty((rows + 2, positions + 3, heads + 1, width + columns), x.dtype)
+    base.view(cp.uint16)[...] = CANARY
     view = base[1:-1, 1:-2, 1:, :width]
     view.view(cp.uint16)[...] = cp.asarray(x.view(np.uint16))
     return view, base

@@ -22,9 +22,9 @@ def placed(case: Case, asarray=cp.asarray):
     return [asarray(x) for x in (case.q, case.k_cache, case.v_cache)], options
 
 
-@pytest.mark.parametrize("page_size", [None, 16, 64, 256])
+@pytest.mark.parametrize("page_size", [None, 16, 64])
 @pytest.mark.parametrize("seqlen_q", [1, 2, 16, 100])
-@pytest.mark.parametrize("heads", [(32, 8), (8, 8), (32, 1)])
+@pytest.mark.parametrize("heads", [(32, 8), (32, 1)])
 def test_real_sizes(heads, seqlen_q, page_size):
     case = Case(
         [4000, 1023, 0], new=seqlen_q, seqlen_q=seqlen_q, capacity=4352, heads=heads, head_dims=(128, 128),
