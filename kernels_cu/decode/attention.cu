@@ -43,6 +43,7 @@
 #include "decode/params.cuh"
 #include "decode/partial.cuh"
 #include "fa2/products.cuh"
+#include "ptx/acquire_release.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/shared_memory.cuh"
@@ -275,9 +276,7 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
   if constexpr (Config::kSplit) {
     __syncthreads();
     if (threadIdx.x == 0) {
-      __threadfence();  // what the block wrote, before its arrival
-      *is_last_smem = atomicInc(counters + rows.index, params.splits - 1) == params.splits - 1u;
-      __threadfence();  // what others wrote, after theirs
+      *is_last_smem = atom_acq_rel_gpu_inc(counters + rows.index, params.splits - 1) == params.splits - 1u;
     }
     __syncthreads();
     if (*is_last_smem == 0) return;

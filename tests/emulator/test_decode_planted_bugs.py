@@ -46,7 +46,7 @@ BUGS = [
     bug("O over rings that are still read", ATTENTION, "  cp_async_wait_group<0>();\n  __syncthreads();\n", "  cp_async_wait_group<0>();\n", "race"),
     bug("O of the groups read before it is stored", ATTENTION, "  __syncthreads();\n\n  const long long first_part", "\n  const long long first_part", "race"),
     bug("arrival before the block's parts are written", ATTENTION, "  if constexpr (Config::kSplit) {\n    __syncthreads();\n", "  if constexpr (Config::kSplit) {\n", "race"),
-    bug("no fence before the arrival", ATTENTION, "      __threadfence();  // what the block wrote, before its arrival\n", "", "race"),
+    bug("an arrival that releases nothing", ATTENTION, "atom_acq_rel_gpu_inc(", "atomicInc(", "race"),
     bug("parts read before it is known who is last", ATTENTION, "    __syncthreads();\n    if (*is_last_smem == 0) return;", "    if (*is_last_smem == 0) return;", "race"),
     bug("every block merges", ATTENTION, "    if (*is_last_smem == 0) return;\n", "", "race"),
     bug("nobody merges", ATTENTION, "== params.splits - 1u;", "== params.splits;", WRONG_RESULT),
