@@ -50,6 +50,7 @@ def add_options(add: Callable[..., Any]) -> None:
         help=f"modifiers: of {','.join(MODIFIER_CASES)} (default: the first six)",
     )
     add("--shapes", type=_shapes, default=MODIFIER_SHAPES, help="modifiers: such as 64x8192,128x4096")
+    add("--splits", type=_integers, default=(), help="decode: also these num_splits, in rows of their own")
     add("--steps", type=int, default=300, help="of each run of train (default 300)")
     add("--topic", default=None, help="rows replace <gpu>-<topic>.json (default <algorithm>-<direction>)")
     add("--results-dir", type=Path, default=RESULTS_DIR, help="folder of the results file")

@@ -75,6 +75,12 @@ COUNTERS: dict[str, tuple[type, ...]] = {  # of one kernel, by ncu; in per cent 
     "dram": (float,),
     "instructions": (float,),  # of warps
 }
+DECODE: dict[str, tuple[type, ...]] = {
+    "us": (float,),  # of one call in a CUDA graph
+    "gbps": (float,),  # of the keys and values in use
+    "host_us": (float,),  # host time of a call outside of a graph: the median
+    "peers": (dict,),  # in GB/s
+}
 CURVE: dict[str, tuple[type, ...]] = {"losses": (list,), "loss_every": (int,)}
 MEMORY: dict[str, tuple[type, ...]] = {
     "extra_mb": (float,),  # most that a call had allocated at once, beyond its inputs and outputs
@@ -89,8 +95,9 @@ MODIFIERS: dict[str, tuple[type, ...]] = {
     "plain_ms": (float,),  # without the modifier
     "peers": (dict,),  # in ms
 }
-# Directions whose rows hold no speeds of attention kernels.
+# Directions whose rows hold no speeds in TFLOP/s.
 TIMES = {
+    "decode": DECODE,
     "host": HOST,
     "call": CALL,
     "train": TRAIN,
@@ -99,7 +106,7 @@ TIMES = {
     "matmul": MATMUL,
     "modifiers": MODIFIERS,
 }
-DIRECTIONS = ("forward", "backward", "decode", *TIMES)
+DIRECTIONS = ("forward", "backward", *TIMES)
 
 
 def significant(value: float, digits: int = 5) -> float:

@@ -19,6 +19,7 @@ from cuflash.checks_packed import (
     check_written,
     checked_count,
 )
+from cuflash.modifiers import Window
 from cuflash.problem import LAYOUTS, MAX_HEAD_DIM, Causal, Problem, make_problem
 
 MIN_PAGE_SIZE = 16
@@ -38,6 +39,13 @@ class KvCacheOptions(NamedTuple):
     num_splits: int
     return_lse: bool
     algorithm: str
+    window: Window = (None, None)
+
+    @property
+    def bounds(self) -> Window:
+        """How many keys a query sees before and after its own, None for all; a causal mask is a bound."""
+        left, right = self.window
+        return left, right if self.causal is False else 0
 
 
 class KvCacheRequest(NamedTuple):
@@ -134,13 +142,8 @@ def check_cache(views: dict[str, NDArray[Any]], request: KvCacheRequest, given: 
         before = views["cache_seqlens"].astype(np.int64)
     else:
         before = np.full(batch, capacity if given is None else given)
-    room = f"which leaves room for {new} new keys" if new else "what the cache holds for a sequence"
-    check_bounds("cache_seqlens", before, 0, capacity - new, room)
-    if "rotary_cos" in infos and batch and before.max() + max(new, 1) > len(views["rotary_cos"]):
-        raise ValueError(
-            f"rotary_cos has {len(views['rotary_cos'])} positions; the longest sequence needs "
-            f"{int(before.max()) + max(new, 1)}"
-        )
+    rotations = len(views["rotary_cos"]) if "rotary_cos" in views else None
+    check_lengths(before, capacity - new, new, rotations)
 
     pages = infos["k_cache"].shape[0]
     if page_size is not None:
@@ -160,6 +163,15 @@ def check_cache(views: dict[str, NDArray[Any]], request: KvCacheRequest, given: 
     if new and batch and ("block_table" in views or "cache_batch_idx" in views):
         _check_appended(slots, new, page_size or capacity, page_size is not None)
     return CacheLayout(before, slots)
+
+
+def check_lengths(before: NDArray[np.int64], most: int, new: int, rotations: int | None) -> None:
+    """Sequences with ``before`` keys must have room for ``new`` ones and, if any, a rotation for each."""
+    room = f"which leaves room for {new} new keys" if new else "what the cache holds for a sequence"
+    check_bounds("cache_seqlens", before, 0, most, room)
+    needed = int(before.max(initial=0)) + max(new, 1)
+    if rotations is not None and len(before) and needed > rotations:
+        raise ValueError(f"rotary_cos has {rotations} positions; the longest sequence needs {needed}")
 
 
 def _check_appended(

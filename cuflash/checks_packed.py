@@ -68,14 +68,20 @@ def check_written(name: str, infos: Mapping[str, ArrayInfo]) -> None:
     target = infos[name]
     if not target.writeable:
         raise ValueError(f"{name} is read-only; it must be writeable")
-    footprint = Footprint.of(target)
-    if footprint.overlaps_itself():
+    if Footprint.of(target).overlaps_itself():
         raise ValueError(
             f"{name}, of shape {target.shape} and strides {target.strides} bytes, has elements that share "
             "memory; it must not be a broadcast or overlapping view"
         )
-    for other, info in infos.items():
-        if other != name and footprint.overlaps(target.pointer, Footprint.of(info), info.pointer):
+    footprints = {other: Footprint.of(info) for other, info in infos.items()}
+    check_apart(name, footprints, {other: info.pointer for other, info in infos.items()})
+
+
+def check_apart(name: str, footprints: Mapping[str, Footprint], pointers: Mapping[str, int]) -> None:
+    """The array ``name`` is written: it must share memory with no other."""
+    target = footprints[name]
+    for other, pointer in pointers.items():
+        if other != name and target.overlaps(pointers[name], footprints[other], pointer):
             raise ValueError(f"{name} shares memory with {other}; they must not overlap")
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuflash import cpu, cpu_merge
-from cuflash.checks_kv_cache import CacheLayout
-from cuflash.problem import Causal, Problem, make_problem
+from cuflash.checks_kv_cache import CacheLayout, KvCacheOptions
+from cuflash.modifiers import Modifiers
+from cuflash.problem import Problem, make_problem
 
 Array = NDArray[Any]
 
@@ -39,33 +40,39 @@ def append(
 
 def attend(
     problem: Problem,
-    causal: Causal,
+    options: KvCacheOptions,
     layout: CacheLayout,
     q: Array,
     k_cache: Array,
     v_cache: Array,
     out: Array,
     rotary: tuple[Array, Array] | None,
-    interleaved: bool,
-    splits: int,
 ) -> Array:
     """Write attention of q (B, Sq, Hq, D) over the keys in use to out (B, Sq, Hq, Dv); return lse.
 
-    With ``splits`` above 1, of equal parts of the keys, merged: what a GPU does to occupy itself.
+    With num_splits above 1, of equal parts of the keys, merged: what a GPU does to occupy itself.
     """
+    splits = max(1, options.num_splits)
+    has_positions = options.bounds != (None, None)
     dtype = np.float64 if problem.dtype == "float64" else np.float32
     lse = np.empty((problem.batch, problem.heads_q, problem.seqlen_q), dtype)
     for b, (rows, positions) in enumerate(layout.slots):
         length = len(rows)
         queries = q[b]
         if rotary is not None:
-            # Causal queries are the last of the sequence; others are all where the new keys start.
-            first = length - problem.seqlen_q if causal else int(layout.before[b])
-            at = first + np.arange(problem.seqlen_q) * bool(causal)
-            queries = rotate(queries, np.maximum(at, 0), *rotary, interleaved=interleaved)
+            # Queries with a mask are the last of the sequence; others are all where the new keys start.
+            first = length - problem.seqlen_q if has_positions else int(layout.before[b])
+            at = np.maximum(first + np.arange(problem.seqlen_q) * has_positions, 0)
+            queries = rotate(queries, at, *rotary, interleaved=options.rotary_interleaved)
         keys, values = (_in_use(cache, rows, positions)[None] for cache in (k_cache, v_cache))
         of_sequence = make_problem(
-            (1, *queries.shape), keys.shape, values.shape, problem.dtype, causal=causal, scale=problem.scale
+            (1, *queries.shape),
+            keys.shape,
+            values.shape,
+            problem.dtype,
+            causal=options.causal,
+            scale=problem.scale,
+            modifiers=Modifiers(options.window),
         )
         if splits == 1:
             _, of_rows = cpu.forward(of_sequence, queries[None], keys, values, out=out[b : b + 1])
@@ -111,11 +118,12 @@ def _split(problem: Problem, q: Array, k: Array, v: Array, out: Array, splits: i
     outs, lses = [], []
     for split in range(splits):
         keys = slice(min(split * size, problem.seqlen_k), min((split + 1) * size, problem.seqlen_k))
-        offset = problem.causal_offset
+        causal, window = (
+            None if offset is None else offset - keys.start
+            for offset in (problem.causal_offset, problem.window_offset)
+        )
         part = dataclasses.replace(
-            problem,
-            seqlen_k=keys.stop - keys.start,
-            causal_offset=None if offset is None else offset - keys.start,
+            problem, seqlen_k=keys.stop - keys.start, causal_offset=causal, window_offset=window
         )
         partial = np.empty(out.shape, dtype)
         _, lse = cpu.forward(part, q, k[:, keys], v[:, keys], out=partial)

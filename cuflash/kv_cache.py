@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import arrays, cpu_kv_cache, families_packed
-from cuflash.arrays import HostArrays, Native, loans
+from cuflash import arrays, cpu_kv_cache, plan_decode
+from cuflash.arrays import GpuArrays, HostArrays, Native, loans
 from cuflash.checks import out_shape
 from cuflash.checks_kv_cache import (
     KvCacheOptions,
@@ -16,6 +16,7 @@ from cuflash.checks_kv_cache import (
     named_kv_cache,
     split_cache_seqlens,
 )
+from cuflash.modifiers import Window, checked_window
 from cuflash.problem import Causal
 
 
@@ -33,6 +34,7 @@ def attention_kv_cache(
     rotary_sin: Any = None,
     rotary_interleaved: bool = True,
     causal: Causal = False,
+    window: Window | None = None,
     scale: float | None = None,
     layout: str = "bshd",
     num_splits: int = 0,
@@ -44,8 +46,6 @@ def attention_kv_cache(
 
     A step of decoding, or a chunk of a prefill: rotate q and k, write k and v into the cache, attend. Parts
     of a long cache can be computed apart and merged (``merge_attention``). docs/decoding.md has examples.
-
-    For arrays in host memory; the kernels for a GPU are yet to come, and such a call raises ValueError.
 
     Parameters
     ----------
@@ -69,21 +69,24 @@ def attention_kv_cache(
         block_table.
     rotary_cos, rotary_sin : arrays (positions, rotary_dim / 2), optional
         Rotate the first rotary_dim elements of each head of k, by its position in the sequence, and of q
-        (rotary position embedding, Su et al., arXiv 2104.09864). Of q's dtype or float32; needs k. A causal
-        query has the position of the last key it sees; other queries all have position cache_seqlens[b].
+        (rotary position embedding, Su et al., arXiv 2104.09864). Of q's dtype or float32; needs k. With
+        causal or a window, query i has position i + keys − seqlen_q; without, all have cache_seqlens[b].
         Rotated values are rounded to q's dtype.
     rotary_interleaved : bool
         Whether elements 2i and 2i + 1 are a pair (GPT-J); if not, i and i + rotary_dim / 2 are (GPT-NeoX,
         Llama).
     causal : False, True or "bottom_right"
         Mask: query i sees keys j ≤ i + keys − seqlen_q, where keys counts those that were just appended.
+    window : (left, right), optional
+        Sliding window: query i sees keys from i + keys − seqlen_q − left to i + keys − seqlen_q + right, as
+        for ``attention``; None is unbounded. With ``causal`` right is 0.
     scale : float, optional
         Factor of the scores; 1/sqrt(head_dim) by default.
     layout : "bshd" or "bhsd"
         Axis order of q, k, v, out and the caches: as above, or with heads before seqlen, page_size too.
     num_splits : int
         In how many parts a sequence's keys are computed, to be merged exactly; 0 chooses. Results differ by
-        rounding only.
+        rounding only. On a GPU no more parts are made than a sequence has turns of a thread block's keys.
     return_lse : bool
         Return also the log-sum-exp of every row of scaled scores.
     out : array (batch, seqlen_q, heads_q, head_dim_v), optional
@@ -108,13 +111,24 @@ def attention_kv_cache(
 
     Notes
     -----
-    All of k and v is in the cache before anything is read. Not differentiable: a PyTorch tensor that requires
+    All of k and v is in the cache before anything is read. On a GPU keys are split over thread blocks as in
+    Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023); docs/decode.md has the kernel. Lengths and tables on
+    the device are trusted, but for lengths past the cache's end, which are cut. Streams, allocation and CUDA
+    graphs are as for ``attention``. Not differentiable: a PyTorch tensor that requires
     grad is refused under grad mode, and JAX cannot trace the call. JAX's arrays are immutable: a cache of
     them can be read, not appended to.
     """
     lengths, length = split_cache_seqlens(cache_seqlens)
     options = KvCacheOptions(
-        length, rotary_interleaved, causal, scale, layout, num_splits, return_lse, algorithm
+        length,
+        rotary_interleaved,
+        causal,
+        scale,
+        layout,
+        num_splits,
+        return_lse,
+        algorithm,
+        checked_window(window),
     )
     named = named_kv_cache(
         q,
@@ -153,9 +167,11 @@ def attention_kv_cache(
 
 
 def _attend(native: Native, named: dict[str, Any], options: KvCacheOptions) -> tuple[Any, Any]:
+    if native.on_gpu(named["q"]):
+        assert isinstance(native, GpuArrays)
+        return plan_decode.attend(native, named, options)
     request = check_kv_cache(native, named, options)
-    problem, infos, new, _ = request
-    families_packed.refuse("attention_kv_cache", infos["q"])
+    problem, _, new, _ = request
     assert isinstance(native, HostArrays)
     views = {name: native.view(x) for name, x in named.items()}
     cache = check_cache(views, request, options.cache_seqlens)
@@ -173,15 +189,13 @@ def _attend(native: Native, named: dict[str, Any], options: KvCacheOptions) -> t
     result = views["out"] if "out" in views else np.empty(out_shape(problem, options.layout), q.dtype)
     lse = cpu_kv_cache.attend(
         problem,
-        options.causal,
+        options,
         cache,
         q,
         k_cache,
         v_cache,
         bshd(result),
         rotary,
-        interleaved,
-        splits=max(1, options.num_splits),
     )
     if "out" not in named:
         return native.wrap(result), native.wrap(lse)

@@ -109,7 +109,7 @@ def collect(given: Arguments | PackedArguments) -> tuple[Modifiers, Mapping[str,
     if given.keys() & _FORMULA_ARGUMENTS:
         formulas, mod_args = collect_formulas(given)
     modifiers = Modifiers(
-        _window(given.get("window")),
+        checked_window(given.get("window")),
         _softcap(given.get("softcap")),
         _dropout_p(given.get("dropout_p", 0.0)),
         formulas,
@@ -151,7 +151,8 @@ def _summary(summary: Any) -> Any:
     return summary
 
 
-def _window(window: Any) -> Window:
+def checked_window(window: Any) -> Window:
+    """A window as (left, right), each side an integer or None, which is unbounded."""
     if window is None:
         return (None, None)
     if not isinstance(window, (tuple, list)) or len(window) != 2:

@@ -5,14 +5,14 @@ The oracle of tests, as ``cuflash.reference`` is, and as slow: rows are gathered
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cuflash import reference
-from cuflash.modifiers import NO_MODIFIERS, NO_OPERANDS, Modifiers, of_sequence
+from cuflash.modifiers import NO_MODIFIERS, NO_OPERANDS, Modifiers, Window, of_sequence
 from cuflash.philox import seed_value
 from cuflash.problem import Causal
 
@@ -84,15 +84,29 @@ def attention_varlen_backward(
 
 
 def attention_kv_cache(
-    q: Array, keys: list[Array], values: list[Array], *, causal: Causal = False, scale: float
+    q: Array,
+    keys: list[Array],
+    values: list[Array],
+    *,
+    causal: Causal = False,
+    window: Window = (None, None),
+    scale: float,
+    attention: Callable[..., tuple[Array, Array]] = reference.attention,
 ) -> tuple[Array, Array]:
-    """Return out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) in float64, of keys (Sk, Hkv, D) for each sequence."""
+    """Return out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) of keys (Sk, Hkv, D) for each sequence.
+
+    In float64 or, with ``reference.standard_attention``, rounded as that does.
+    """
     batch, seqlen_q, heads_q, _ = q.shape
     out = np.empty((batch, seqlen_q, heads_q, values[0].shape[2] if values else 0))
     lse = np.empty((batch, heads_q, seqlen_q))
     for b, (k, v) in enumerate(zip(keys, values, strict=True)):
+        diagonal, (left, right) = len(k) - seqlen_q, window
         offset = _causal_offset(causal, seqlen_q, len(k))
-        x, y = reference.attention(q[b][None], k[None], v[None], causal_offset=offset, scale=scale)
+        if offset is None and right is not None:
+            offset = diagonal + right
+        extras = reference.Extras(window_offset=None if left is None else diagonal - left)
+        x, y = attention(q[b][None], k[None], v[None], causal_offset=offset, scale=scale, extras=extras)
         out[b], lse[b] = x[0], y[0]
     return out, lse
 

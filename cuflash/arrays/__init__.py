@@ -55,6 +55,8 @@ def library_of(named: Mapping[str, Any]) -> Native | Borrowed:
     first = next(iter(named))
     framework = _recognise(named[first], first)
     for name, x in named.items():
+        if _by_type.get(type(x)) is framework:
+            continue
         other = _recognise(x, name)
         if other is not framework:
             raise TypeError(

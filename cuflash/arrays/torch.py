@@ -180,4 +180,6 @@ def autocast_dtype(x: Any) -> Any:
 
 
 def _has_tangent(torch: Any, x: Any) -> bool:
-    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    forward_ad = torch.autograd.forward_ad
+    # Outside of a dual_level there is none, and asking for it is a third of what a signature costs.
+    return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(x).tangent is not None

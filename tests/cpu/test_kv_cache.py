@@ -9,151 +9,60 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import TOLERANCE, VIEWS, dtype_of, normal
+from kv_cases import Case, rotary_table
+from numerics import TOLERANCE, VIEWS
 
 import cuflash
-from cuflash import checks_kv_cache, cpu_kv_cache, kv_cache, reference_packed
+from cuflash import cpu_kv_cache, families_packed, reference_packed
 from cuflash.arrays import ArrayInfo
 from cuflash.arrays.base import Native
+from cuflash.checks_kv_cache import KvCacheOptions, check_kv_cache
 from cuflash.problem import DTYPES
 
 
-def rotary_table(positions: int, pairs: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    angles = np.arange(positions)[:, None] * 10000.0 ** -(np.arange(pairs) / pairs)
-    return np.cos(angles).astype(dtype_of(dtype)), np.sin(angles).astype(dtype_of(dtype))
+def check(
+    case: Case, layout: str = "bshd", view: str = "contiguous", tolerance: float | None = None, **more: Any
+) -> None:
+    """Call, and compare results and caches; what surrounds the caches is watched too."""
+    in_layout = ("k", "v")
+    given = {
+        name: x.swapaxes(1, 2) if layout == "bhsd" and name in in_layout else x
+        for name, x in case.options.items()
+    }
+
+    def placed(x: np.ndarray) -> np.ndarray:
+        return VIEWS[view](x.swapaxes(1, 2) if layout == "bhsd" else x)
+
+    caches = [placed(case.k_cache), placed(case.v_cache)]
+    bases = [x if x.base is None else x.base for x in caches]
+    outside = [_outside(base, cache) for base, cache in zip(bases, caches, strict=True)]
+    q = case.q.swapaxes(1, 2) if layout == "bhsd" else case.q
+    out, lse = cuflash.attention_kv_cache(q, *caches, **given, layout=layout, return_lse=True, **more)
+    assert (out.dtype, out.shape[0]) == (q.dtype, q.shape[0])
+    if len(case.slots) == 0:
+        assert (out.size, lse.size) == (0, 0)
+        return
+    wanted, wanted_lse = case.expected(more.get("scale"))
+    tolerance = 4 * TOLERANCE[case.dtype] if tolerance is None else tolerance
+    out = out.swapaxes(1, 2) if layout == "bhsd" else out
+    np.testing.assert_allclose(out.astype("d"), wanted, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=tolerance, atol=tolerance)
+    for cache, after in zip(caches, case.after, strict=True):
+        got = cache.swapaxes(1, 2) if layout == "bhsd" else cache
+        rounding = 0 if "rotary_cos" not in case.options else TOLERANCE[case.dtype]
+        np.testing.assert_allclose(got.astype("d"), after.astype("d"), rtol=rounding, atol=rounding)
+    for base, cache, before in zip(bases, caches, outside, strict=True):
+        np.testing.assert_array_equal(_outside(base, cache), before)
 
 
-class Case:
-    """A call, and what it must return and leave in the cache."""
-
-    def __init__(
-        self,
-        lengths: list[int],
-        *,
-        seqlen_q: int = 1,
-        new: int = 0,
-        capacity: int = 40,
-        page_size: int | None = None,
-        extra_rows: int = 0,
-        heads: tuple[int, int] = (4, 2),
-        head_dims: tuple[int, int] = (8, 6),
-        dtype: str = "float64",
-        causal: bool = False,
-        rotary: int = 0,
-        interleaved: bool = True,
-        rotary_dtype: str | None = None,
-        integers: str = "int32",
-        seed: int = 0,
-    ) -> None:
-        rng = np.random.default_rng(seed)
-        batch, (hq, hkv), (d, dv) = len(lengths), heads, head_dims
-        self.new, self.before, self.dtype = new, lengths, dtype
-        per_row = page_size or capacity
-        pages = -(-capacity // per_row)
-        rows = batch * pages + extra_rows
-        self.k_cache = normal(rng, (rows, per_row, hkv, d), dtype)
-        self.v_cache = normal(rng, (rows, per_row, hkv, dv), dtype)
-        table = rng.permutation(rows)[: batch * pages].reshape(batch, pages)
-        self.slots = [
-            [(int(table[b, i // per_row]), i % per_row) for i in range(lengths[b] + new)]
-            for b in range(batch)
-        ]
-        unused = np.ones((rows, per_row), bool)
-        for b, slots in enumerate(self.slots):
-            for slot in slots[: lengths[b]]:
-                unused[slot] = False
-        self.k_cache[unused] = self.v_cache[unused] = np.nan
-        self.q = normal(rng, (batch, seqlen_q, hq, d), dtype)
-        self.options: dict[str, Any] = {"causal": causal, "cache_seqlens": np.array(lengths, integers)}
-        if new:
-            self.options["k"] = normal(rng, (batch, new, hkv, d), dtype)
-            self.options["v"] = normal(rng, (batch, new, hkv, dv), dtype)
-        if page_size:
-            table = table.astype(integers)
-            for b in range(batch):
-                table[b, -(-(lengths[b] + new) // page_size) :] = -7  # never looked at
-            self.options["block_table"] = table
-        elif extra_rows or batch:
-            self.options["cache_batch_idx"] = table[:, 0].astype(integers)
-        if rotary:
-            cos, sin = rotary_table(capacity + 1, rotary, rotary_dtype or dtype)
-            self.options |= {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": interleaved}
-        self.after = self._after()
-
-    def rotated(self, x: np.ndarray, positions: Any) -> np.ndarray:
-        if "rotary_cos" not in self.options:
-            return x
-        tables = self.options["rotary_cos"], self.options["rotary_sin"]
-        interleaved = self.options["rotary_interleaved"]
-        turned = reference_packed.rotate(x, np.asarray(positions), *tables, interleaved=interleaved)
-        return turned.astype(x.dtype)
-
-    def _after(self) -> tuple[np.ndarray, np.ndarray]:
-        k_cache, v_cache = self.k_cache.copy(), self.v_cache.copy()
-        for b, slots in enumerate(self.slots):
-            for i, slot in enumerate(slots[self.before[b] :]):
-                k_cache[slot] = self.rotated(self.options["k"][b, i : i + 1], [self.before[b] + i])[0]
-                v_cache[slot] = self.options["v"][b, i]
-        return k_cache, v_cache
-
-    def expected(self, scale: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        causal, seqlen_q = self.options["causal"], self.q.shape[1]
-        q = self.q.copy()
-        for b, slots in enumerate(self.slots):
-            for i in range(seqlen_q):
-                at = max(0, len(slots) - seqlen_q + i) if causal else self.before[b]
-                q[b, i : i + 1] = self.rotated(q[b, i : i + 1], [at])
-        k_cache, v_cache = self.after
-        keys = [np.array([k_cache[s] for s in slots]).reshape(-1, *k_cache.shape[2:]) for slots in self.slots]
-        values = [
-            np.array([v_cache[s] for s in slots]).reshape(-1, *v_cache.shape[2:]) for slots in self.slots
-        ]
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        return reference_packed.attention_kv_cache(q, keys, values, causal=causal, scale=scale)
-
-    def check(
-        self, layout: str = "bshd", view: str = "contiguous", tolerance: float | None = None, **more: Any
-    ) -> None:
-        """Call, and compare results and caches; what surrounds the caches is watched too."""
-        in_layout = ("k", "v")
-        given = {
-            name: x.swapaxes(1, 2) if layout == "bhsd" and name in in_layout else x
-            for name, x in self.options.items()
-        }
-
-        def placed(x: np.ndarray) -> np.ndarray:
-            return VIEWS[view](x.swapaxes(1, 2) if layout == "bhsd" else x)
-
-        caches = [placed(self.k_cache), placed(self.v_cache)]
-        bases = [x if x.base is None else x.base for x in caches]
-        outside = [self._outside(base, cache) for base, cache in zip(bases, caches, strict=True)]
-        q = self.q.swapaxes(1, 2) if layout == "bhsd" else self.q
-        out, lse = cuflash.attention_kv_cache(q, *caches, **given, layout=layout, return_lse=True, **more)
-        assert (out.dtype, out.shape[0]) == (q.dtype, q.shape[0])
-        if len(self.slots) == 0:
-            assert (out.size, lse.size) == (0, 0)
-            return
-        wanted, wanted_lse = self.expected(more.get("scale"))
-        tolerance = 4 * TOLERANCE[self.dtype] if tolerance is None else tolerance
-        out = out.swapaxes(1, 2) if layout == "bhsd" else out
-        np.testing.assert_allclose(out.astype("d"), wanted, rtol=tolerance, atol=tolerance)
-        np.testing.assert_allclose(lse, wanted_lse, rtol=tolerance, atol=tolerance)
-        for cache, after in zip(caches, self.after, strict=True):
-            got = cache.swapaxes(1, 2) if layout == "bhsd" else cache
-            rounding = 0 if "rotary_cos" not in self.options else TOLERANCE[self.dtype]
-            np.testing.assert_allclose(got.astype("d"), after.astype("d"), rtol=rounding, atol=rounding)
-        for base, cache, before in zip(bases, caches, outside, strict=True):
-            np.testing.assert_array_equal(self._outside(base, cache), before)
-
-    @staticmethod
-    def _outside(base: np.ndarray, view: np.ndarray) -> np.ndarray:
-        """All of ``base`` that is not in ``view``, which then holds what it held before."""
-        kept = view.copy()
-        view[...] = 0
-        outside = np.ascontiguousarray(base).view(np.uint8)  # bits: bfloat16's NaN are not equal to NumPy
-        outside = outside.copy()
-        view[...] = kept
-        return outside
+def _outside(base: np.ndarray, view: np.ndarray) -> np.ndarray:
+    """All of ``base`` that is not in ``view``, which then holds what it held before."""
+    kept = view.copy()
+    view[...] = 0
+    outside = np.ascontiguousarray(base).view(np.uint8)  # bits: bfloat16's NaN are not equal to NumPy
+    outside = outside.copy()
+    view[...] = kept
+    return outside
 
 
 # --- what it computes ---------------------------------------------------------------------------------------
@@ -170,6 +79,7 @@ class Case:
     head_dims=st.tuples(st.integers(4, 9), st.integers(1, 9)),
     dtype=st.sampled_from(DTYPES),
     causal=st.booleans(),
+    window=st.sampled_from([(None, None)] * 3 + [(3, None), (0, 0), (5, 2), (None, 1)]),
     rotary=st.integers(0, 2),
     interleaved=st.booleans(),
     rotary_dtype=st.sampled_from([None, "float32"]),
@@ -185,7 +95,7 @@ def test_any_cache_and_options_agree_with_float64_and_only_appended_slots_are_wr
     case = Case(rotary=rotary if new else 0, new=new, **sizes)
     if case.k_cache.size == 0:
         view = "contiguous"
-    case.check(layout, view, num_splits=num_splits)
+    check(case, layout, view, num_splits=num_splits)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 100])
@@ -195,7 +105,7 @@ def test_all_split_counts_agree(num_splits: int, causal: bool, dtype: str) -> No
     case = Case(
         [0, 1, 300, 517], new=3, seqlen_q=3, capacity=600, causal=causal, dtype=dtype, head_dims=(32, 32)
     )
-    case.check(num_splits=num_splits, tolerance={"float32": 2e-6, "bfloat16": 1e-2}[dtype])
+    check(case, num_splits=num_splits, tolerance={"float32": 2e-6, "bfloat16": 1e-2}[dtype])
 
 
 def test_decoding_step_by_step_is_causal_attention_over_the_whole_sequence() -> None:
@@ -364,7 +274,7 @@ PAGED = {"k_cache": (6, 16, 2, 8), "v_cache": (6, 16, 2, 6)}
 
 def call(**change: Any) -> dict[str, Any]:
     given: dict[str, Any] = {n: zeros(*s) for n, s in BASE.items()} | change
-    return {name: zeros(*x) if isinstance(x, tuple) else x for name, x in given.items()}
+    return {n: zeros(*x) if isinstance(x, tuple) and n != "window" else x for n, x in given.items()}
 
 
 @pytest.mark.parametrize(
@@ -469,17 +379,22 @@ class Facts(Native):
         return f"{name}.astype({dtype})"
 
 
-def test_on_a_gpu_shapes_are_checked_and_then_one_error_says_that_there_is_no_kernel() -> None:
+def test_on_a_gpu_shapes_and_families_are_checked_before_anything_is_compiled() -> None:
     facts = {
         name: ArrayInfo(shape, zeros(*shape, dtype="e").strides, "float16", 2, 0, i << 24)
         for i, (name, shape) in enumerate(BASE.items())
     }
-    options = checks_kv_cache.KvCacheOptions(7, True, False, None, "bshd", 0, False, "auto")
-    with pytest.raises(
-        ValueError, match=r"^attention_kv_cache is not in the GPU kernels yet, and q is on cuda:0"
-    ):
-        kv_cache._attend(Facts(), facts, options)
+    options = KvCacheOptions(7, True, False, None, "bshd", 0, False, "auto")
+    wide = {n: ArrayInfo(x.shape, x.strides, "float32", 4, 0, 0) for n, x in facts.items()}
     with pytest.raises(TypeError, match=r"^q has dtype float32; on a GPU"):
-        kv_cache._attend(
-            Facts(), {n: ArrayInfo(x.shape, x.strides, "float32", 4, 0, 0) for n, x in facts.items()}, options
-        )
+        check_kv_cache(Facts(), wide, options)
+    check_kv_cache(Facts(), facts, options)
+    with pytest.raises(ValueError, match=r'^algorithm="fa2" cannot compute attention_kv_cache'):
+        families_packed.require_auto("attention_kv_cache", "fa2")
+
+
+def test_a_window_must_be_a_pair_of_sizes() -> None:
+    with pytest.raises(ValueError, match="window must not be negative, got -1 for its left side"):
+        cuflash.attention_kv_cache(**call(window=(-1, 2)))
+    with pytest.raises(TypeError, match="window must be None or a pair"):
+        cuflash.attention_kv_cache(**call(window=3))
