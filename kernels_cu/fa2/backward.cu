@@ -324,7 +324,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
     load_tile<kBlockM, kHeadDim, kHalf>(k_smem + kQOffset + slot * kQBytes,
                                         q + to_load.head * params.q.head + row * params.q.row, params.q.row,
                                         visible.queries() - row, params.head_dim, loader,
-                                        queries_read(params, row));
+                                        QueryIsRead{lse_log2 + block_index(to_load) * kBlockM});
     load_floats<kBlockM, kHalf>(k_smem + kLseOffset + slot * kBlockM * 4, lse_log2 + block_index(to_load) * kBlockM, loader);
     cp_async_commit_group();
     advance(to_load);
@@ -334,7 +334,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
     load_tile<kBlockM, kHeadDimV, kHalf>(k_smem + kDoutOffset + slot * kDoutBytes,
                                          dout + to_load.head * params.dout.head + row * params.dout.row,
                                          params.dout.row, visible.queries() - row, params.head_dim_v, loader,
-                                         queries_read(params, row));
+                                         QueryIsRead{lse_log2 + block_index(to_load) * kBlockM});
     load_floats<kBlockM, kHalf>(k_smem + kDeltaOffset + slot * kBlockM * 4, delta + block_index(to_load) * kBlockM, loader);
     cp_async_commit_group();
     advance(to_load);

@@ -129,21 +129,24 @@ fa2_backward_mod_args(const Element* __restrict__ q,       // (batch, seqlen_q, 
   if (tiles.begin >= tiles.end) return;
 
   const int rows_end = min(visible.queries(), params.first_row + params.rows) - block_row;
-  const auto has_lse = [&](int row) { return block_row + row >= params.first_row; };
+  const long long rows_before = (long long)batch_head * params.rows_per_head;
+  const auto is_seen = [&](int row) {
+    const int at = block_row + row - params.first_row;
+    return at >= 0 && QueryIsRead{lse_log2 + rows_before}(at);
+  };
   load_tile<kBlockM, kHeadDim, kThreads>(
       k_smem + kQOffset, q + batch * params.q.batch + head * params.q.head + block_row * params.q.row, params.q.row,
-      rows_end, params.head_dim, threadIdx.x, has_lse);
+      rows_end, params.head_dim, threadIdx.x, is_seen);
   load_tile<kBlockM, kHeadDimV, kThreads>(
       k_smem + kDoutOffset, dout + batch * params.dout.batch + head * params.dout.head + block_row * params.dout.row,
-      params.dout.row, rows_end, params.head_dim_v, threadIdx.x, has_lse);
+      params.dout.row, rows_end, params.head_dim_v, threadIdx.x, is_seen);
   float row_lse[2], row_delta[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + Fragment::row(half) - params.first_row;
     const bool inside = row >= 0 && row < params.rows;
-    const long long at = (long long)batch_head * params.rows_per_head + row;
-    row_lse[half] = inside ? lse_log2[at] : infinity();
-    row_delta[half] = inside ? delta[at] : 0.0f;
+    row_lse[half] = inside ? lse_log2[rows_before + row] : infinity();
+    row_delta[half] = inside ? delta[rows_before + row] : 0.0f;
   }
 
   const ScoreModifiers<Element> modifiers = score_modifiers<Element>(params, batch, head, 0);

@@ -90,8 +90,10 @@ fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, 
       if (inside) {
         const int query = params.first_row + row;
         row_lse = lse[batch * params.lse.batch + head * params.lse.head + query * params.lse.row];
-        if (row_lse == -infinity()) row_lse = infinity();
+        const bool is_blind = row_lse == -infinity();
+        if (is_blind) row_lse = infinity();
         if (dlse != nullptr) sum -= dlse[batch * params.dlse.batch + head * params.dlse.head + query * params.dlse.row];
+        if (is_blind) sum = 0.0f;  // NaN in what it was given must not show: 0 · NaN
       }
       lse_log2[target] = row_lse * kLog2E;
       delta[target] = sum;

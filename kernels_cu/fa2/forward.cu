@@ -210,8 +210,8 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
   const ScoreModifiers<Element> modifiers = score_modifiers<Element>(params, tile.batch, tile.head, 0);
   const auto mask = mask_of(params, tile.batch, tile.head, 0);
   const Dropout dropout = dropout_of(params, tile.batch, tile.head);
-  // Modified scores are in base 2 already.
-  const float scale_log2 = kModifiesScores ? 1.0f : params.scale_log2;
+  // Modified scores are in base 2 already. A function, since a variable would be one more register's.
+  const auto scale_log2 = [&] { return kModifiesScores ? 1.0f : params.scale_log2; };
 
   const auto visit = [&](int n_block, auto masked) {
     const int ahead = kMasks ? mask_tiles.before(n_block) : n_block - kStages / 2;
@@ -241,7 +241,7 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
       if constexpr (kBanded) hide<false>(acc_s, warp_row, n_block * kBlockN, visible, mask, -infinity());
       else apply_mask<Config::kCausal>(acc_s, warp_row, n_block * kBlockN, visible.keys(), params.causal_offset);
     }
-    softmax.update(acc_s, acc_o, scale_log2);
+    softmax.update(acc_s, acc_o, scale_log2());
     if constexpr (Config::kDropout) {
       dropout.for_each_dropped<false, kMTiles, kNTiles>(warp_row, n_block * kBlockN,
                                                         [&](int m, int j, int r) { acc_s[m][j][r] = 0.0f; });
@@ -277,7 +277,7 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
       const int row = m * 16 + Fragment::row(half);
       float inverse = softmax.inverse_sum(m, half);
       if constexpr (Config::kSinks) {
-        inverse = sink.inverse_sum(softmax.row_max[m][half] * scale_log2, softmax.row_sum[m][half]);
+        inverse = sink.inverse_sum(softmax.row_max[m][half] * scale_log2(), softmax.row_sum[m][half]);
       }
       if constexpr (Config::kDropout) inverse *= kept_scale(params);
       const bool unused = Config::kVarlen && warp_row + row >= params.seqlen_q;
@@ -291,7 +291,7 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
         float row_lse = softmax.log_sum_exp(m, half, kModifiesScores ? kLn2 : params.scale);
         if constexpr (Config::kSinks) {
           if (warp_row + row < visible.queries()) {
-            row_lse = sink.log_sum_exp(softmax.row_max[m][half] * scale_log2, softmax.row_sum[m][half]);
+            row_lse = sink.log_sum_exp(softmax.row_max[m][half] * scale_log2(), softmax.row_sum[m][half]);
           }
         }
         if (unused) row_lse = -infinity();
