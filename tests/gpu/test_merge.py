@@ -22,8 +22,8 @@ def test_torch_gradients_agree_with_those_on_the_cpu():
             out, lse = call(parts[:3], parts[3:])
             loss = out.square().sum() + lse.masked_fill(lse == -torch.inf, 0).cos().sum()
             results.append([x.cpu() for x in (out, lse, *torch.autograd.grad(loss, parts))])
-    # dlse is a sum of 64 products of size up to 10 or so that cancel: what is left of their roundings, at most
-    # eps · Σ |products|, depends on the order of the sum.
+    # dlse is a sum of 64 products of size up to 10 or so that cancel: what is left of their roundings, at
+    # most eps · Σ |products|, depends on the order of the sum.
     for result in results[1:]:
         for actual, expected in zip(result, results[0], strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=5e-5)
