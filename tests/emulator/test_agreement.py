@@ -455,6 +455,17 @@ def test_reductions_and_released_flags_agree_on_integers():
     np.testing.assert_array_equal(gpu, twin)
 
 
+def test_arrivals_that_wrap_agree_in_whatever_order():
+    body = """if (threadIdx.x == 0) y[256] = 0;
+      __syncthreads();
+      y[threadIdx.x] = atom_acq_rel_gpu_inc(y + 256, 36);"""
+    snippet = Snippet(body, HEADERS + '#include "ptx/acquire_release.cuh"\n')
+    x = random_words(256)
+    gpu, twin = (run(snippet, x, 257, 256, 64) for run in (on_gpu, on_twin))
+    np.testing.assert_array_equal(np.sort(gpu[:256]), np.sort(twin[:256]))
+    assert gpu[256] == twin[256] == 256 % 37
+
+
 def test_setmaxnreg_moves_registers_without_changing_values():
     body = """unsigned kept[8];
       for (int i = 0; i < 8; ++i) kept[i] = x[(threadIdx.x + 32 * i) % 256];
