@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import hopper_or_skip
 from test_streams import spin
 
 import cuflash
+from gpu.conftest import hopper_or_skip
 
 cp = pytest.importorskip("cupy")
 OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
