@@ -109,7 +109,7 @@ def backward_calls(
         BACKWARD_PARAMS,
         *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
         *(rows.start, len(rows), problem.seqlen_k, problem.seqlen_k_visible),
-        *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
+        *(problem.heads_kv, problem.group_size),
         problem.batch * problem.heads_kv,
         *(problem.head_dim, problem.head_dim_v),
         (problem.causal_offset or 0) + rows.start,
@@ -204,7 +204,7 @@ def heads_per_wave(problem: Problem, l2_bytes: int) -> int:
     if not problem.is_causal:
         return 1
     row_bytes = (problem.head_dim + problem.head_dim_v) * ELEMENT_BYTES + problem.head_dim * 4
-    head_bytes = problem.seqlen_q * problem.group_size * row_bytes if problem.heads_kv else 0
+    head_bytes = problem.seqlen_q * problem.group_size * row_bytes
     fitting = l2_bytes * 16 // 25 // max(1, head_bytes)
     return max(1, min(problem.batch * problem.heads_kv, fitting))
 
