@@ -130,6 +130,18 @@ def test_the_gradients_of_arguments_compile_with_all_modifiers_and_several_sites
     compile_within_limits(config, (9, 0))
 
 
+def test_what_arguments_are_converted_to_compiles_with_a_gradient_too():
+    formula = (
+        "score + float(t[h]) * int(t[q]) + (bool(t[kv]) && !t[h] ? float(kv) : float(score) * int(score))"
+    )
+    flags = ModifierFlags(score_mod=formula, mod_args=(ModArg("t", "float32", 1),))
+    for program_config in (
+        configs_for((9, 0), 64, flags)[0],
+        mod_args_gradient_config(problem_of(64), (9, 0), flags, ("t",)),
+    ):
+        compile_within_limits(program_config, (9, 0))
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
 def test_all_modifiers_at_once_compile_for_every_target(capability):
     for program_config in configs_for(capability, 128, EVERYTHING):
