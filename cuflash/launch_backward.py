@@ -12,9 +12,9 @@ from cuflash.config_fa1 import Fa1BackwardConfigs
 from cuflash.config_hopper_backward import HopperBackwardConfigs
 from cuflash.launch import (
     LOG2_E,
-    MAX_GRID,
     KernelCall,
     Strides,
+    check_grid,
     check_ranges,
     make_params,
     params_dtype,
@@ -221,9 +221,6 @@ def kernel_call(
     """The launch of a grid of ``blocks``; None if that is none. ``name`` is the argument they grow with."""
     if blocks == 0:
         return None
-    if blocks > MAX_GRID:
-        raise ValueError(
-            f"{name} needs {blocks} thread blocks and a grid has at most {MAX_GRID}; split the batch"
-        )
+    check_grid(name, blocks)
     params = make_params(dtype, values, modifiers)
     return KernelCall((blocks,), (threads,), shared_bytes, params)
