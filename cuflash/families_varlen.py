@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cuflash import config, config_backward, config_hopper, launch, launch_packed
 from cuflash.arrays import ArrayInfo
-from cuflash.checks_varlen import VarlenOptions, VarlenRequest
+from cuflash.checks_varlen import PACKED_OPERANDS, VarlenOptions, VarlenRequest
 from cuflash.config import Config
 from cuflash.config_backward import BackwardConfigs
 from cuflash.config_hopper import HopperConfig
@@ -167,7 +167,7 @@ def choose_backward(request: VarlenRequest, options: VarlenOptions, gpu: Gpu) ->
         _params(problem, infos, band, problem.scale),
     )
     sinks = None
-    if "sinks" in options.wanted:
+    if "sinks" in options.wanted and "sinks" in infos:
         params = _params(problem, infos, band, problem.scale)
         sinks = launch_packed.sinks_gradient(problem, infos, blocks.sizes, layouts.strides.dlse, params)
     return VarlenBackward(layouts, blocks, configs, calls, sinks)
@@ -195,10 +195,13 @@ def _packed(request: VarlenRequest, options: VarlenOptions) -> Packed:
         options.causal == "top_left",
     )
     problem = dataclasses.replace(problem, causal_offset=band.causal_offset if band.causal else None)
+    batch = request.infos["cu_seqlens_q"].shape[0] - 1
     infos = {
-        name: _with_batch_axis(info) if _is_packed(name) else info for name, info in request.infos.items()
+        name: _with_batch_axis(info) if _is_packed(name) else info
+        for name, info in request.infos.items()
+        if batch or name not in PACKED_OPERANDS or 0 not in info.shape  # of no sequence: nothing to read
     }
-    return Packed(problem, infos, request.infos["cu_seqlens_q"].shape[0] - 1, band)
+    return Packed(problem, infos, batch, band)
 
 
 def _is_packed(name: str) -> bool:

@@ -26,14 +26,16 @@ struct PackedArrays<true> {
   const PackedBlock* blocks;  // those that the kernel's thread blocks work on, the longest sequences' first
 };
 
-// Block `block` of all becomes that of sequence `batch`, which is returned: one without rows if there is none.
+// Block `block` of all becomes that of sequence `batch`, which is returned: one without rows if there is none. What is past
+// the last sequence has no slope or sink of its own, and needs none: it counts as the first.
 template <class Params>
 __device__ __forceinline__ Sequence find_sequence(const Params& call, int& block, int& batch) {
   const PackedBlock found = call.blocks[block];
   if (found.sequence < 0) return {};
   block = found.block;
-  batch = found.sequence;
-  return call.sequences[batch];
+  const Sequence sequence = call.sequences[found.sequence];
+  batch = sequence.queries == 0 ? 0 : found.sequence;
+  return sequence;
 }
 
 // What a kernel takes for its parameters: those of the call or, with kVarlen, a copy that `restrict_to` makes those of one

@@ -117,6 +117,16 @@ def test_every_tile_shape_is_right_at_its_head_dims(cp, head_dim):
     check(cp, make_call(head_dim, UNEQUAL, (2, 1), (head_dim, head_dim), "float16", causal, tails=(2, 3)))
 
 
+@pytest.mark.parametrize("lengths", [(), (0, 0), (5, 0), (70, 30)])
+def test_rows_of_no_sequence_have_no_slope_or_sink_of_their_own(cp, lengths):
+    modifiers = {"alibi_slopes": True, "sinks": True}
+    call = make_call(
+        2, (lengths, lengths), (4, 2), (64, 64), "float16", True,
+        tails=(150, 150), modifiers=modifiers, per_sequence=True,
+    )  # fmt: skip
+    check(cp, call)
+
+
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_an_empty_sequence_first_in_the_middle_or_last_is_right(cp, at):
     for side in (0, 1):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuflash.arrays.jax import XlaBuffers
 from emulator.session import Emulator
 
 
@@ -38,3 +39,4 @@ def lowered_on(emulated: Emulator, monkeypatch: pytest.MonkeyPatch, adapter: Any
 
     monkeypatch.setattr(adapter, "buffer_callback", buffer_callback)
     monkeypatch.setattr(adapter, "_current_device", lambda: 0)
+    monkeypatch.setattr(XlaBuffers, "is_capturing", lambda buffers, device: False)
