@@ -29,9 +29,11 @@ struct SinksParams : PackedArrays<Config::kVarlen>, ModifierParams<true> {
 using Element = Config::Element;
 constexpr int kThreads = Config::kThreads;
 
-// This thread's share of packed sequences [first, end), which share a sink.
+// This thread's share of packed sequences [first, end), which share a sink. Params: SinksParams, which have `sequences` only
+// in programs for packed sequences.
+template <class Params>
 __device__ __forceinline__ float sum_of_packed(const float* lse_log2, const float* delta, const float* dlse,
-                                               const SinksParams& params, int head, int first, int end) {
+                                               const Params& params, int head, int first, int end) {
   if (first == end) return 0.0f;
   const float sink_log2 = sink_of<Element>(params, first, head).log2;
   float sum = 0.0f;
