@@ -34,6 +34,7 @@ from cuflash.resources import ELEMENT_BYTES
 
 _ROW_STRIDES = np.dtype([(name, np.int64) for name in ("outer", "row", "head", "column")])
 _ARRAYS = ("q", "k", "v", "k_cache", "v_cache", "out")
+_MAX_INDEX = 2**31 - 1  # of a row or page of the caches
 _UNBOUNDED = 2**30 - 1  # of a window: a position and this do not pass 32 bits
 
 # DecodeParams in kernels_cu/decode/params.cuh
@@ -68,8 +69,10 @@ def decode_calls(request: KvCacheRequest, options: KvCacheOptions, gpu: Gpu) -> 
 
     ValueError where a size does not fit the kernels' 32-bit fields or a grid, or |scale| float32.
     """
-    problem, _, new, _ = request
+    problem, infos, new, _ = request
     check_ranges(problem)
+    if (outer := infos["k_cache"].shape[0]) > _MAX_INDEX:
+        raise ValueError(f"k_cache has {outer} rows or pages; the GPU kernel takes at most {_MAX_INDEX}")
     params = _params(request, options)
     features = _features(request, options)
     empty = problem.is_empty or problem.head_dim_v == 0

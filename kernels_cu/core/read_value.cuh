@@ -14,6 +14,12 @@ __device__ __forceinline__ long long read_integer(const void* array, long long i
   return bytes == 4 ? static_cast<const int*>(array)[index] : static_cast<const long long*>(array)[index];
 }
 
+// Element `index`, from 0 to 2³¹ − 1, of an array of integers of 4 or 8 bytes. Its lower half is loaded without a branch,
+// in which the warp would wait for it: here it waits where the element is used.
+__device__ __forceinline__ int read_index(const void* array, long long index, int bytes) {
+  return *reinterpret_cast<const int*>(static_cast<const char*>(array) + index * bytes);
+}
+
 // The length `index` of an array of integers of 4 or 8 bytes, at least 0 and at most `limit`.
 __device__ __forceinline__ int read_length(const void* array, long long index, int bytes, int limit) {
   const long long length = read_integer(array, index, bytes);

@@ -32,7 +32,7 @@
 // Numerics  S, sums, O and parts in float32; P rounded to Element for the second product; row_max may lag by 2^8.
 // Configs   head dims to 256 in steps of 16 (others zero-padded by the loads), Dv ≠ D, float16 and bfloat16; rows that are
 //           not 16-byte aligned element by element (kAligned); pages of a multiple of 16 keys are looked up once for 16
-//           keys, one tile ahead (kPageKeys = 16), others for each (1); unpaged caches are kPageKeys = 0.
+//           keys, 32 of those at a time (kPageKeys = 16), others for each key (1); unpaged caches are kPageKeys = 0.
 // Speed     docs/decode.md.
 // Sibling   fa2/forward.cu gives all warps of a block the same keys; it reads no lengths.
 #include "core/layout.cuh"
@@ -60,6 +60,7 @@ constexpr int kWarpRows = 16 * kMTiles;
 constexpr int kBlockM = kWarpsM * kWarpRows;
 constexpr int kSlabs = kTileKeys / (kSlabRows * kWarpsM);  // that a warp loads of each tile
 static_assert(kTileKeys % (kSlabRows * kWarpsM) == 0, "every warp of a group loads as much");
+static_assert(kWarpSize % kSlabs == 0, "the lanes know where the slabs of whole tiles lie");
 static_assert(kStages >= 2, "the tile in use and one that is loaded");
 
 using QTile = SwizzledTile<kHeadDim>;
@@ -71,6 +72,7 @@ constexpr int kORow = kHeadDimV + 8;  // floats
 constexpr int kStatisticsOffset = kWarpsN * kBlockM * kORow * 4;
 constexpr int kIsLastOffset = kStatisticsOffset + kWarpsN * kBlockM * 8;
 constexpr int kQuads = kHeadDimV / 4;  // what a thread has of a row of O at a time
+constexpr int kPartsAtOnce = 16;       // that a thread has in flight as it merges: 96 registers, free after the loop
 
 struct alignas(8) Vector8 { unsigned words[2]; };
 
@@ -160,36 +162,34 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
     }
   }
 
-  // The group's tiles are begin + warp_n, + kWarpsN …; each is located while the one before it is loaded, the first
-  // ones together: a page table is another trip to memory.
+  // The group's tiles are begin + warp_n, + kWarpsN …. Where the warp's next slabs of them lie, its lanes know, one each:
+  // a page table is another trip to memory, so one load goes for 32 slabs, as soon as those before are in use.
   const unsigned ring = kRingOffset + warp_n * kStages * kSlotBytes;
   const auto first_key = [&](int tile, int slab) { return tile * kTileKeys + (warp_m * kSlabs + slab) * kSlabRows; };
-  const auto locate = [&](int tile, Slot(&located)[kSlabs]) {
-#pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab) {
-      if (Config::kPageKeys != 1 && first_key(tile, slab) < high) located[slab] = slots.at(first_key(tile, slab));
-    }
+  const auto locate = [&](int tile) {
+    const int key = first_key(tile + Fragment::lane() / kSlabs * kWarpsN, Fragment::lane() % kSlabs);
+    return Config::kPageKeys == kSlabRows && key < high ? slots.at(key) : Slot{};
   };
-  const auto load = [&](int tile, int slot, const Slot(&located)[kSlabs]) {
+  Slot located = locate(begin + warp_n);
+  const auto load = [&](int tile, int slot) {
     if (tile < end) {
       const unsigned k_tile = ring + slot * kSlotBytes;
+      const int lane = static_cast<unsigned>(tile - begin) / kWarpsN * kSlabs % kWarpSize;  // knows the first slab
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
         const int key = first_key(tile, slab), tile_row = (warp_m * kSlabs + slab) * kSlabRows;
-        load_slab<kHeadDim>(smem, smem_address, k_tile, tile_row, k_cache, params.k_cache, slots, located[slab], key,
-                            low, high, params.head_dim);
-        load_slab<kHeadDimV>(smem, smem_address, k_tile + kVOffset, tile_row, v_cache, params.v_cache, slots,
-                             located[slab], key, low, high, params.head_dim_v);
+        const Slot first = Config::kPageKeys == 0 ? slots.at(key) : located.of_lane(lane + slab);
+        load_slab<kHeadDim>(smem, smem_address, k_tile, tile_row, k_cache, params.k_cache, slots, first, key, low, high,
+                            params.head_dim);
+        load_slab<kHeadDimV>(smem, smem_address, k_tile + kVOffset, tile_row, v_cache, params.v_cache, slots, first, key,
+                             low, high, params.head_dim_v);
       }
+      if (lane + kSlabs == kWarpSize) located = locate(tile + kWarpsN);
     }
     cp_async_commit_group();
   };
-  Slot first[kStages][kSlabs] = {};
 #pragma unroll
-  for (int i = 0; i < kStages; ++i) locate(begin + warp_n + i * kWarpsN, first[i]);
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load(begin + warp_n + i * kWarpsN, i, first[i]);
-  Slot(&ahead)[kSlabs] = first[kStages - 1];
+  for (int i = 0; i < kStages - 1; ++i) load(begin + warp_n + i * kWarpsN, i);
 
   // Q, while the first tiles arrive. A causal or windowed query has the position of its own key.
   for (int item = threadIdx.x; item < kBlockM * QTile::kChunks; item += kThreads) {
@@ -214,8 +214,7 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
     cp_async_wait_group<kStages - 2>();
     if constexpr (kWarpsM == 1) __syncwarp();
     else bar_sync(1 + warp_n, kWarpsM * kWarpSize);
-    load(tile + (kStages - 1) * kWarpsN, slot == 0 ? kStages - 1 : slot - 1, ahead);
-    locate(tile + kStages * kWarpsN, ahead);
+    load(tile + (kStages - 1) * kWarpsN, slot == 0 ? kStages - 1 : slot - 1);
 
     const unsigned k_smem = smem_address + ring + slot * kSlotBytes;
     float acc_s[kMTiles][kTileKeys / 8][4] = {};
@@ -264,7 +263,8 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
   const long long first_part = rows.index * params.splits * params.part_rows;  // of all splits of these rows
   for (int item = threadIdx.x; item < rows.count * kQuads; item += kThreads) {
     const int row = item / kQuads, quad = item % kQuads;
-    const Partial part = merge(kWarpsN, statistics_smem + row, o_smem + row * kORow + quad * 4, kBlockM, kORow);
+    const Partial part =
+        merge<kWarpsN>(kWarpsN, statistics_smem + row, o_smem + row * kORow + quad * 4, kBlockM, kORow);
     if constexpr (Config::kSplit) {
       const long long part_row = first_part + split * params.part_rows + row;
       *reinterpret_cast<Floats4*>(parts + part_row * kHeadDimV + quad * 4) = part.o;
@@ -282,8 +282,9 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
     if (*is_last_smem == 0) return;
     for (int item = threadIdx.x; item < rows.count * kQuads; item += kThreads) {
       const int row = item / kQuads, quad = item % kQuads;
-      const Partial merged = merge(params.splits, parts_statistics + first_part + row,
-                                   parts + (first_part + row) * kHeadDimV + quad * 4, params.part_rows, kHeadDimV);
+      const Partial merged =
+          merge<kPartsAtOnce>(params.splits, parts_statistics + first_part + row,
+                              parts + (first_part + row) * kHeadDimV + quad * 4, params.part_rows, kHeadDimV);
       write(out, lse, rows, row, quad, merged, params);
     }
   }

@@ -40,27 +40,32 @@ __device__ __forceinline__ Sequence sequence_of(const void* cache_seqlens, long 
 
 // Where a key of a sequence lies.
 struct Slot {
-  long long outer;  // page, or row of an unpaged cache
-  int row;          // in it
+  int outer;  // page, or row of an unpaged cache
+  int row;    // in it
+
+  // That of another lane of the warp.
+  __device__ __forceinline__ Slot of_lane(int lane) const {
+    return {__shfl_sync(0xffffffffu, outer, lane), __shfl_sync(0xffffffffu, row, lane)};
+  }
 
   template <class T>
   __device__ __forceinline__ T* in(T* head, const RowStrides& strides) const {
-    return head + outer * strides.outer + row * strides.row;
+    return head + static_cast<long long>(outer) * strides.outer + row * strides.row;
   }
 };
 
 // Of one sequence. `table` is its row of block_table; without pages `outer` is its row of the cache.
 struct Slots {
   const void* table;
-  long long table_column, outer;
-  int table_bytes, page_size;
+  long long table_column;
+  int outer, table_bytes, page_size;
 
   __device__ __forceinline__ Slot at(int position) const {
     if constexpr (Config::kPageKeys == 0) {
       return {outer, position};
     } else {
       const int page = position / page_size;
-      return {read_integer(table, page * table_column, table_bytes), position - page * page_size};
+      return {read_index(table, page * table_column, table_bytes), position - page * page_size};
     }
   }
 };
@@ -70,7 +75,7 @@ __device__ __forceinline__ Slots slots_of(const void* table, const DecodeParams&
   if constexpr (Config::kPageKeys != 0) {
     slots.table = static_cast<const char*>(table) + batch * params.table_row * params.table_bytes;
   } else if (table != nullptr) {  // cache_batch_idx
-    slots.outer = read_integer(table, batch * params.table_row, params.table_bytes);
+    slots.outer = read_index(table, batch * params.table_row, params.table_bytes);
   }
   return slots;
 }

@@ -26,19 +26,33 @@ struct Partial {
 };
 
 // Merges `count` partial results, one every `rows` rows of `statistics` and of `o`, whose rows are `row_floats` apart.
+// They are read kAtOnce at a time, none of these loads behind another: out of L2 each takes 300 to 400 cycles.
+template <int kAtOnce>
 __device__ __forceinline__ Partial merge(int count, const Statistics* statistics, const float* o, int rows, int row_floats) {
   Partial merged = {{-infinity(), 0.0f}, {}};
-#pragma unroll 16
-  for (int i = 0; i < count; ++i) merged.of_row.max = fmaxf(merged.of_row.max, statistics[i * rows].max);
-  const float offset = merged.of_row.max == -infinity() ? 0.0f : merged.of_row.max;
-#pragma unroll 16
-  for (int i = 0; i < count; ++i) {
-    const Statistics part = statistics[i * rows];
-    const Floats4 part_o = *reinterpret_cast<const Floats4*>(o + i * rows * row_floats);
-    const float weight = ex2_approx(part.max - offset);
-    merged.of_row.sum += weight * part.sum;
+  for (int first = 0; first < count; first += kAtOnce) {
+    Partial part[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) merged.o.x[j] += weight * part_o.x[j];
+    for (int i = 0; i < kAtOnce; ++i) {  // past the end the last is read again, and weighs nothing
+      const int index = min(first + i, count - 1);
+      part[i] = {statistics[index * rows], *reinterpret_cast<const Floats4*>(o + index * rows * row_floats)};
+      if (first + i >= count) part[i].of_row.max = -infinity();
+    }
+    const float before = merged.of_row.max;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) merged.of_row.max = fmaxf(merged.of_row.max, part[i].of_row.max);
+    const float offset = merged.of_row.max == -infinity() ? 0.0f : merged.of_row.max;
+    const float rescale = ex2_approx(before - offset);
+    merged.of_row.sum *= rescale;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) merged.o.x[j] *= rescale;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float weight = ex2_approx(part[i].of_row.max - offset);
+      merged.of_row.sum += weight * part[i].of_row.sum;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) merged.o.x[j] += weight * part[i].o.x[j];
+    }
   }
   return merged;
 }
