@@ -100,7 +100,7 @@ def attention(
         Return also the log-sum-exp of every row of scaled scores.
     out : array, optional
         Where to write the result; it is also what is returned. Of q's library, device and dtype, with any
-        strides that do not make its elements overlap. It must not share memory with q, k or v. JAX arrays are
+        strides that do not make its elements overlap. It must not share memory with an input. JAX arrays are
         immutable and cannot be ``out``.
     algorithm : "auto", "hopper", "fa2", "fa1", "standard" or "cpu"
         The kernel family. "auto" takes the fastest that runs where the arrays are: never the CPU for arrays

@@ -31,7 +31,8 @@ constinit decltype default delete do double dynamic_cast enum explicit export ex
 mutable namespace new noexcept nullptr operator private protected public register reinterpret_cast requires
 short signed sizeof static static_assert static_cast struct switch template this thread_local throw typedef
 typeid typename union unsigned using virtual void volatile wchar_t xor
-Config Dual ModArray Params blockDim blockIdx gridDim threadIdx warpSize
+Config Dual ModArray Params bf16 blockDim blockIdx float_in_place_of fp16 gridDim int_in_place_of threadIdx
+warpSize
 """
 _TAKEN = frozenset(_TAKEN_NAMES.split())
 
@@ -188,15 +189,31 @@ def _tokens(name: str, text: str) -> list[tuple[str, str]]:
         at = found.end()
     if all(kind == "space" for kind, _ in tokens):
         raise _refuse(name, "it is empty")
-    open_ones: list[str] = []
-    for _, token in tokens:
-        if token in ("(", "["):
-            open_ones.append(token)
-        elif token in (")", "]") and (not open_ones or open_ones.pop() + token not in ("()", "[]")):
-            raise _refuse(name, f"{token!r} closes nothing")
-    if open_ones:
-        raise _refuse(name, f"{open_ones[-1]!r} is never closed")
+    _check_brackets(name, [token for kind, token in tokens if kind != "space"])
     return tokens
+
+
+def _check_brackets(name: str, tokens: Sequence[str]) -> None:
+    """Brackets match, as ? and : do, and commas are between arguments and between indices only."""
+    open_ones: list[str] = []  # "f(" for the parenthesis of a function
+    for before, token, after in zip(("", *tokens), tokens, (*tokens[1:], ""), strict=False):
+        if token == "(" and before in _FUNCTIONS:
+            open_ones.append("f(")
+        elif token in ("(", "[", "?"):
+            open_ones.append(token)
+        elif token in (")", "]", ":"):
+            if not open_ones or open_ones.pop() + token not in ("f()", "()", "[]", "?:"):
+                raise _refuse(name, f"{token!r} closes nothing")
+        elif token == "," and (not open_ones or open_ones[-1] not in ("f(", "[")):
+            raise _refuse(
+                name,
+                "',' may be between the arguments of a function and the indices of an array only; a decimal "
+                "point is '.'",
+            )
+        elif token == "float" and after != "(":
+            raise _refuse(name, "a float is made as in 'float(x)'")
+    if open_ones:
+        raise _refuse(name, f"{open_ones[-1][-1]!r} is never closed")
 
 
 def _words(name: str, text: str) -> list[str]:
@@ -307,7 +324,7 @@ def _function(
     indices = ", ".join(f"const int {index}" for index in _INDICES)
     lines = [
         "",
-        f"template <{'int kSite, ' if at else ''}class Params>",
+        f"template <{'int cuflash_site, ' if at else ''}class Params>",
         f"__device__ __forceinline__ {returned}",
         f"{name}{'_by' if at else ''}(const Params& cuflash_params, {first}{indices}"
         f"{', long long& cuflash_at' if at else ''}) {{",
@@ -333,7 +350,7 @@ def _declaration(i: int, arg: ModArg, at: Sequence[str]) -> str:
 
 
 def _translated(name: str, text: str, args: Sequence[ModArg], at: Sequence[str]) -> str:
-    """C++17 has one index to a subscript: an array is called instead, and all stays in its column."""
+    """C++17 has one index to a subscript: an array is called instead. And float(x) keeps a slope."""
     indexed = {arg.name for arg in args if arg.ndim and arg.name in at}
     called, site = [], 0
     for kind, token in _tokens(name, text):
@@ -341,12 +358,12 @@ def _translated(name: str, text: str, args: Sequence[ModArg], at: Sequence[str])
             called.append(_read(site, token))
             site += 1
         else:
-            called.append({"[": "(", "]": ")"}.get(token, token))
+            called.append({"[": "(", "]": ")", "float": "cuflash_float"}.get(token, token))
     return re.sub(r"[^\S\n]", " ", "".join(called))  # what Python takes for line breaks, C++ does not
 
 
 def _read(site: int, array: str) -> str:
-    return f"cuflash_read<kSite == {site}>({array}, cuflash_at)"
+    return f"cuflash_read<cuflash_site == {site}>({array}, cuflash_at)"
 
 
 def blamed(log: str, config: Any) -> ValueError | None:
@@ -359,7 +376,8 @@ def blamed(log: str, config: Any) -> ValueError | None:
     lines = text.split("\n")
     shown = lines[min(line, len(lines)) - 1].strip()
     said = log.strip(" \n\0")
-    return ValueError(f"{name} does not compile: line {line}, {shown!r}. The compiler says:\n{said}")
+    where = " in the kernel of the gradients of mod_args" if getattr(config, "wanted", ()) else ""
+    return ValueError(f"{name} does not compile{where}: line {line}, {shown!r}. The compiler says:\n{said}")
 
 
 def number_bits(x: int | float) -> int:

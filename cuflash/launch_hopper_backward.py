@@ -65,7 +65,7 @@ def hopper_backward_calls(
         main.shared_bytes,
         HOPPER_BACKWARD_PARAMS,
         problem.seqlen_k_visible,
-        *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
+        *(problem.heads_kv, problem.group_size),
         problem.batch * problem.heads_kv,
         (problem.causal_offset or 0) + first_row,
         *(-(-rows // main.block_m), n_blocks, heads_per_wave(problem, l2_bytes), key_blocks),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cuflash.arrays import GpuArrays
+from cuflash.formulas import is_mod_arg
 from cuflash.modified import SummaryLauncher
+
+# What CUDA graphs read, by address: captured before the graph, it is in no pool of the graph's. Nothing tells
+# when a graph is gone, so it is kept.
+_captured: dict[int, Any] = {}
 
 
 class _Kept(NamedTuple):
-    arrays: tuple[int, ...]  # the addresses of the mask and of what its formula reads, and numbers
+    given: tuple[int, ...]  # the addresses of the mask and of what its formula reads, and numbers
+    arrays: tuple[Any, ...]  # what lies there: alive, so that nothing else comes to lie there
     buffer: Any
     address: int
 
@@ -26,8 +32,10 @@ class MaskSummary:
         dq, dk, dv = cuflash.attention_backward(..., mask=mask, mask_summary=summary)
 
     Who changes the contents of ``mask`` or of ``mod_args`` in place calls ``clear``: nothing else notices,
-    and results would be wrong. Arrays at other addresses, other formulas and other numbers are noticed. What
-    is kept was written on the stream of the call that found it out; other streams must wait for that.
+    and results would be wrong. Other arrays, other formulas and other numbers are noticed: the last arrays
+    that were looked through are kept alive, so that a new one is not at the address of an old one. What is
+    kept was written on the stream of the call that found it out; other streams must wait for that. What a
+    CUDA graph reads stays in memory until the process ends, whatever becomes of this object.
     """
 
     def __init__(self) -> None:
@@ -47,20 +55,30 @@ class MaskSummary:
         device: int,
         mask: int,
         mod_args: Sequence[int],
+        operands: Mapping[str, Any],
         stream: int,
     ) -> tuple[int, int]:
-        """The addresses of mask_tiles and keys_seen; queues the pass if they are not known yet."""
-        arrays = (mask, *mod_args[: summary.mod_args])
+        """The addresses of mask_tiles and keys_seen; queues the pass if they are not known yet.
+
+        ``mask`` and ``mod_args`` are the addresses, or numbers, of what ``operands`` has by name.
+        """
+        given = (mask, *mod_args[: summary.mod_args])
         key = device, summary.key
         kept = self._kept.get(key)
-        if kept is None or kept.arrays != arrays:
-            if gpu.is_capturing(device):
+        is_capturing = gpu.is_capturing(device)
+        if kept is None or kept.given != given:
+            if is_capturing:
                 raise ValueError(
                     "mask_summary does not hold what this call needs, and a CUDA graph is being captured: "
                     "make the call once before the capture, with the same arrays"
                 )
             buffer = gpu.empty((summary.words,), "float32", device)
-            kept = _Kept(arrays, buffer, gpu.pointer(buffer))
+            arrays = tuple(
+                x for name, x in operands.items() if name == "mask" or (summary.mod_args and is_mod_arg(name))
+            )
+            kept = _Kept(given, arrays, buffer, gpu.pointer(buffer))
             summary(mask, mod_args, kept.address, stream)
             self._kept[key] = kept
+        if is_capturing:
+            _captured[kept.address] = kept.buffer
         return summary.parts(kept.address)

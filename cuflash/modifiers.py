@@ -27,9 +27,6 @@ OPERAND_AXES = {
 OPERANDS = tuple(OPERAND_AXES)
 DIFFERENTIABLE = ("bias", "sinks")
 
-NO_DROPOUT = (
-    0.0  # the default of dropout_p: the very object, so that a call without any is recognised at once
-)
 SUMMARY = "mask_summary"  # among the operands, but no array
 _SEED_BITS = 64
 _FORMULA_ARGUMENTS = {"score_mod", "mask_mod", "mod_args"}

@@ -127,7 +127,8 @@ def _run(
     kept: MaskSummary | None = operands.get(SUMMARY)
     if kept is not None and isinstance(plan.launch, ModifiedLauncher) and plan.launch.summary is not None:
         given = (*where, lse_address, *of_operands)
-        found = kept.fetch(plan.launch.summary, gpu, plan.device, *plan.launch.masks(given), stream)
+        masks = plan.launch.masks(given)
+        found = kept.fetch(plan.launch.summary, gpu, plan.device, *masks, operands, stream)
         plan.launch.run(given, found, stream)
     elif plan.workspace_words is not None:
         workspace = gpu.empty((plan.workspace_words,), "float32", plan.device)

@@ -106,7 +106,7 @@ def _run(
         at["counter"] = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
     if summary is not None and isinstance(plan.steps, ModifiedSteps) and plan.steps.summary is not None:
         masks = plan.steps.masks(at)
-        found = summary.fetch(plan.steps.summary, gpu, plan.device, *masks, stream)
+        found = summary.fetch(plan.steps.summary, gpu, plan.device, *masks, arrays, stream)
         at |= zip(("mask_tiles", "keys_seen"), found, strict=True)
     plan.steps.run(at, gpu.pointer(buffer), plan.nbytes, stream)
     if not gpu.keeps_temporaries():  # and not if the launches were refused

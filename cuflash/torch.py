@@ -74,8 +74,9 @@ def _flat(modifiers: Modifiers, operands: Mapping[str, Any], device: Any) -> tup
     slopes = tensors.get("alibi_slopes")
     _refuse_slopes(slopes is not None and slopes.requires_grad and torch.is_grad_enabled())
     if isinstance(seed := tensors.get("seed"), int):
-        # As a tensor even so: a compiled graph is then the same for every seed.
-        tensors["seed"] = torch.tensor(seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
+        # As a tensor even so: a compiled graph is then the same for every seed. A kernel fills it: a copy
+        # from the host would wait for the device, and cannot be captured in a CUDA graph.
+        tensors["seed"] = torch.full((), seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
     args = {arg_name(name): x for name, x in tensors.items() if is_mod_arg(name)}
     numbers = {name: x for name, x in args.items() if isinstance(x, int | float)}
     arrays = {name: x for name, x in args.items() if name not in numbers}

@@ -147,6 +147,15 @@ def test_gradients_of_arguments_come_in_the_order_that_is_asked_for_in_their_dty
     np.testing.assert_allclose(alone, y, rtol=1e-5)
 
 
+def test_float_keeps_the_slope_of_what_it_is_given_and_int_does_not(cp):
+    args = {"x": np.full(2, 0.75, np.float32)}
+    (plain,) = gradient_of(cp, "score + x[h] * 0.5f", args, ("x",))
+    (converted,) = gradient_of(
+        cp, "float(score) + float(x[h]) * 0.5f + int(x[h] * score) * 0.0f", args, ("x",)
+    )
+    np.testing.assert_allclose(converted, plain, rtol=1e-5)
+
+
 def test_what_a_formula_reads_past_an_end_or_not_at_all_gets_its_share(cp):
     args = {"a": np.ones(30, np.float32), "m": np.ones(40, np.float32)}
     text = "kv < 10 ? score : score + 0 * a[100]"

@@ -199,6 +199,15 @@ def test_nothing_to_attend_to_leaves_the_sink(cp, shape_k):
     np.testing.assert_allclose(to_numpy(dsinks), [6.0, 6.0])
 
 
+def test_a_broadcast_bias_of_no_heads_has_a_gradient_of_zeros(cp):
+    q = cp.ones((1, 4, 0, 16), cp.float16)
+    given = {"bias": cp.asarray(np.ones((1, 1, 4, 4), np.float32)), "algorithm": "fa2"}
+    out, lse = cuflash.attention(q, q, q, return_lse=True, **given)
+    *gradients, dbias = cuflash.attention_backward(q, q, q, q, out, lse, **given)
+    assert all(x.shape == q.shape for x in gradients)
+    np.testing.assert_array_equal(to_numpy(dbias), np.zeros((1, 1, 4, 4), np.float32))
+
+
 SEEDS = {
     "an int": lambda seed: seed,
     "int64": lambda seed: np.array(seed - (seed >> 63 << 64), np.int64),

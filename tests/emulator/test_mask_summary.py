@@ -58,15 +58,53 @@ def test_other_arrays_numbers_shapes_and_masks_are_noticed(calls):
     summary = cuflash.MaskSummary()
     given = calls.documents(70)
     calls(**given, mask_summary=summary)
-    kept = [
+    others = (
         calls.documents(130),
         calls.documents(70, shift=40),
         {**given, "causal": True},
-    ]  # alive: new addresses
-    for other in (*kept, {**given, "window": (30, 30)}, {"mask_mod": "kv % 3 == 0"}, given):
+        {**given, "window": (30, 30)},
+        {"mask_mod": "kv % 3 == 0"},
+        given,
+    )
+    for other in others:
         assert_equal(calls(**other, mask_summary=summary)[0], calls(**other)[0])
     shorter = Calls(calls.emulated, 150)
     assert_equal(shorter(**given, mask_summary=summary)[0], shorter(**given)[0])
+
+
+@pytest.mark.parametrize("kind", ["mask", "mask_mod"])
+def test_a_mask_made_after_another_was_deleted_is_not_taken_for_it(calls, kind):
+    def made(boundary):
+        if kind == "mask_mod":
+            return calls.documents(boundary)
+        document = np.arange(200) >= boundary
+        return {"mask": calls.cp.asarray((document[:, None] == document)[None, None])}
+
+    summary = cuflash.MaskSummary()
+    for boundary in (70, 130, 30, 190):  # each in memory that the one before may have left
+        given = made(boundary)
+        results, _ = calls(**given, mask_summary=summary)
+        del given
+        assert_equal(results, calls(**made(boundary))[0])
+
+
+def test_what_a_captured_call_reads_outlives_its_summary(calls, monkeypatch):
+    from cuflash import arrays, mask_summary, plan, plan_backward
+
+    kept, summary, given = {}, cuflash.MaskSummary(), calls.documents()
+    monkeypatch.setattr(mask_summary, "_captured", kept)
+    calls(**given, mask_summary=summary)
+    buffers = {entry.address: entry.buffer for entry in summary._kept.values()}
+    assert not kept
+    for module in (plan, plan_backward):
+        monkeypatch.setattr(module, "_captured", [])
+    for _ in range(2):
+        with monkeypatch.context() as capture:
+            capture.setattr(type(arrays.CUPY), "is_capturing", lambda self, device: True)
+            calls(**given, mask_summary=summary)
+    summary.clear()
+    assert kept.keys() == buffers.keys()
+    assert len(kept) == 2, "of the forward and of the backward, once each"
 
 
 def test_clear_makes_the_next_call_look_at_what_was_changed_in_place(calls):
@@ -85,7 +123,7 @@ def test_a_call_without_a_mask_takes_it_and_leaves_it_empty(calls):
 
 
 def test_a_captured_call_needs_a_summary_that_is_there(calls, monkeypatch):
-    from cuflash import arrays, plan, plan_backward
+    from cuflash import arrays, mask_summary, plan, plan_backward
 
     summary, given = cuflash.MaskSummary(), calls.documents()
     expected, _ = calls(**given)
@@ -98,6 +136,7 @@ def test_a_captured_call_needs_a_summary_that_is_there(calls, monkeypatch):
     calls(**given, mask_summary=summary)
     for module in (plan, plan_backward):  # which keep the buffers of captured calls for good
         monkeypatch.setattr(module, "_captured", [])
+    monkeypatch.setattr(mask_summary, "_captured", {})
     monkeypatch.setattr(type(arrays.CUPY), "is_capturing", lambda self, device: True)
     assert_equal(calls(**given, mask_summary=summary)[0], expected)
 
