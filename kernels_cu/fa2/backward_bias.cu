@@ -115,11 +115,10 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
           params.v.row, keys, params.head_dim_v, threadIdx.x, is_read);
     }
     const int rows_end = min(visible.queries(), params.first_row + params.rows) - block_row;
-    const long long rows_before = ((long long)batch * params.heads_q + head) * params.rows_per_head;
-    const auto is_seen = [&](int row) {
-      const int at = block_row + row - params.first_row;
-      return at >= 0 && QueryIsRead{lse_log2 + rows_before}(at);
-    };
+    // lse and delta of the block's rows; those before params.first_row have none.
+    const int block_at = block_row - params.first_row;
+    const long long block_offset = ((long long)batch * params.heads_q + head) * params.rows_per_head + block_at;
+    const auto is_seen = [&](int row) { return block_at + row >= 0 && QueryIsRead{lse_log2 + block_offset}(row); };
     load_tile<kBlockM, kHeadDim, kThreads>(
         k_smem + kQOffset, q + batch * params.q.batch + head * params.q.head + block_row * params.q.row, params.q.row,
         rows_end, params.head_dim, threadIdx.x, is_seen);
@@ -151,11 +150,11 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + Fragment::row(half) - params.first_row;
+      const int row = warp * 16 + Fragment::row(half);
       float row_lse = infinity(), row_delta = 0.0f;
-      if (row >= 0 && row < params.rows) {
-        row_lse = lse_log2[rows_before + row];
-        row_delta = delta[rows_before + row];
+      if (block_at + row >= 0 && block_at + row < params.rows) {
+        row_lse = lse_log2[block_offset + row];
+        row_delta = delta[block_offset + row];
       }
 #pragma unroll
       for (int j = 0; j < kNTiles; ++j) {
