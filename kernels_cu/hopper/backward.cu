@@ -43,7 +43,6 @@
 // Siblings  hopper/backward_pair.cu: two thread blocks share the additions to dQ.
 //           hopper/backward_narrow.cu: head dims up to 64, where the main warpgroups have registers for dQ.
 //           hopper/backward_wide.cu: head dims up to 256, where they have none for both dK and dV.
-//           hopper/backward_pair.cu: two thread blocks that exchange dS and add half as much to dQ.
 #include "core/mask_transposed.cuh"
 #include "core/turn.cuh"
 #include "hopper/backward_layout.cuh"
