@@ -120,13 +120,13 @@ def check_fa1_backward(session, problem, inputs, causal):
 
 @pytest.mark.parametrize("bug", FORWARD_BUGS, ids=lambda bug: bug.name)
 def test_a_bug_planted_in_the_forward_is_noticed_by_its_check(needs_emulator, bug):
-    noticed = what_notices(bug.edits(), bug.call, check_fa1_forward)
+    noticed = what_notices(bug.edits(), bug.call, check_fa1_forward, until=bug.check)
     assert bug.check in noticed, noticed
 
 
 @pytest.mark.parametrize("bug", BACKWARD_BUGS, ids=lambda bug: bug.name)
 def test_a_bug_planted_in_the_backward_is_noticed_by_its_check(needs_emulator, bug):
-    noticed = what_notices(bug.edits(), bug.call, check_fa1_backward)
+    noticed = what_notices(bug.edits(), bug.call, check_fa1_backward, until=bug.check)
     assert bug.check in noticed, noticed
 
 

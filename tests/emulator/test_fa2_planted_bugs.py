@@ -121,7 +121,7 @@ def check_fa2(session, problem, inputs, causal):
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_noticed_by_its_check(needs_emulator, bug):
-    noticed = what_notices(bug.edits(), bug.call, check_fa2)
+    noticed = what_notices(bug.edits(), bug.call, check_fa2, until=bug.check)
     assert bug.check in noticed, noticed
 
 

@@ -132,7 +132,9 @@ def check_backward(session, problem, inputs, causal):
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_noticed_by_its_check(needs_emulator, bug):
-    noticed = what_notices(bug.edits(), CALL if bug.call == Call() else bug.call, check_backward)
+    noticed = what_notices(
+        bug.edits(), CALL if bug.call == Call() else bug.call, check_backward, until=bug.check
+    )
     assert bug.check in noticed, noticed
 
 
