@@ -17,7 +17,6 @@ PACKED = "core/packed.cuh"
 IS_READ = "core/is_read.cuh"
 BLOCKS = "packed/blocks.cu"
 FORWARD = "fa2/forward.cu"
-PREPROCESS = "fa2/backward_preprocess.cu"
 BACKWARD = "fa2/backward.cu"
 POSTPROCESS = "fa2/backward_postprocess.cu"
 

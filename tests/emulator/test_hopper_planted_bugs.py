@@ -99,7 +99,7 @@ BUGS = [
     Bug("query heads do not share key heads", FORWARD,
         "tile.head / params.group_size", "tile.head", WRONG_RESULT, MANY),
     Bug("the counter of tiles does not return to 0", FORWARD,
-        "atomicInc(tiles_taken, params.tiles - 1)", "atomicInc(tiles_taken, params.tiles)", WRONG_RESULT, MANY),
+        "atomicInc(tiles_taken, tiles() - 1)", "atomicInc(tiles_taken, tiles())", WRONG_RESULT, MANY),
     Bug("lse of rows after the last query is written", FORWARD,
         "if (query < params.seqlen_q) lse[", "lse[", "bounds", MANY),
     Bug("the causal mask takes packed rows for queries", "core/mask.cuh",
