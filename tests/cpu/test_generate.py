@@ -85,11 +85,14 @@ def test_weights_are_small_and_as_good_as_their_file_says(model: Model) -> None:
     assert generate_model.WEIGHTS_PATH.stat().st_size <= 2e6
     assert {weight.dtype for weight in model.weights.values()} == {np.dtype(np.float16)}
     assert model.training["command"]
-    held_out = training.TEXT[-model.shape.context - 1 :]
     weights = {name: weight.astype(np.float64) for name, weight in model.weights.items()}
-    scores = generate_plain.logits(model, weights, held_out[:-1])
-    losses = np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(scores)), held_out[1:]]
-    assert losses.mean() == pytest.approx(model.training["validation_loss"], abs=0.5)
+    held_out = training.TEXT[-len(training.TEXT) // 10 :]
+    losses = []
+    for start in range(0, len(held_out) - model.shape.context, 4096):
+        piece = held_out[start : start + model.shape.context + 1]
+        scores = generate_plain.logits(model, weights, piece[:-1])
+        losses.append(np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(scores)), piece[1:]])
+    assert np.mean(losses) == pytest.approx(model.training["validation_loss"], abs=0.3)
 
 
 def test_a_trained_model_is_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ cp = pytest.importorskip("cupy")
 
 from examples import generate, generate_model, generate_plain  # noqa: E402
 
-COUNT = 160
+COUNT = 100
 PROMPTS = [prompt.encode() for prompt in generate.PROMPTS]
 
 
