@@ -14,7 +14,7 @@ import cuflash
 from examples import generate, generate_model, generate_plain, training
 from examples.generate_model import Model, Shape
 
-COUNT = 16
+COUNT = 12
 PROMPTS = [prompt.encode() for prompt in generate.PROMPTS]
 TINY = Shape(layers=2, width=16, heads_q=4, heads_kv=2, head_dim=8, hidden=24, context=64)
 
