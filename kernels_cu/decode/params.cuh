@@ -13,7 +13,8 @@ struct DecodeParams {
   long long cos_row, cos_column, sin_row, sin_column;     // in elements, as all strides here
   long long seqlens_stride, table_row, table_column;      // of cache_seqlens, and of block_table or cache_batch_idx
   int seqlen_q, seqlen_new, capacity, page_size;          // capacity: keys that the cache can hold of one sequence
-  int heads_kv, m_blocks, splits, part_rows, append_blocks;  // part_rows: rows of a block, at most those there are
+  int heads_kv, m_blocks, append_blocks;
+  int splits, fan_in, nodes, part_rows;  // of the tree of parts; part_rows: rows of a block, at most those there are
   int head_dim, head_dim_v, window_left, window_right;
   int seqlens_bytes, table_bytes, rotary_bytes, rotary_pairs, rotary_positions;
   float scale_log2;  // |scale|·log2(e)
