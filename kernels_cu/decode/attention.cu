@@ -80,8 +80,6 @@ constexpr int kQuads = kHeadDimV / 4;  // of columns in a row of O: a thread mer
 constexpr int kPartsAtOnce = kBlockM == 16 ? 16 : 8;
 constexpr int kQuadsAtOnce = kBlockM == 16 ? 1 : 4;
 
-struct alignas(8) Vector8 { unsigned words[2]; };
-
 // Of all blocks on the rows of one m_block of one head of one sequence.
 struct Rows {
   int batch, head_kv, m_block, count;
@@ -95,13 +93,13 @@ __device__ __forceinline__ void write(Element* out, float* lse, const Rows& rows
   const int query = packed / Config::kGroup, head = rows.head_kv * Config::kGroup + packed % Config::kGroup;
   Element* const out_row = out + rows.batch * params.out.outer + query * params.out.row + head * params.out.head;
   const Floats4 o = result.normalised();
-  const Vector8 vector = {{Element::pack(o.x[0], o.x[1]), Element::pack(o.x[2], o.x[3])}};
+  const unsigned words[2] = {Element::pack(o.x[0], o.x[1]), Element::pack(o.x[2], o.x[3])};
   if constexpr (Config::kAligned) {
-    if (quad * 4 < params.head_dim_v) *reinterpret_cast<Vector8*>(out_row + quad * 4) = vector;
+    if (quad * 4 < params.head_dim_v) st_global_v2(out_row + quad * 4, words);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const unsigned short bits = vector.words[i / 2] >> (i % 2 * 16);
+      const unsigned short bits = words[i / 2] >> (i % 2 * 16);
       if (quad * 4 + i < params.head_dim_v) out_row[(quad * 4 + i) * params.out.column].bits = bits;
     }
   }
@@ -272,11 +270,10 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
   __syncthreads();
 
   const Parts<const Statistics*, const float*> groups = {statistics_smem, o_smem, kBlockM, kORow};
-  const auto write_result = [&](int row, int quad, const Partial& result) {
-    write(out, lse, rows, row, quad, result, params);
-  };
   if constexpr (!Config::kSplit) {
-    merge_rows<kWarps, kQuads, kWarpsN, 1>(groups, 0, kWarpsN, rows.count, write_result);
+    merge_rows<kWarps, kQuads, kWarpsN, 1>(groups, 0, kWarpsN, rows.count, [&](int row, int quad, const Partial& result) {
+      write(out, lse, rows, row, quad, result, params);
+    });
   } else {
     // Nodes of the tree: the splits, then level after level what is merged of them, at last the root.
     const long long first_part = rows.index * (params.nodes - 1) * params.part_rows;
@@ -284,8 +281,9 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
                                               params.part_rows, kHeadDimV};
     counters += rows.index * (params.nodes - params.splits) * kWarps + warp;
     int node = split, level_begin = 0, level_nodes = params.splits;
-    const auto write_part = [&](int row, int quad, const Partial& part) { nodes.write(node, row, quad, part); };
-    merge_rows<kWarps, kQuads, kWarpsN, 1>(groups, 0, kWarpsN, rows.count, write_part);
+    merge_rows<kWarps, kQuads, kWarpsN, 1>(groups, 0, kWarpsN, rows.count, [&](int row, int quad, const Partial& part) {
+      nodes.write(node, row, quad, part);
+    });
     do {
       const int parent = (node - level_begin) / params.fan_in;  // in its level
       const int first = level_begin + parent * params.fan_in;
@@ -300,11 +298,11 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
       }
       __syncwarp();
       if (__shfl_sync(0xffffffffu, arrived, 0) != children - 1u) return;
-      if (level_nodes == 1) {
-        merge_rows<kWarps, kQuads, kPartsAtOnce, kQuadsAtOnce>(nodes, first, children, rows.count, write_result);
-      } else {
-        merge_rows<kWarps, kQuads, kPartsAtOnce, kQuadsAtOnce>(nodes, first, children, rows.count, write_part);
-      }
+      merge_rows<kWarps, kQuads, kPartsAtOnce, kQuadsAtOnce>(
+          nodes, first, children, rows.count, [&](int row, int quad, const Partial& part) {
+            if (level_nodes > 1) nodes.write(node, row, quad, part);
+            else write(out, lse, rows, row, quad, part, params);
+          });
     } while (level_nodes > 1);
   }
 }

@@ -2,6 +2,7 @@
 // (arXiv 2307.08691, section 3.1) between the warps of a block, and between the blocks of a sequence.
 #pragma once
 #include "core/types.cuh"
+#include "ptx/vector_store.cuh"
 
 struct alignas(16) Floats4 { float x[4]; };
 
@@ -54,11 +55,11 @@ struct Parts {
 
   __device__ __forceinline__ Partial read(int part, int row, int quad) const {
     const int index = part * part_rows + row;
-    return {statistics[index], *reinterpret_cast<const Floats4*>(o + index * row_floats + quad * 4)};
+    return {statistics[index], *reinterpret_cast<const Floats4*>(o + quad * 4 + static_cast<long long>(index) * row_floats)};
   }
   __device__ __forceinline__ void write(int part, int row, int quad, const Partial& partial) const {
     const int index = part * part_rows + row;
-    *reinterpret_cast<Floats4*>(o + index * row_floats + quad * 4) = partial.o;
+    st_global_v4(o + quad * 4 + static_cast<long long>(index) * row_floats, partial.o.x);
     if (quad == 0) statistics[index] = partial.of_row;
   }
 };
