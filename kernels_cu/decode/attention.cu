@@ -167,17 +167,22 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
   }
 
   // The group's tiles are begin + warp_n, + kWarpsN …. Where the warp's next slabs of them lie, its lanes know, one each.
-  // A page table is another trip to memory, and its loads queue behind those of keys: one load goes for 32 slabs, when
-  // the 32 before come into use.
+  // A page table is another trip to memory, which queues behind the keys that are on their way: one load goes for 32
+  // slabs, a tile before they are needed, and finds in L2 what a prefetch brought there while the 32 before were in use.
   const unsigned ring = kRingOffset + warp_n * kStages * kSlotBytes;
   const auto first_key = [&](int tile, int slab) { return tile * kTileKeys + (warp_m * kSlabs + slab) * kSlabRows; };
-  const int located_end = min(high, end * kTileKeys);
   const auto locate = [&](int tile) {
-    const int key = first_key(tile + Fragment::lane() / kSlabs * kWarpsN, Fragment::lane() % kSlabs);
-    return Config::kPageKeys == kSlabRows && key < located_end ? slots.at(key) : Slot{};
+    if constexpr (Config::kPageKeys != kSlabRows) return Slot{};
+    else {
+      const auto key_of = [&](int tile) {
+        return first_key(tile + Fragment::lane() / kSlabs * kWarpsN, Fragment::lane() % kSlabs);
+      };
+      const int key = key_of(tile), next = key_of(tile + kWarpSize / kSlabs * kWarpsN);
+      if (next < min(high, end * kTileKeys)) slots.prefetch(next);
+      return key < high ? slots.at(key) : Slot{};
+    }
   };
-  constexpr int kLocatedTiles = kWarpSize / kSlabs * kWarpsN;  // from the first tile that is known to the first that is not
-  Slot located = locate(begin + warp_n), located_next = locate(begin + warp_n + kLocatedTiles);
+  Slot located = locate(begin + warp_n);
   const auto load = [&](int tile, int slot) {
     if (tile < end) {
       const unsigned k_tile = ring + slot * kSlotBytes;
@@ -191,10 +196,7 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
         load_slab<kHeadDimV>(smem, smem_address, k_tile + kVOffset, tile_row, v_cache, params.v_cache, slots, first, key,
                              low, high, params.head_dim_v);
       }
-      if (lane + kSlabs == kWarpSize) {
-        located = located_next;
-        located_next = locate(tile + kWarpsN + kLocatedTiles);
-      }
+      if (lane + kSlabs == kWarpSize) located = locate(tile + kWarpsN);
     }
     cp_async_commit_group();
   };
