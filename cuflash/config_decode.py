@@ -201,7 +201,7 @@ class Splits(NamedTuple):
 _SHARED_RATE = 15
 _BLOCK_RATE = 17
 _MERGE_RATE = 25
-_MERGE_CYCLES = 1500
+MERGE_CYCLES = 1500
 
 
 def choose_splits(
@@ -222,7 +222,7 @@ def choose_splits(
     resident = multiprocessors * config.min_blocks_per_sm
 
     def merging(splits: Splits) -> float:
-        return (len(splits.levels) - 1) * (_MERGE_CYCLES + splits.fan_in * part_bytes / _MERGE_RATE)
+        return (len(splits.levels) - 1) * (MERGE_CYCLES + splits.fan_in * part_bytes / _MERGE_RATE)
 
     def with_tree(count: int) -> Splits:
         # With n levels of the same fan-in, the smallest that does: others only merge more at once.
