@@ -32,7 +32,8 @@ class DecodeBug(Bug):
 
 
 def bug(name: str, file: str, old: str, new: str, check: str, /, **case: Any) -> DecodeBug:
-    sizes = {"lengths": [300, 100], "capacity": 320, "causal": True, **WIDE, **case}
+    lengths = {} if "lengths" in case else {"lengths": [300, 100], "capacity": 320}
+    sizes = {"capacity": 512, "causal": True, **lengths, **WIDE, **case}
     return DecodeBug(name, file, old, new, check, case=sizes)
 
 
@@ -60,7 +61,7 @@ BUGS = [
     bug("counters of other rows", ATTENTION, "counters += rows.index * (params.nodes - params.splits) * kWarps + warp;", "counters += warp;", "race"),
     bug("levels share counters", ATTENTION, "counters + (node - params.splits) * kWarps,", "counters + parent * kWarps,", "race", **TREE),
     bug("the last parent waits for as many children as others", ATTENTION, "min(params.fan_in, level_begin - first)", "params.fan_in", WRONG_RESULT, **TREE),
-    bug("parts of a level over those before", ATTENTION, "node = level_begin + parent;", "node = params.splits + parent;", "race", **TREE),
+    bug("parts of a level over each other", ATTENTION, "if (level_nodes > 1) nodes.write(node,", "if (level_nodes > 1) nodes.write(level_begin,", "race", **TREE),
     bug("children of the first parent", ATTENTION, "level_begin + parent * params.fan_in;", "level_begin;", WRONG_RESULT, **TREE),
     bug("one part is left out of the merge", ATTENTION, "nodes, first, children, rows.count", "nodes, first, children - 1, rows.count", WRONG_RESULT),
     bug("the parts of other rows", ATTENTION, "rows.index * (params.nodes - 1) * params.part_rows", "rows.index * params.part_rows", "race"),
@@ -125,7 +126,7 @@ def what_notices(edits: dict[str, str], planted: DecodeBug, *, seeds: int = 3) -
         for check_races in (True, False):
             # Without race checks the launch goes on to its end, so that a wrong result shows too.
             with (
-                emulator(edits=edits, seed=seed, check_races=check_races) as session,
+                emulator(edits=edits, seed=seed, check_races=check_races, resident_blocks=8) as session,
                 mock.patch.object(config_decode, "MERGE_CYCLES", level_cycles),
             ):
                 try:
