@@ -182,15 +182,15 @@ def choose(
 
 
 class Splits(NamedTuple):
-    """In how many parts a sequence's keys are computed, and the tree in which these are merged."""
+    """In how many parts a sequence's keys are computed, and the tree in which they are merged."""
 
-    count: int
-    fan_in: int  # that are merged at once
+    parts: int
+    fan_in: int  # parts that are merged at once
 
     @property
     def levels(self) -> tuple[int, ...]:
         """Nodes of each level of the tree: the parts first, the result last."""
-        levels = [self.count]
+        levels = [self.parts]
         while levels[-1] > 1:
             levels.append(-(-levels[-1] // self.fan_in))
         return tuple(levels)
@@ -224,14 +224,14 @@ def choose_splits(
     def merging(splits: Splits) -> float:
         return (len(splits.levels) - 1) * (MERGE_CYCLES + splits.fan_in * part_bytes / _MERGE_RATE)
 
-    def with_tree(count: int) -> Splits:
+    def with_tree(parts: int) -> Splits:
         # With n levels of the same fan-in, the smallest that does: others only merge more at once.
-        roots = (math.ceil(count ** (1 / levels)) for levels in range(1, 5))
-        return min((Splits(count, max(2, fan_in)) for fan_in in roots), key=merging)
+        roots = (math.ceil(parts ** (1 / levels)) for levels in range(1, 5))
+        return min((Splits(parts, max(2, fan_in)) for fan_in in roots), key=merging)
 
     def cycles(splits: Splits) -> float:
-        waves = -(-row_blocks * splits.count // resident)
-        alone = waves * -(-rounds // splits.count) * round_bytes / _BLOCK_RATE
+        waves = -(-row_blocks * splits.parts // resident)
+        alone = waves * -(-rounds // splits.parts) * round_bytes / _BLOCK_RATE
         return max(shared, alone) + merging(splits)
 
     if asked:

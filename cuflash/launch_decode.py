@@ -101,20 +101,20 @@ def decode_calls(request: KvCacheRequest, options: KvCacheOptions, gpu: Gpu) -> 
         multiprocessors=gpu.multiprocessors,
         asked=options.num_splits,
     )
-    blocks = row_blocks * splits.count
+    blocks = row_blocks * splits.parts
     if blocks > MAX_GRID:
         raise ValueError(
             f"q needs {blocks} thread blocks (batch {problem.batch}, {problem.heads_kv} heads of the cache, "
-            f"{m_blocks} blocks of {config.block_m} rows, {splits.count} splits) and a grid has at most "
+            f"{m_blocks} blocks of {config.block_m} rows, {splits.parts} splits) and a grid has at most "
             f"{MAX_GRID}; split the batch"
         )
-    config = dataclasses.replace(config, appends=bool(new) and fused, split=splits.count > 1)
+    config = dataclasses.replace(config, appends=bool(new) and fused, split=splits.parts > 1)
     nodes = sum(splits.levels)
     params["m_blocks"], params["part_rows"] = m_blocks, min(rows, config.block_m)
-    params["splits"], params["fan_in"], params["nodes"] = splits.count, splits.fan_in, nodes
+    params["splits"], params["fan_in"], params["nodes"] = splits.parts, splits.fan_in, nodes
     call = KernelCall((blocks,), (config.threads,), shared_bytes(config), params[()])
     part_rows = row_blocks * (nodes - 1) * min(rows, config.block_m)  # the root is the result
-    counters = row_blocks * (nodes - splits.count) * config.warps
+    counters = row_blocks * (nodes - splits.parts) * config.warps
     return DecodeCalls(append, (config, call), part_rows * (config.head_dim_v + 2), part_rows, counters)
 
 

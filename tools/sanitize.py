@@ -8,7 +8,6 @@ Arrays come from cudaMalloc, not from CuPy's pool, so that memcheck sees where e
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -63,11 +62,17 @@ def plain(head_dim: int, algorithm: str) -> Iterator[str]:
 
 def decode(head_dim: int) -> Iterator[str]:
     """Caches with pages and without, one query and a chunk, appending, parts merged at once and in a tree."""
-    for page_size, seqlen_q, splits in itertools.product((None, 16, 24), (1, 20), (1, 3, 15)):
+    for page_size, seqlen_q, group, splits in (
+        (None, 1, 4, 1),
+        (24, 1, 4, 3),
+        (16, 1, 32, 15),
+        (None, 20, 4, 1),
+        (16, 20, 4, 15),
+    ):
         batch, keys, heads = 2, 960, 2
         rows, row = (batch, keys) if page_size is None else (batch * keys // page_size, page_size)
         arrays = {
-            "q": random(batch, seqlen_q, 16 * heads, head_dim),
+            "q": random(batch, seqlen_q, group * heads, head_dim),
             "k_cache": random(rows, row, heads, head_dim),
             "v_cache": random(rows, row, heads, head_dim),
             "cache_seqlens": np.array([900, 77], np.int32),
@@ -76,7 +81,7 @@ def decode(head_dim: int) -> Iterator[str]:
         }
         if page_size is not None:
             arrays["block_table"] = rng.permutation(rows).astype(np.int32).reshape(batch, -1)
-        shape = f"page_size={page_size}, seqlen_q={seqlen_q}"
+        shape = f"page_size={page_size}, seqlen_q={seqlen_q}, group={group}"
         options = {"causal": True, "num_splits": splits, "return_lse": True}
         yield f"{shape}, {compare(cuflash.attention_kv_cache, arrays, **options)}"
 

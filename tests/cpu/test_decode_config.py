@@ -79,10 +79,10 @@ def test_an_h100_streams_through_two_blocks_with_two_tiles_a_warp_in_flight() ->
 
 def test_few_sequences_are_split_until_every_multiprocessor_reads_and_many_are_not() -> None:
     for batch, seqlen_k in ((1, 65536), (2, 32768), (4, 16384), (8, 8192)):
-        assert 110 <= batch * 8 * splits_of(batch, seqlen_k).count <= 264
-    assert splits_of(32, 8192).count == splits_of(128, 2048).count == splits_of(16, 8192).count == 1
-    assert 8 <= splits_of(1, 4096).count <= 33
-    assert splits_of(1, 64).count == 1, "one turn of a block's groups"
+        assert 110 <= batch * 8 * splits_of(batch, seqlen_k).parts <= 264
+    assert splits_of(32, 8192).parts == splits_of(128, 2048).parts == splits_of(16, 8192).parts == 1
+    assert 8 <= splits_of(1, 4096).parts <= 33
+    assert splits_of(1, 64).parts == 1, "one turn of a block's groups"
 
 
 @given(batch=st.integers(1, 300), seqlen_k=st.integers(0, 1 << 20), asked=st.integers(0, 1000))
@@ -105,8 +105,8 @@ def test_many_large_parts_are_merged_in_a_tree_and_few_or_small_ones_at_once() -
 
 @given(asked=st.integers(1, MAX_SPLITS), heads=st.sampled_from([(32, 32), (32, 8), (32, 1)]))
 def test_every_level_of_a_tree_has_fewer_nodes_up_to_one_root(asked: int, heads: tuple[int, int]) -> None:
-    count, fan_in = splits_of(1, 1 << 20, heads, asked)
-    levels = Splits(count, fan_in).levels
+    parts, fan_in = splits_of(1, 1 << 20, heads, asked)
+    levels = Splits(parts, fan_in).levels
     assert (levels[0], levels[-1]) == (asked, 1)
     assert all(fan_in * (above - 1) < below <= fan_in * above for below, above in itertools.pairwise(levels))
 
