@@ -75,8 +75,8 @@ def test_all_split_counts_agree_also_where_parts_are_empty(cp, causal):
     _check_split_counts(cp, case, (1, 2, 3, 100, 0))
 
 
-# Parts of 1 and of 32 rows, which a thread merges 16 and 8 at a time: more of them than that, trees of two and
-# more levels, parents with fewer children than others, down to one.
+# Parts of 1 and of 32 rows, which a thread merges 16 and 8 at a time: more of them than that, trees of two
+# and more levels, parents with fewer children than others, down to one.
 @pytest.mark.parametrize(("rows", "keys"), [(1, 4500), (32, 1000)])
 def test_all_split_counts_agree_also_where_parts_are_merged_in_a_tree(cp, monkeypatch, rows, keys):
     monkeypatch.setattr(config_decode, "MERGE_CYCLES", 0)  # of a level: two of them at least for 7 parts
