@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cuflash.config_modifiers import PLAIN, ModifierFlags
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
-from cuflash.stub import translation_unit
 from cuflash.tensor_map import PANEL_COLUMNS
 
 CAPABILITY = (9, 0)  # wgmma and setmaxnreg exist in sm_90a only
@@ -46,6 +46,7 @@ class HopperConfig:
     dynamic_tiles: bool  # tiles are taken from an atomic counter, not every grid-th
     causal: bool
     negative_scale: bool
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -68,11 +69,13 @@ class HopperConfig:
         k, v = self._tile_bytes(self.block_n, self.head_dim), self._tile_bytes(self.block_n, self.head_dim_v)
         tiles = self.q_stages * q + self.stages * (k + v) + (o if self.q_stages == 2 else 0)
         barriers = _BARRIER_BYTES * (2 * (self.q_stages + 2 * self.stages) + 1)
-        return tiles + _TILE_SLOT_BYTES * self.q_stages + barriers
+        # Where V is not ready when TMA is done, another barrier, and which block it is.
+        landed = self.stages * (_BARRIER_BYTES + _TILE_SLOT_BYTES) if self.modifiers.hides_keys else 0
+        return tiles + _TILE_SLOT_BYTES * self.q_stages + barriers + landed
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return translation_unit(self, self.kernel, {"shared_bytes": self.shared_bytes})
+        return self.modifiers.stub(self, self.kernel, {"shared_bytes": self.shared_bytes})
 
     @staticmethod
     def _tile_bytes(rows: int, columns: int) -> int:
@@ -111,7 +114,18 @@ TILES = (
     Tile(256, 256, warpgroups=2, block_n=80, q_stages=1),
 )
 
+# With modifiers, whose arithmetic takes registers beside S, P and O (docs/modifiers.md).
+MODIFIED_TILES = (
+    Tile(64, 64, warpgroups=2, block_n=128, q_stages=2),
+    Tile(96, 96, warpgroups=2, block_n=128, q_stages=2),
+    Tile(128, 128, warpgroups=2, block_n=128, q_stages=2),
+    Tile(192, 128, warpgroups=2, block_n=128, q_stages=1),
+    Tile(192, 192, warpgroups=2, block_n=112, q_stages=1),
+    Tile(256, 256, warpgroups=2, block_n=80, q_stages=1),
+)
+
 _PRODUCER_REGISTERS = 32  # as few as it needs without spilling
+_MODIFIED_PRODUCER_REGISTERS = 40
 _MAX_CONSUMER_REGISTERS = 240
 
 
@@ -126,15 +140,21 @@ def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
     return None
 
 
-def choose_hopper(problem: Problem, multiprocessors: int = 132) -> HopperConfig:
-    """The Config for a problem that ``why_not`` has no objection to, on so many SMs: those of an H100."""
-    tile = next(tile for tile in TILES if tile.takes(problem))
+def choose_hopper(
+    problem: Problem, multiprocessors: int = 132, modifiers: ModifierFlags = PLAIN
+) -> HopperConfig:
+    """The Config for a problem that ``why_not`` has no objection to, on so many SMs: those of an H100.
+
+    Only plain programs pack heads: modifiers take the rows of a tile for queries of one head.
+    """
+    tile = next(tile for tile in (MODIFIED_TILES if modifiers else TILES) if tile.takes(problem))
     return make_config(
         tile,
         dtype=problem.dtype,
         causal=problem.is_causal,
         negative_scale=problem.scale < 0,
-        packed_heads=choose_packed_heads(problem, tile, multiprocessors),
+        packed_heads=1 if modifiers else choose_packed_heads(problem, tile, multiprocessors),
+        modifiers=modifiers,
     )
 
 
@@ -167,11 +187,16 @@ def make_config(
     packed_heads: int = 1,
     ping_pong: bool = True,
     dynamic_tiles: bool | None = None,
+    modifiers: ModifierFlags = PLAIN,
 ) -> HopperConfig:
     """``tile`` as a Config.
 
-    Under a causal mask tiles differ in length, so by default thread blocks take the next as they finish one.
+    Where keys are hidden, tiles differ in length, so by default thread blocks take the next as they finish
+    one.
     """
+    if dynamic_tiles is None:
+        dynamic_tiles = causal or modifiers.hides_keys
+    producer_registers = _MODIFIED_PRODUCER_REGISTERS if modifiers else _PRODUCER_REGISTERS
     return HopperConfig(
         dtype=dtype,
         head_dim=tile.head_dim,
@@ -183,13 +208,14 @@ def make_config(
         q_stages=tile.q_stages,
         blocks_per_sm=tile.blocks_per_sm,
         packed_heads=packed_heads,
-        producer_registers=_PRODUCER_REGISTERS,
-        consumer_registers=_consumer_registers(tile),
+        producer_registers=producer_registers,
+        consumer_registers=_consumer_registers(tile, producer_registers),
         spill_bytes=tile.spill_bytes,
         ping_pong=ping_pong and tile.warpgroups > 1,
-        dynamic_tiles=causal if dynamic_tiles is None else dynamic_tiles,
+        dynamic_tiles=dynamic_tiles,
         causal=causal,
         negative_scale=negative_scale,
+        modifiers=modifiers,
     )
 
 
@@ -199,8 +225,8 @@ def launch_registers(warpgroups: int, blocks_per_sm: int) -> int:
     return min(_REGISTERS_PER_SM // threads, _MAX_REGISTERS) // 8 * 8
 
 
-def _consumer_registers(tile: Tile) -> int:
+def _consumer_registers(tile: Tile, producer_registers: int) -> int:
     # setmaxnreg only moves what the launch allocated: asking for more compiles, and then waits for ever.
     pool = (1 + tile.warpgroups) * launch_registers(tile.warpgroups, tile.blocks_per_sm)
-    share = (pool - _PRODUCER_REGISTERS) // tile.warpgroups
+    share = (pool - producer_registers) // tile.warpgroups
     return min(share // 8 * 8, _MAX_CONSUMER_REGISTERS)

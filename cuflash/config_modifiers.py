@@ -5,8 +5,10 @@ Pure Python without CuPy. Only what changes the code is here: values, shapes and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cuflash import formulas
@@ -56,6 +58,11 @@ class ModifierFlags:
         return self.mask or bool(self.mask_mod)
 
     @property
+    def hides_keys(self) -> bool:
+        """Where keys are, that no query sees, is known on the device only."""
+        return self.masks or self.key_padding or self.query_padding
+
+    @property
     def arrays(self) -> tuple[str, ...]:
         """The operands that are arguments of formulas, in the order of their addresses."""
         return tuple(arg.operand for arg in self.mod_args)
@@ -65,16 +72,19 @@ class ModifierFlags:
             field.name: bool(getattr(self, field.name)) for field in fields(self) if field.name != "mod_args"
         }
 
-    def stub(self, config: DataclassInstance, kernel: str) -> str:
-        """The translation unit of ``config``, which has these modifiers, given to NVRTC."""
+    def stub(
+        self, config: DataclassInstance, kernel: str, derived: Mapping[str, int] = MappingProxyType({})
+    ) -> str:
+        """The translation unit of ``config``, which has these modifiers and ``derived`` constants."""
 
         def functions(first_line: int) -> str:
             return formulas.source(self.score_mod, self.mask_mod, self.mod_args, first_line)
 
-        return translation_unit(config, kernel, self.constants(), functions)
+        return translation_unit(config, kernel, self.constants() | dict(derived), functions)
 
 
 PLAIN = ModifierFlags()
+_MASK_SUMMARY_THREADS = 256  # about so many
 
 
 def mod_args_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> tuple[ModArg, ...]:
@@ -124,7 +134,7 @@ class MaskSummaryConfig:
     block_n: int
     causal: bool
     modifiers: ModifierFlags = field(metadata={"in_stub": False})
-    threads: int = 256
+    threads: int = _MASK_SUMMARY_THREADS
 
     @property
     def kernel(self) -> str:
@@ -151,7 +161,10 @@ def mask_summary_config(
         mask_mod=modifiers.mask_mod,
         mod_args=modifiers.mod_args if modifiers.mask_mod else (),
     )
-    return MaskSummaryConfig(block_m, block_n, problem.is_causal, relevant)
+    rows = math.lcm(block_n, 32)  # threads that are whole rows of a tile, and whole warps
+    return MaskSummaryConfig(
+        block_m, block_n, problem.is_causal, relevant, threads=rows * max(1, _MASK_SUMMARY_THREADS // rows)
+    )
 
 
 @dataclass(frozen=True, slots=True)
