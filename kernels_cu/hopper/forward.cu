@@ -18,7 +18,8 @@
 //           Ping-pong (kPingPong): warpgroups issue products in turn, so that one's softmax runs under the other's.
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           Q · kQStages | K · kStages | V · kStages | O · kWarpgroups, if kQStages = 2; else O is staged over V
-//           | which tile each Q belongs to, 16 bytes · kQStages | barriers
+//           | which tile each Q belongs to, 16 bytes · kQStages | if kZeroesV, which block each V is, 16 bytes · kStages
+//           | barriers
 // Registers O: kHeadDimV/2, S: kBlockN/2, P: kBlockN/4 a thread; docs/hopper-forward.md has ptxas's figures.
 // Barriers  (pipeline.cuh)   who arrives                            who waits
 //           q.full           producer, TMA's bytes                  consumers, before they read the tile or its Q
@@ -107,7 +108,8 @@ constexpr int kKOffset = kQStages * QTile::kBytes;
 constexpr int kVOffset = kKOffset + kStages * KTile::kBytes;
 constexpr int kOOffset = kOInV ? kVOffset : kVOffset + kStages * VTile::kBytes;
 constexpr int kTileSlotsOffset = kVOffset + kStages * VTile::kBytes + (kOInV ? 0 : kWarpgroups * OTile::kBytes);
-constexpr int kBarriersOffset = kTileSlotsOffset + kQStages * 16;
+constexpr int kVBlocksOffset = kTileSlotsOffset + kQStages * 16;
+constexpr int kBarriersOffset = kVBlocksOffset + (kZeroesV ? kStages * 16 : 0);
 static_assert(!kOInV || kWarpgroups * OTile::kBytes <= kStages * VTile::kBytes, "O fits in V's place");
 
 using QRing = Ring<kQStages, QTile::kBytes>;
@@ -116,8 +118,7 @@ using VRing = Ring<kStages, VTile::kBytes>;
 using LandedRing = FilledRing<kStages, VTile::kBytes>;  // of V, where it is not ready for the consumers when TMA is done
 constexpr int kOEmptyOffset = kBarriersOffset + QRing::kBarrierBytes + KRing::kBarrierBytes + VRing::kBarrierBytes;
 constexpr int kLandedOffset = kOEmptyOffset + 8;
-constexpr int kVBlocksOffset = kLandedOffset + LandedRing::kBarrierBytes;
-static_assert((kZeroesV ? kVBlocksOffset + kStages * 16 : kLandedOffset) == Config::kSharedBytes,
+static_assert(kLandedOffset + (kZeroesV ? LandedRing::kBarrierBytes : 0) == Config::kSharedBytes,
               "the host's map is the same");
 
 struct alignas(16) TileSlot { Tile tile; };  // how the producer tells the consumers which tile Q belongs to
