@@ -58,6 +58,11 @@ class ModifierFlags:
         return self.mask or bool(self.mask_mod)
 
     @property
+    def makes_two_ps(self) -> bool:
+        """In the backward dS takes another P than dV."""
+        return bool(self.score_mod) or self.softcap or self.dropout
+
+    @property
     def hides_keys(self) -> bool:
         """Where keys are, that no query sees, is known on the device only."""
         return self.masks or self.key_padding or self.query_padding

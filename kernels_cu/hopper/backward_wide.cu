@@ -152,7 +152,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   const int warp = threadIdx.x / kWarpSize % 4;
   // The same in every lane, and known to be: descriptors made of it stay in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
-  QueryBlock at = keys.first();
+  QueryBlock at = keys.first(params);
   // One lane, when all are done with what the barrier stands for.
   const auto arrive = [&](unsigned barrier) {
     __syncwarp();
@@ -170,7 +170,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     if (threadIdx.x == 0 && visits > 0) {
       mbarrier_arrive_expect_tx(k_full, KTile::kBytes);
       KTile::load(k_smem, &k_map, k_full, keys.first_key, keys.head, keys.batch);
-      for (unsigned visit = 0; visit < visits; ++visit, keys.advance(at)) {
+      for (unsigned visit = 0; visit < visits; ++visit, keys.advance(at, params)) {
         q_ring.wait_empty(visit);
         mbarrier_arrive_expect_tx(q_ring.full(visit), QTile::kBytes + kFloatsBytes);
         QTile::load(q_ring.slot(visit), &q_map, q_ring.full(visit), at.m_block * kBlockM, first_head + at.head,
@@ -182,7 +182,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     if (threadIdx.x == kWarpSize && visits > 0) {
       mbarrier_arrive_expect_tx(v_full, VTile::kBytes);
       VTile::load(v_smem, &v_map, v_full, keys.first_key, keys.head, keys.batch);
-      for (unsigned visit = 0; visit < visits; ++visit, keys.advance(at)) {
+      for (unsigned visit = 0; visit < visits; ++visit, keys.advance(at, params)) {
         dout_ring.wait_empty(visit);
         mbarrier_arrive_expect_tx(dout_ring.full(visit), DoutTile::kBytes + kFloatsBytes);
         DoutTile::load(dout_ring.slot(visit), &dout_map, dout_ring.full(visit), at.m_block * kBlockM,
@@ -211,8 +211,8 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
       exponentiate(acc_s[0], params.scale_log2, lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes));
       pin_registers(acc_s[0]);  // used: see Arrivals
       const int query = at.m_block * kBlockM, last_key = keys.first_key + kBlockN - 1;
-      if (last_key >= params.seqlen_k || (Config::kCausal && last_key > query + params.causal_offset)) {
-        zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp * 16, query, params.seqlen_k, params.causal_offset);
+      if (last_key >= params.seqlen_k_visible || (Config::kCausal && last_key > query + params.causal_offset)) {
+        zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp * 16, query, params.seqlen_k_visible, params.causal_offset);
       }
       arrive(q_ring.empty(visit));
       round_operand<Element>(p_reg, acc_s[0]);
@@ -221,7 +221,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
       arrive(p_ring.full(visit));
       dout_ring.wait_full(visit);
       start_gradient<Element, DoutTile, product_columns(kHeadDimV)>(acc_dv, p_reg, dout_ring.slot(visit));
-      keys.advance(at);
+      keys.advance(at, params);
     }
     wgmma_wait_group<0>();
     pin_registers(acc_dv);
@@ -287,6 +287,6 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
       part.add(workspace + block_index(at) * Part::Workspace::kBlock, acc_dq, warp, lane);
     }
     if constexpr (Config::kDeterministic) pass_turn(turn_of(at));
-    keys.advance(at);
+    keys.advance(at, params);
   }
 }
