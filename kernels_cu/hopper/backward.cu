@@ -207,7 +207,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned visit, auto masked) {
     const FloatPair* const lse_log2 = lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes);
     if constexpr (kChangesP) {
-      modified_probabilities<Element, kBlockM>(acc_s, lse_log2, keys, at, keys.first_key + warp_row, masked, params,
+      probabilities_of_visit<Element, kBlockM>(acc_s, lse_log2, keys, at, keys.first_key + warp_row, masked, params,
                                                p_fragments);
     } else {
       exponentiate(acc_s[0], params.scale_log2, lse_log2);
@@ -223,7 +223,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     if constexpr (kTwoPs) {
       unsigned kept_reg[kNTiles / 2][4];
       PFragments::load(kept_reg, p_fragments);
-      modified_differentiate<Element, kBlockM>(acc_dp, kept_reg, delta, keys, at, keys.first_key + warp_row, params);
+      differentiate_kept<Element, kBlockM>(acc_dp, kept_reg, delta, keys, at, keys.first_key + warp_row, params);
     } else {
       differentiate<Element>(acc_dp[0], p_reg, delta);
     }

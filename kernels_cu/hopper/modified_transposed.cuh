@@ -8,7 +8,7 @@
 
 // Scores of keys `key` + … and the queries of a block become P; what makes dS, if that is another, goes to `fragments`.
 template <class Element, int kBlockM, int kNTiles, class Params>
-__device__ __forceinline__ void modified_probabilities(float (&acc_s)[1][kNTiles][4], const FloatPair* lse_log2,
+__device__ __forceinline__ void probabilities_of_visit(float (&acc_s)[1][kNTiles][4], const FloatPair* lse_log2,
                                                        const KeyBlock& keys, const QueryBlock& at, int key, bool masked,
                                                        const Params& params, unsigned char* fragments) {
   const Visible<Params> visible = visible_in(params, keys.batch, params.first_row);
@@ -21,7 +21,7 @@ __device__ __forceinline__ void modified_probabilities(float (&acc_s)[1][kNTiles
 
 // dP becomes dS = P ∘ (dP − delta), where P is what makes dS.
 template <class Element, int kBlockM, int kNTiles, class Params>
-__device__ __forceinline__ void modified_differentiate(float (&acc_dp)[1][kNTiles][4],
+__device__ __forceinline__ void differentiate_kept(float (&acc_dp)[1][kNTiles][4],
                                                        const unsigned (&p_reg)[kNTiles / 2][4], const FloatPair* delta,
                                                        const KeyBlock& keys, const QueryBlock& at, int key,
                                                        const Params& params) {
