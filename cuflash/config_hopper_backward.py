@@ -218,6 +218,7 @@ MODIFIED_TILES = (
     Tile(128, 128, 64, 3, True, 64, helper_registers=72, main_registers=216),
 )
 MODIFIED_WIDE_TILES = WIDE_TILES
+MODIFIED_SPILL_BYTES = 1024  # of programs with modifiers, all at once; one alone spills little if anything
 
 
 def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
@@ -255,6 +256,8 @@ def make_config(
     modifiers: ModifierFlags = PLAIN,
 ) -> MainConfig:
     """``tile`` as a Config."""
+    if modifiers:
+        tile = tile._replace(spill_bytes=MODIFIED_SPILL_BYTES)
     if isinstance(tile, WideTile):
         return HopperWideBackwardConfig(
             dtype=dtype,

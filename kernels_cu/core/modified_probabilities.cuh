@@ -27,7 +27,7 @@ __device__ __forceinline__ void modified_probabilities(float (&products)[kMTiles
     const int m = i / (kNTiles / 2), k = i % (kNTiles / 2);
     float(&p)[1][2][4] = reinterpret_cast<float(&)[1][2][4]>(products[m][2 * k]);
     const int this_key = key + 16 * m, this_query = query + 16 * k;
-    float slope[2][4];
+    [[maybe_unused]] float slope[2][4];
     if constexpr (Config::kScoreMod) {
       apply_score_mod<true>(p, this_key, this_query, visible.queries(), visible.keys(), params, batch, head,
                             params.first_row, [&](int, int j, int r, float x) { slope[j][r] = x; });

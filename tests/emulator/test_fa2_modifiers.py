@@ -259,13 +259,12 @@ def test_out_must_not_share_memory_with_an_operand_at_any_call_of_a_plan(cp):
         cuflash.attention(q, q, q, bias=out.reshape(1, 1, 64, 64), out=out, **options)
 
 
-def test_explain_names_the_modifiers_and_why_hopper_does_not_run(cp):
+def test_explain_names_the_modifiers_and_why_others_do_not_run(cp):
     q = cp.asarray(np.ones((1, 64, 1, 64), np.float16))
     lengths = cp.asarray(np.array([7]))
-    explained = cuflash.explain(q, q, q, softcap=3.0, key_padding=lengths)
-    assert explained.family == "fa2"
+    explained = cuflash.explain(q, q, q, softcap=3.0, key_padding=lengths, algorithm="fa2")
     assert str(explained.config.modifiers) == "softcap key_padding"
-    assert explained.not_used["hopper"] == "only fa2 has softcap and key_padding"
+    assert explained.not_used["standard"] == "only hopper and fa2 have softcap and key_padding"
 
 
 # --- what only the emulator can show -----------------------------------------------------------------------

@@ -65,10 +65,12 @@ def make_modified(
     return problem, random_inputs(problem, seed), random_operands(problem, seed, shape)
 
 
-def options_of(problem: Problem, causal: bool | str, modifiers: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(
+    problem: Problem, causal: bool | str, modifiers: Mapping[str, Any], algorithm: str = "fa2"
+) -> dict[str, Any]:
     """The keyword arguments that are no arrays."""
     scalars = {name: x for name, x in modifiers.items() if name not in OPERANDS}
-    return {"causal": causal, "scale": problem.scale, "algorithm": "fa2", **scalars}
+    return {"causal": causal, "scale": problem.scale, "algorithm": algorithm, **scalars}
 
 
 def on_device(cp: Any, operands: Mapping[str, Any]) -> dict[str, Any]:
