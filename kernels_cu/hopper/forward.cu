@@ -129,6 +129,7 @@ struct alignas(16) VBlock {
   int batch, head, n_block;
   int is_full;
 };
+constexpr int kNoBlock = -1;  // in place of n_block: there is no further V
 
 // The key blocks that a tile visits, from the last down.
 struct KeyBlocks : KeyTiles {
@@ -248,7 +249,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
         for (unsigned use = 0;; ++use) {
           v_landed.wait_full(use);
           const VBlock block = v_blocks[use % kStages];
-          if (block.n_block < 0) return;
+          if (block.n_block == kNoBlock) return;
           if (!block.is_full) {
             const int first_key = block.n_block * kBlockN;
             const int keys = visible_in(params, block.batch, 0).keys() - first_key;
@@ -339,7 +340,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     mbarrier_arrive(q_ring.full(q_use));
     if constexpr (kZeroesV) {
       v_ring.wait_empty(use);
-      v_blocks[use % kStages].n_block = -1;
+      v_blocks[use % kStages] = {0, 0, kNoBlock, 0};
       mbarrier_arrive(v_landed.full(use));
     }
     return;
