@@ -67,7 +67,8 @@ def hopper_forward_call(
 ) -> HopperCall:
     """The launch of ``hopper_forward`` for a problem that is not empty and that ``why_not`` lets through.
 
-    ``modifiers`` are the parameters of a Config that has some. ValueError where a size does not fit the kernel's 32-bit fields, or |scale| float32.
+    ``modifiers`` are the parameters of a Config that has some. ValueError where a size does not fit the
+    kernel's 32-bit fields, or |scale| float32.
     """
     check_ranges(problem)
     pack = config.packed_heads
@@ -111,6 +112,6 @@ def hopper_forward_call(
         operand_map(v, config.block_n, keys),
         operand_map(out, WARPGROUP_ROWS, problem.seqlen_q, pack),
     )
-    first = tuple(problem.first_key_visible * x.strides[1 if layout == "bshd" else 2] for x in (k, v))
+    first_k, first_v = (problem.first_key_visible * x.strides[1 if layout == "bshd" else 2] for x in (k, v))
     grid = min(tiles, multiprocessors * config.blocks_per_sm)
-    return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, (0, *first, 0), params)
+    return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, (0, first_k, first_v, 0), params)

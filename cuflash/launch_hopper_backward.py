@@ -91,8 +91,8 @@ def hopper_backward_calls(
         described = tensor_map(*operand, problem.dtype, layout, rows=box_rows, seqlen=seqlen)
         return MapOf(name, described, first * operand.strides[axis])
 
-    # Q and dO are those queries that see a key, K and V those keys that some query sees: TMA reads zeros before
-    # and past them, whatever lies there. dK and dV are written whole.
+    # Q and dO are those queries that see a key, K and V those keys that some query sees: TMA reads zeros
+    # before and past them, whatever lies there. dK and dV are written whole.
     first_row, first_key = first_visible_row(problem), problem.first_key_visible
     queries, keys = rows.stop - first_row, problem.seqlen_k_visible - first_key
     maps = (

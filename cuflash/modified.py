@@ -100,9 +100,9 @@ class ModifiedLauncher:
         assert isinstance(program.config, Config | HopperConfig)
         self._mod_args = len(program.config.modifiers.mod_args)
         arrays = self._mod_args + len(MODIFIER_ARRAYS)
-        is_hopper = isinstance(call, HopperCall)
-        self._own = HOPPER_ADDRESSES if is_hopper else FA2_ADDRESSES
-        maps = len(call.maps) if is_hopper else 0
+        self._own, maps = FA2_ADDRESSES, 0
+        if isinstance(call, HopperCall):
+            self._own, maps = HOPPER_ADDRESSES, len(call.maps)
         self._main = launcher.Launcher(function, call, maps=maps, addresses=self._own, arrays=arrays)
         self._summary = None if summary is None else SummaryLauncher.load(summary, program.arch)
 
@@ -112,8 +112,8 @@ class ModifiedLauncher:
         if self._summary is not None:
             *addresses, workspace = addresses
             operands = addresses[self._own :]
-            mod_args, mask = operands[: self._mod_args], operands[self._mod_args + OPERAND_ARRAYS.index("mask")]
-            mask_tiles, keys_seen = self._summary(mask, mod_args, workspace, stream)
+            mask = operands[self._mod_args + OPERAND_ARRAYS.index("mask")]
+            mask_tiles, keys_seen = self._summary(mask, operands[: self._mod_args], workspace, stream)
         self._main(maps, (*addresses, mask_tiles, keys_seen), stream)
 
 

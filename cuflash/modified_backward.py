@@ -13,6 +13,7 @@ from cuflash import launcher
 from cuflash.arrays import ArrayInfo
 from cuflash.checks_backward import BackwardOptions
 from cuflash.config_backward import BackwardConfigs
+from cuflash.config_hopper_backward import HopperBackwardConfigs
 from cuflash.config_modifiers import (
     BiasGradientConfig,
     ModifierFlags,
@@ -20,7 +21,6 @@ from cuflash.config_modifiers import (
     SumPartsConfig,
     bias_gradient_config,
 )
-from cuflash.config_hopper_backward import HopperBackwardConfigs
 from cuflash.flash_backward import FlashSteps, load_flash_steps
 from cuflash.launch import LOG2_E, KernelCall, params_dtype
 from cuflash.launch_backward import (
@@ -92,8 +92,8 @@ def modified_calls(
 ) -> ModifiedCalls:
     """The launches for a problem whose Configs have modifiers.
 
-    ``of_family`` makes those of a plain backward from the parameters of the main kernel's modifiers and of the
-    preprocess's.
+    ``of_family`` makes those of a plain backward from the parameters of the main kernel's modifiers and of
+    the preprocess's.
     """
     main, rows = configs.main, visible_rows(problem)
     flags = main.modifiers

@@ -40,7 +40,8 @@ def check(cp, seed, seqlens, causal, modifiers, *, batch=2, heads=(4, 2), head_d
     problem, inputs, operands = make_modified(
         seed, batch, seqlens, heads, head_dims, dtype, causal, modifiers, broadcast
     )
-    check_modified(cp, problem, inputs, operands, options_of(problem, causal, modifiers, "hopper"), **kwargs)
+    options = options_of(problem, causal, modifiers, "hopper")
+    check_modified(cp, problem, inputs, operands, options, **kwargs)
 
 
 @pytest.mark.parametrize("causal", CAUSAL)
@@ -57,7 +58,7 @@ def test_each_modifier_is_right_for_more_and_for_fewer_queries_than_keys(hopper,
     # With one query and one key standard attention may be lucky in its few roundings.
     seqlens=st.tuples(st.integers(16, 300), st.integers(16, 300)),
     heads=st.sampled_from([(4, 2), (3, 1)]),
-    head_dims=st.sampled_from([(64, 64), (72, 256)]),  # either backward; each pair is other programs to compile
+    head_dims=st.sampled_from([(64, 64), (72, 256)]),  # either backward; each is other programs to compile
     causal=st.sampled_from(CAUSAL),
     modifiers=PAIRS,
     broadcast=st.tuples(st.booleans(), st.booleans(), st.booleans()),
@@ -71,7 +72,9 @@ def test_random_pairs_stay_within_the_numerics_contract(
 
 
 @pytest.mark.parametrize(
-    "head_dims", [(tile.head_dim, tile.head_dim_v) for tile in MODIFIED_TILES] + [(59, 111), (40, 200)], ids=str
+    "head_dims",
+    [(tile.head_dim, tile.head_dim_v) for tile in MODIFIED_TILES] + [(59, 111), (40, 200)],
+    ids=str,
 )
 def test_all_modifiers_at_once_are_right_in_every_tile(hopper, head_dims):
     check(hopper, sum(head_dims), (150, 340), True, EVERYTHING, batch=1, heads=(2, 1), head_dims=head_dims)
@@ -170,9 +173,7 @@ def test_queries_past_the_window_of_every_key_are_blind(hopper):
     """Sq > Sk + left: the last rows see nothing, whatever they hold."""
     modifiers = {"window": (20, None)}
     check(hopper, 8, (250, 60), "top_left", modifiers, batch=1)
-    problem, inputs, _ = make_modified(
-        8, 1, (250, 60), (2, 1), (64, 64), "float16", "top_left", modifiers
-    )
+    problem, inputs, _ = make_modified(8, 1, (250, 60), (2, 1), (64, 64), "float16", "top_left", modifiers)
     inputs.q[:, 80:] = np.nan
     q, k, v, dout = (hopper.asarray(x) for x in inputs[:4])
     options = options_of(problem, "top_left", modifiers, "hopper")
@@ -215,9 +216,9 @@ def test_both_families_drop_the_same(hopper):
         9, 2, (100, 140), (4, 2), (64, 64), "float16", True, {"dropout_p": 0.5}
     )
     q, k, v = (hopper.asarray(x) for x in inputs[:3])
+    given = options_of(problem, True, {"dropout_p": 0.5}) | operands
     out, other = (
-        to_numpy(cuflash.attention(q, k, v, **options_of(problem, True, {"dropout_p": 0.5}, family), **operands))
-        for family in ("hopper", "fa2")
+        to_numpy(cuflash.attention(q, k, v, **given | {"algorithm": family})) for family in ("hopper", "fa2")
     )
     np.testing.assert_allclose(out.astype(np.float32), other.astype(np.float32), atol=4e-3)
 

@@ -111,7 +111,12 @@ def check(session, problem, inputs, causal, *, case):
     if not case.nan:
         check_modified(session.cp, problem, inputs, operands, options, deterministic=case.deterministic)
         return
-    for name, lengths in (("q", "query_padding"), ("dout", "query_padding"), ("k", "key_padding"), ("v", "key_padding")):
+    for name, lengths in (
+        ("q", "query_padding"),
+        ("dout", "query_padding"),
+        ("k", "key_padding"),
+        ("v", "key_padding"),
+    ):
         for batch, length in enumerate(operands[lengths]):
             getattr(inputs, name)[batch, length:] = np.nan
     q, k, v, dout = (session.cp.asarray(x) for x in inputs[:4])
