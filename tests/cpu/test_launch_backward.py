@@ -46,7 +46,7 @@ def calls_of(problem: Problem, deterministic: bool = False) -> BackwardCalls:
 
 def members(path: str, struct: str) -> list[tuple[str, str]]:
     """(member, C type) of a struct in a kernel's source, in order."""
-    body = re.search(rf"struct {struct}(?: : \S+)? \{{(.*?)\}};", (KERNELS / path).read_text(), re.S)
+    body = re.search(rf"struct {struct}(?: : [^{{]+?)? \{{(.*?)\}};", (KERNELS / path).read_text(), re.S)
     assert body is not None
     declarations = re.sub(r"//.*", "", body[1]).split(";")
     result = []
