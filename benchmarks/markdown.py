@@ -7,6 +7,7 @@ from benchmarks.results import Row
 WORD_COLUMNS = (
     *("kernel", "mask", "candidate", "framework", "model", "attention", "attention by"),
     *("claim", "source", "measured", "GPU", "command"),
+    *("pass", "modifier", "given as"),
 )
 SHORT_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 

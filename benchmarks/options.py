@@ -14,6 +14,12 @@ from benchmarks.workload import HEAD_DIMS, ITEM_BYTES, SEQLENS, Workload, grid
 
 MASKS = ("full", "causal")
 ALGORITHMS = ("fa2", "fa1", "hopper", "standard", "auto")
+# Of benchmarks.modifiers, which imports torch. FlexAttention compiles for seconds at each of both.
+MODIFIER_CASES = (
+    *("causal", "window", "document", "prefix-LM", "ALiBi", "softcap"),
+    *("bias", "padding", "sinks"),
+)
+MODIFIER_SHAPES = ((128, 4096), (64, 8192))  # head_dim, seqlen
 COUNTED = ("fa2", "fa1", "hopper")  # families of one main kernel, which is what ncu counts
 
 
@@ -37,6 +43,14 @@ def add_options(add: Callable[..., Any]) -> None:
         default=counters.FAMILIES,
         help=f"counters: of {','.join(COUNTED)}",
     )
+    add(
+        "--cases",
+        type=_words(MODIFIER_CASES),
+        default=MODIFIER_CASES[:6],
+        help=f"modifiers: of {','.join(MODIFIER_CASES)} (default: the first six)",
+    )
+    add("--shapes", type=_shapes, default=MODIFIER_SHAPES, help="modifiers: such as 64x8192,128x4096")
+    add("--splits", type=_integers, default=(), help="decode: also these num_splits, in rows of their own")
     add("--steps", type=int, default=300, help="of each run of train (default 300)")
     add("--topic", default=None, help="rows replace <gpu>-<topic>.json (default <algorithm>-<direction>)")
     add("--results-dir", type=Path, default=RESULTS_DIR, help="folder of the results file")
@@ -54,6 +68,14 @@ def topic(options: argparse.Namespace, direction: str) -> str:
 
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    shapes = []
+    for part in text.split(","):
+        head_dim, seqlen = map(int, part.split("x"))
+        shapes.append((head_dim, seqlen))
+    return tuple(shapes)
 
 
 def _words(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:

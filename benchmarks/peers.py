@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,19 +108,30 @@ def prepare_peers(
     runs: dict[str, Run] = {}
     errors: dict[str, str] = {}
     for name in names:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                run = in_direction(PEERS[name].prepare, inputs)
-                require_agreement(name, run(), expected)
-            except Exception as error:  # anything at all may be wrong with another library
-                errors[name] = _reason(error, [str(warning.message) for warning in caught])
-            else:
-                runs[name] = run
+        made = prepare_peer(
+            partial(in_direction, PEERS[name].prepare, inputs),
+            partial(require_agreement, name, expected=expected),
+        )
+        if isinstance(made, str):
+            errors[name] = made
+        else:
+            runs[name] = made
     return runs, errors
 
 
-def _reason(error: Exception, notes: list[str]) -> str:
+def prepare_peer(prepare: Callable[[], Run], require: Callable[[Any], float]) -> Run | str:
+    """What ``prepare`` returns, once it ran and its result passed ``require``, or why there is no such."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            run = prepare()
+            require(run())
+        except Exception as error:  # anything at all may be wrong with another library
+            return reason(error, [str(warning.message) for warning in caught])
+    return run
+
+
+def reason(error: Exception, notes: Sequence[str] = ()) -> str:
     """One line; SDPA says in warnings, not in its error, why a backend refuses a problem."""
     lines = [f"{type(error).__name__}: {error}".splitlines()[0]]
     lines += [note.split(" (Triggered internally")[0] for note in notes]

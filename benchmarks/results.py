@@ -7,7 +7,8 @@ that could not run, "row_error" (the largest relative error against SDPA, of an 
 gradient) and, where asked for, "burst" (the same figures from single calls). Rows of the directions in
 ``TIMES`` hold the fields named there instead. A "counters" row counts the kernel of the direction in
 "counted". A "train" row is of one attention; it holds "error" alone if that could not run, and of a whole run
-also ``CURVE``: "losses", means of "loss_every" steps.
+also ``CURVE``: "losses", means of "loss_every" steps. A "modifiers" row says in "features" which modifier it
+measured, how it was given, and in which pass; its peers are in ms.
 """
 
 from __future__ import annotations
@@ -74,6 +75,12 @@ COUNTERS: dict[str, tuple[type, ...]] = {  # of one kernel, by ncu; in per cent 
     "dram": (float,),
     "instructions": (float,),  # of warps
 }
+DECODE: dict[str, tuple[type, ...]] = {
+    "us": (float,),  # of one call in a CUDA graph
+    "gbps": (float,),  # of the keys and values in use
+    "host_us": (float,),  # host time of a call outside of a graph: the median
+    "peers": (dict,),  # in GB/s
+}
 CURVE: dict[str, tuple[type, ...]] = {"losses": (list,), "loss_every": (int,)}
 MEMORY: dict[str, tuple[type, ...]] = {
     "extra_mb": (float,),  # most that a call had allocated at once, beyond its inputs and outputs
@@ -83,16 +90,23 @@ MATMUL: dict[str, tuple[type, ...]] = {
     "ms": (float,),
     "tflops": (float,),
 }  # M × K by K × N: benchmarks/matmul.py
-# Directions whose rows hold no speeds of attention kernels.
+MODIFIERS: dict[str, tuple[type, ...]] = {
+    "ms": (float,),
+    "plain_ms": (float,),  # without the modifier
+    "peers": (dict,),  # in ms
+}
+# Directions whose rows hold no speeds in TFLOP/s.
 TIMES = {
+    "decode": DECODE,
     "host": HOST,
     "call": CALL,
     "train": TRAIN,
     "counters": COUNTERS,
     "memory": MEMORY,
     "matmul": MATMUL,
+    "modifiers": MODIFIERS,
 }
-DIRECTIONS = ("forward", "backward", "decode", *TIMES)
+DIRECTIONS = ("forward", "backward", *TIMES)
 
 
 def significant(value: float, digits: int = 5) -> float:

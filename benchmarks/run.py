@@ -2,6 +2,7 @@
 
 python -m benchmarks.run forward                         the grid, against SDPA's flash backend and cuDNN
 python -m benchmarks.run backward --deterministic        the same of gradients; also deterministic ones
+python -m benchmarks.run decode                          steps of decoding over a KV cache, against FA3, SDPA
 python -m benchmarks.run host                            host time of a call, cold and warm first call
 python -m benchmarks.run jax-call                        cost of a call in JAX: buffer_callback, FFI, jax.nn
 python -m benchmarks.run counters                        how busy kernels keep the GPU, by ncu
@@ -10,9 +11,12 @@ python -m benchmarks.run train                           loss curves of a small 
 python -m benchmarks.run gpt2                            steps of GPT-2, with each attention
 python -m benchmarks.run memory                          memory beyond inputs and outputs, by each family
 python -m benchmarks.run matmul                          the rate of large matrix products
+python -m benchmarks.run modifiers                       the cost of modifiers, and FlexAttention's time
+python -m benchmarks.run varlen                          packed documents, against dense and others' varlen
 
 Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps, counters also
---families and --topic; the other options are forward's and backward's.
+--families and --topic, modifiers also --cases, --shapes, --algorithm, --budget-ms and --topic, varlen also
+--budget-ms, decode also --splits, --topic and --budget-ms; the other options are forward's and backward's.
 """
 
 from __future__ import annotations
@@ -59,6 +63,18 @@ def _speed(options: argparse.Namespace, command: str) -> int:
     header = machine.header(command, options.commit, speed.METHODS[direction])
     recorder = Recorder(options.results_dir, topic(options, direction), header)
     return _record(workloads(options, direction), measure, recorder)
+
+
+def _decode(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("decode", reason)
+    from benchmarks import decode
+
+    def measure(point: decode.Point) -> list[Row]:
+        return decode.measure(point, options.splits, budget_ms=options.budget_ms)
+
+    header = machine.header(command, options.commit, decode.METHOD)
+    return _record(decode.POINTS, measure, Recorder(options.results_dir, options.topic or "decode", header))
 
 
 def _host(options: argparse.Namespace, command: str) -> int:
@@ -155,9 +171,35 @@ def _matmul(options: argparse.Namespace, command: str) -> int:
     return _record(matmul.PRODUCTS, measure, Recorder(options.results_dir, matmul.TOPIC, header))
 
 
+def _modifiers(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("modifiers", reason)
+    from benchmarks import modifiers
+
+    def measure(point: modifiers.Point) -> list[Row]:
+        return modifiers.measure(point, options.algorithm, budget_ms=options.budget_ms)
+
+    header = machine.header(command, options.commit, modifiers.METHOD)
+    recorder = Recorder(options.results_dir, options.topic or modifiers.TOPIC, header)
+    return _record(modifiers.points(options.cases, options.shapes), measure, recorder)
+
+
+def _varlen(options: argparse.Namespace, command: str) -> int:
+    if reason := machine.why_no_torch():
+        return _skip("varlen", reason)
+    from benchmarks import varlen
+
+    def measure(point: varlen.Point) -> list[Row]:
+        return varlen.measure(point, budget_ms=options.budget_ms)
+
+    header = machine.header(command, options.commit, varlen.METHOD)
+    return _record(varlen.POINTS, measure, Recorder(options.results_dir, varlen.TOPIC, header))
+
+
 BENCHMARKS = {
     "forward": _speed,
     "backward": _speed,
+    "decode": _decode,
     "host": _host,
     "jax-call": _jax_call,
     "counters": _counters,
@@ -166,6 +208,8 @@ BENCHMARKS = {
     "gpt2": _gpt2,
     "memory": _memory,
     "matmul": _matmul,
+    "modifiers": _modifiers,
+    "varlen": _varlen,
 }
 
 
@@ -197,6 +241,7 @@ def summary(row: Row) -> str:
     """One line of a row's figures, with our speed over each peer's."""
     if row["direction"] in TIMES:
         told = row.get("error") or ", ".join(f"{name} {row[name]}" for name in TIMES[row["direction"]])
+        told += "".join(f", no {name} (see peer_errors)" for name in row.get("peer_errors", {}))
         return f"{row['family']}: {told}" if row["direction"] == "train" else told
     peers = [f"{name} {peer:.0f} (x{row['tflops'] / peer:.2f})" for name, peer in row["peers"].items()]
     absent = [f"no {name} (see peer_errors)" for name in row["peer_errors"]]

@@ -98,7 +98,7 @@ def _backward(inputs: Inputs, expected: Any, algorithm: str, deterministic: bool
                 inputs.dout, q, k, v, out, lse, causal=causal, algorithm=algorithm, **features
             )
 
-        with _new_memory_is_nan():
+        with new_memory_is_nan():
             gradients = run()
         return Candidate(run, require_agreement(_label(features), gradients, expected), features)
 
@@ -110,7 +110,7 @@ def _label(features: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _new_memory_is_nan() -> Iterator[None]:
+def new_memory_is_nan() -> Iterator[None]:
     """torch.empty gives NaN, so that an element that is never written does not pass for right."""
     torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory
     try:

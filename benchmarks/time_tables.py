@@ -5,10 +5,52 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import groupby
+from typing import Any
 
 from benchmarks.markdown import markdown, short_dtype
 from benchmarks.results import CALL, COUNTERS, HOST, Row
 from benchmarks.workload import grid_point
+
+
+def _decode_table(rows: list[Row]) -> list[str]:
+    """A line for each problem and way to do it; beside a peer's figure how many times as fast we are."""
+    names = sorted({name for row in rows for name in row["peers"]}, key=DECODE_PEERS.index)
+    head = ["batch", "keys", "queries", "heads", "cache", "µs", "GB/s"]
+    head += [DECODE_PEER_LABELS[name] for name in names] + ["host, µs"]
+    body = [
+        [
+            *(str(row[name]) for name in ("batch", "seqlen_k", "seqlen_q")),
+            f"{row['heads_q']}:{row['heads_kv']}",
+            decode_label(row["features"]),
+            *(f"{row[name]:.4g}" for name in ("us", "gbps")),
+            *(
+                f"{peers[name]:.0f} ({row['gbps'] / peers[name]:.2f})" if name in peers else "-"
+                for peers in [row["peers"]]
+                for name in names
+            ),
+            f"{row['host_us']:.3g}",
+        ]
+        for row in rows
+    ]
+    ratios = {name: [r["gbps"] / r["peers"][name] for r in rows if name in r["peers"]] for name in names}
+    means = [
+        f"{DECODE_PEER_LABELS[name]} {math.exp(math.fsum(map(math.log, of_peer)) / len(of_peer)):.2f}"
+        for name, of_peer in ratios.items()
+    ]
+    note = f"Geometric mean of our speed over {', '.join(means)}." if means else "No peer could run."
+    return [*markdown(head, body), "", note]
+
+
+DECODE_PEER_LABELS = {"fa3": "FA3", "fa2": "FA2", "sdpa": "SDPA"}
+DECODE_PEERS = tuple(DECODE_PEER_LABELS)
+
+
+def decode_label(features: dict[str, Any]) -> str:
+    """How the cache is laid out and what else is done."""
+    parts = [f"pages of {features['page_size']}" if "page_size" in features else "contiguous"]
+    parts += [name for name in ("append", "ragged") if features.get(name)]
+    parts += [f"{features['num_splits']} splits"] if "num_splits" in features else []
+    return ", ".join(parts)
 
 
 def _host_table(rows: list[Row]) -> list[str]:
@@ -185,12 +227,48 @@ def _matmul_table(rows: list[Row]) -> list[str]:
     return markdown(["M", "N", "K", "TFLOP/s"], body)
 
 
+def _modifiers_table(rows: list[Row]) -> list[str]:
+    """A line for each modifier and way of giving it; a geometric mean for each pass; why any is missing."""
+    head = ["pass", "modifier", "given as", "kernel", "d", "length", "ms", "over plain"]
+    head += ["FlexAttention, ms", "speed-up"]
+    lines = []
+    for name in dict.fromkeys(row["features"]["pass"] for row in rows):
+        of_pass = [row for row in rows if row["features"]["pass"] == name]
+        ratios = [row["peers"]["flex"] / row["ms"] for row in of_pass if "flex" in row["peers"]]
+        lines += [_modifiers_line(row) for row in of_pass]
+        mean = f"**{_mean(ratios):.2f}**" if ratios else "-"
+        lines.append([f"**{name}**", "geometric mean", *[""] * (len(head) - 3), mean])
+    absent = dict.fromkeys(
+        f"FlexAttention could not run ({row['features']['modifier']}, {row['features']['pass']}): {why}"
+        for row in rows
+        for why in row.get("peer_errors", {}).values()
+    )
+    problem = "Batch &times; length = {}, heads &times; d = {}, {}.".format(
+        rows[0]["batch"] * rows[0]["seqlen_q"], rows[0]["heads_q"] * rows[0]["head_dim"], short_dtype(rows[0])
+    )
+    return [problem, "", *markdown(head, lines), *(line for why in absent for line in ("", why))]
+
+
+def _modifiers_line(row: Row) -> list[str]:
+    features, flex = row["features"], row["peers"].get("flex")
+    cells = [features["pass"], features["modifier"], features["given as"], row["family"]]
+    cells += [str(row["head_dim"]), str(row["seqlen_q"]), f"{row['ms']:.3f}"]
+    cells += [f"{row['ms'] / row['plain_ms']:.2f}"]
+    return cells + ([f"{flex:.3f}", f"{flex / row['ms']:.2f}"] if flex else ["-", "-"])
+
+
+def _mean(ratios: list[float]) -> float:
+    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+
+
 # By direction, as results.TIMES.
 TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
+    "decode": _decode_table,
     "host": _host_table,
     "call": _call_table,
     "counters": _counters_table,
     "train": _training_table,
     "memory": _memory_table,
     "matmul": _matmul_table,
+    "modifiers": _modifiers_table,
 }

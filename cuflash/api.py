@@ -11,8 +11,7 @@ from cuflash import arrays, cpu, families, families_backward, plan
 from cuflash.arrays import Borrowed, GpuArrays, HostArrays, Native, loans
 from cuflash.checks import GPU_ALGORITHMS, Options, check_call, named, out_shape
 from cuflash.explanation import Explanation
-from cuflash.formulas import refuse_tracing
-from cuflash.modifiers import NO_OPERANDS, arrays_of, collect
+from cuflash.modifiers import NO_OPERANDS, SUMMARY, arrays_of, collect
 from cuflash.problem import Causal
 
 if TYPE_CHECKING:
@@ -93,13 +92,16 @@ def attention(
         A formula for which keys a query sees, as "doc[b, q] == doc[b, kv]". Likewise.
     mod_args : mapping of names to arrays or numbers, optional
         What formulas mention beside these: arrays of up to 4 axes of q's library and device, of any dtype.
+        Those of float dtype have gradients by way of score_mod.
+    mask_summary : cuflash.MaskSummary, optional
+        Keeps what a pass over mask and mask_mod finds out, for calls with the same ones. On a GPU.
     layout : "bshd" or "bhsd"
         Axis order of q, k, v and out: as above, or (batch, heads, seqlen, head_dim).
     return_lse : bool
         Return also the log-sum-exp of every row of scaled scores.
     out : array, optional
         Where to write the result; it is also what is returned. Of q's library, device and dtype, with any
-        strides that do not make its elements overlap. It must not share memory with q, k or v. JAX arrays are
+        strides that do not make its elements overlap. It must not share memory with an input. JAX arrays are
         immutable and cannot be ``out``.
     algorithm : "auto", "hopper", "fa2", "fa1", "standard" or "cpu"
         The kernel family. "auto" takes the fastest that runs where the arrays are: never the CPU for arrays
@@ -156,8 +158,6 @@ def attention(
     if framework is arrays.CUPY:  # never traced, and always on a GPU: the shortest way, since it counts in µs
         result, lse = plan.attend(framework, q, k, v, out, options, operands)
     elif out is None and (adapter := framework.adapter(q, k, v, *arrays_of(operands).values())) is not None:
-        if framework is arrays.TORCH:
-            refuse_tracing(options.modifiers.formulas, framework.noun)
         result, lse = adapter.attend(q, k, v, options, operands)
     elif isinstance(framework, Native):
         result, lse = framework.untraced(attend)(framework, q, k, v, out, options, operands)
@@ -247,7 +247,9 @@ def _attend_on_cpu(
     operands: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     problem, _ = check_call(host, named(q, k, v, out, operands), options)
-    views = {name: x if isinstance(x, int) else host.view(x) for name, x in operands.items()}
+    views = {
+        name: x if isinstance(x, int) else host.view(x) for name, x in operands.items() if name != SUMMARY
+    }
 
     def bshd(array: np.ndarray) -> np.ndarray:
         return array if options.layout == "bshd" else array.transpose(0, 2, 1, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import numpy as np
 from cuflash import arrays, cpu, plan_backward
 from cuflash.arrays import GpuArrays, HostArrays, Native, loans
 from cuflash.checks_backward import BackwardOptions, check_backward_call, named_backward
-from cuflash.modifiers import collect, differentiable, values_of
+from cuflash.formulas import operand_name
+from cuflash.modifiers import SUMMARY, collect, differentiable, values_of
 from cuflash.problem import Causal
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def attention_backward(
     layout: str = "bshd",
     deterministic: bool = False,
     algorithm: str = "auto",
+    mod_args_grad: Sequence[str] = (),
     **modifiers: Unpack[Arguments],
 ) -> tuple[Any, ...]:
     """Gradients of ``attention``: dq, dk and dv of a loss, given its gradient with respect to out (and lse).
@@ -63,6 +65,8 @@ def attention_backward(
         other, which takes longer and no more memory to speak of.
     algorithm : "auto", "hopper", "fa2", "fa1", "standard" or "cpu"
         The kernel family, as for ``attention``. "fa1" and "standard" always give the same bits.
+    mod_args_grad : sequence of names of mod_args
+        Float arrays among them whose gradients by way of score_mod are to be returned too.
 
     Returns
     -------
@@ -71,7 +75,9 @@ def attention_backward(
         key/value head. Queries that see no key, and keys that no query sees, get zeros, whatever they hold.
     dbias : array of the shape and dtype of bias, after dv, only if bias is given
         Summed over the axes along which it is broadcast.
-    dsinks : array of the shape and dtype of sinks, last, only if sinks is given
+    dsinks : array of the shape and dtype of sinks, after these, only if sinks is given
+    gradients of mod_args : arrays of their shapes and dtypes, last, in the order of ``mod_args_grad``
+        Summed in float32 by atomics, in the order in which thread blocks finish: not with ``deterministic``.
 
     Raises
     ------
@@ -90,9 +96,17 @@ def attention_backward(
     as the process lives.
     """
     scalars, operands = collect(modifiers)
-    wanted = differentiable(operands)
+    wanted = *differentiable(operands), *_operands_of(mod_args_grad)
     options = BackwardOptions(causal, scale, layout, deterministic, algorithm, scalars, wanted)
     return differentiate(dout, q, k, v, out, lse, dlse, options, operands)
+
+
+def _operands_of(mod_args_grad: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(mod_args_grad, str) or not all(isinstance(name, str) for name in mod_args_grad):
+        raise TypeError(f"mod_args_grad must be a sequence of names of mod_args, got {mod_args_grad!r}")
+    if len(set(mod_args_grad)) < len(mod_args_grad):
+        raise ValueError(f"mod_args_grad must name each argument once, got {mod_args_grad!r}")
+    return tuple(map(operand_name, mod_args_grad))
 
 
 def differentiate(
@@ -129,7 +143,8 @@ def _differentiate(
     """``operands`` names them, and holds those that are numbers; the arrays are those of ``named``."""
     if native.on_gpu(named["q"]):
         assert isinstance(native, GpuArrays)
-        return plan_backward.differentiate(native, named, options, values_of(operands))
+        summary = operands.get(SUMMARY)
+        return plan_backward.differentiate(native, named, options, values_of(operands), summary)
     assert isinstance(native, HostArrays)
     return _differentiate_on_cpu(native, named, options, operands)
 
@@ -139,7 +154,7 @@ def _differentiate_on_cpu(
 ) -> tuple[Any, ...]:
     problem, _ = check_backward_call(host, named, options)
     views = {name: host.view(x) for name, x in named.items()}
-    of_modifiers = {name: views.get(name, x) for name, x in operands.items()}
+    of_modifiers = {name: views.get(name, x) for name, x in operands.items() if name != SUMMARY}
 
     def bshd(array: np.ndarray) -> np.ndarray:
         return array if options.layout == "bshd" else array.transpose(0, 2, 1, 3)

@@ -137,4 +137,4 @@ def check_no_alias(footprints: dict[str, Footprint], pointers: dict[str, int]) -
     out = footprints["out"]
     for name in pointers:
         if name != "out" and out.overlaps(pointers["out"], footprints[name], pointers[name]):
-            raise ValueError(f"out shares memory with {name}; it must not overlap q, k or v")
+            raise ValueError(f"out shares memory with {name}; it must not overlap an input")

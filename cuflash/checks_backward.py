@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from cuflash.arrays import Native
 from cuflash.checks import ALGORITHMS, Request, check_algorithm, check_arrays, out_shape
-from cuflash.checks_modifiers import check_formulas, check_operands
+from cuflash.checks_modifiers import check_formulas, check_mod_args_grad, check_operands
 from cuflash.modifiers import NO_MODIFIERS, NO_OPERANDS, Modifiers, arrays_of
 from cuflash.problem import Causal, Problem, make_problem
 
@@ -61,6 +61,7 @@ def check_backward_call(native: Native, arrays: dict[str, Any], options: Backwar
     check_operands(problem, infos)
     check_algorithm(native, q, options.algorithm)
     check_formulas(problem, infos)
+    check_mod_args_grad(infos, options.wanted, deterministic=options.deterministic)
     shape = out_shape(problem, options.layout)
     for name in ("dout", "out"):
         if infos[name].shape != shape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from cuflash import formulas
 from cuflash.arrays import ArrayInfo
@@ -43,6 +43,28 @@ def check_formulas(problem: Problem, infos: Mapping[str, ArrayInfo]) -> None:
                 f"{name} has shape {info.shape}; every axis must have from 1 to 2**31 - 1 elements"
             )
     formulas.check_axes(problem.formulas, mod_args_of(problem, infos))
+
+
+def check_mod_args_grad(
+    infos: Mapping[str, ArrayInfo], wanted: Iterable[str], *, deterministic: bool
+) -> None:
+    """Check that the arguments of formulas whose gradients are ``wanted`` have one."""
+    for name in filter(formulas.is_mod_arg, wanted):
+        if name not in infos:
+            raise ValueError(
+                f"mod_args_grad names {formulas.arg_name(name)}, which is no array in mod_args; what has a "
+                "gradient must be one, of no axes for a single number"
+            )
+        if infos[name].dtype not in formulas.FLOAT_DTYPES:
+            raise TypeError(
+                f"mod_args_grad names {formulas.arg_name(name)}, of dtype {infos[name].dtype}; only floats "
+                "have gradients"
+            )
+        if deterministic:
+            raise ValueError(
+                "deterministic=True: the gradients of mod_args are summed by atomics, in any order, and may "
+                "differ in their last bits; take them without it"
+            )
 
 
 def _check_per_head(name: str, info: ArrayInfo, problem: Problem) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cuflash.config_modifiers import PLAIN, ModifierFlags
+from cuflash.config_modifiers import PLAIN, ModifierFlags, spill_bytes
 from cuflash.problem import Problem
 from cuflash.resources import shared_memory_per_block
 
@@ -89,7 +89,6 @@ _TILES = {
         (256, Tile(64, 64, 4, 2, 1)),
     ),
 }
-MODIFIED_SPILL_BYTES = 512  # of programs with modifiers, all at once; one alone spills little if anything
 # Up to 64 query rows: a block of 128 would be half empty.
 _SHORT_QUERY_TILES = (
     (128, Tile(64, 64, 4, 2, 2)),
@@ -133,7 +132,7 @@ def _for_modifiers(tile: Tile, modifiers: ModifierFlags) -> Tile:
     heavy = modifiers.alibi or modifiers.bias or modifiers.masks or modifiers.score_mod
     if heavy or (modifiers.window and modifiers.softcap):
         blocks = min(2, blocks)
-    return tile._replace(min_blocks_per_sm=blocks, spill_bytes=MODIFIED_SPILL_BYTES)
+    return tile._replace(min_blocks_per_sm=blocks, spill_bytes=spill_bytes(tile.spill_bytes, modifiers))
 
 
 def _padded(head_dim: int) -> int:

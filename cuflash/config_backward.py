@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cuflash.config_modifiers import PLAIN, ModifierFlags
+from cuflash.config_modifiers import PLAIN, ModifierFlags, spill_bytes
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
 
@@ -170,7 +170,6 @@ _TILES = {
     ),
 }
 _VECTOR_REDUCTIONS_SINCE = (9, 0)
-MODIFIED_SPILL_BYTES = 512  # of programs with modifiers, all at once; one alone spills little if anything
 
 
 def choose(
@@ -215,7 +214,7 @@ def _for_modifiers(tile: Tile, modifiers: ModifierFlags) -> Tile:
         half = tile.block_m // 2
         if half % (16 * tile.dq_row_warps) == half % (16 * tile.warps // 2 // tile.key_warps) == 0:
             tile = tile._replace(block_m=half)
-    return tile._replace(spill_bytes=MODIFIED_SPILL_BYTES) if modifiers else tile
+    return tile._replace(spill_bytes=spill_bytes(tile.spill_bytes, modifiers))
 
 
 def with_passes(main: BackwardConfig) -> BackwardConfigs:
@@ -226,7 +225,7 @@ def with_passes(main: BackwardConfig) -> BackwardConfigs:
             main.dtype,
             main.head_dim,
             main.block_m,
-            modifiers=ModifierFlags(query_padding=flags.query_padding),
+            modifiers=ModifierFlags(query_padding=flags.query_padding, varlen=flags.varlen),
         ),
         main,
         PostprocessConfig(
@@ -235,5 +234,6 @@ def with_passes(main: BackwardConfig) -> BackwardConfigs:
             main.block_m,
             main.vector_reductions,
             main.vector_out,
+            modifiers=ModifierFlags(varlen=flags.varlen),
         ),
     )

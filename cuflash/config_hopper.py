@@ -23,6 +23,7 @@ _REGISTERS_PER_SM = 65536
 _MAX_REGISTERS = 255
 _BARRIER_BYTES = 8
 _TILE_SLOT_BYTES = 16  # which tile a Q belongs to
+_PACKED_TILE_SLOT_BYTES = 32  # and of which sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class HopperConfig:
     dynamic_tiles: bool  # tiles are taken from an atomic counter, not every grid-th
     causal: bool
     negative_scale: bool
+    varlen: bool = False  # sequences are packed one after the other
     modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
@@ -71,11 +73,13 @@ class HopperConfig:
         barriers = _BARRIER_BYTES * (2 * (self.q_stages + 2 * self.stages) + 1)
         # Where V is not ready when TMA is done, another barrier, and which block it is.
         landed = self.stages * (_BARRIER_BYTES + _TILE_SLOT_BYTES) if self.modifiers.hides_keys else 0
-        return tiles + _TILE_SLOT_BYTES * self.q_stages + barriers + landed
+        slot = _PACKED_TILE_SLOT_BYTES if self.varlen else _TILE_SLOT_BYTES
+        return tiles + slot * self.q_stages + barriers + landed
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return self.modifiers.stub(self, self.kernel, {"shared_bytes": self.shared_bytes})
+        derived = {"varlen": self.varlen, "shared_bytes": self.shared_bytes}
+        return self.modifiers.stub(self, self.kernel, derived)
 
     @staticmethod
     def _tile_bytes(rows: int, columns: int) -> int:
@@ -126,7 +130,9 @@ MODIFIED_TILES = (
 MODIFIED_SPILL_BYTES = 512  # of programs with modifiers, all at once; one alone spills little if anything
 
 _PRODUCER_REGISTERS = 32  # as few as it needs without spilling
-_MODIFIED_PRODUCER_REGISTERS = 40
+# Where it has more to look up: modifiers, and packed sequences if consumers need not give the registers.
+_BUSY_PRODUCER_REGISTERS = 40
+_PACKED_SPILL_BYTES = 24  # once a tile, where they would
 _MAX_CONSUMER_REGISTERS = 240
 
 
@@ -188,6 +194,7 @@ def make_config(
     packed_heads: int = 1,
     ping_pong: bool = True,
     dynamic_tiles: bool | None = None,
+    varlen: bool = False,
     modifiers: ModifierFlags = PLAIN,
 ) -> HopperConfig:
     """``tile`` as a Config.
@@ -197,7 +204,17 @@ def make_config(
     """
     if dynamic_tiles is None:
         dynamic_tiles = causal or modifiers.hides_keys
-    producer_registers = _MODIFIED_PRODUCER_REGISTERS if modifiers else _PRODUCER_REGISTERS
+    producer = _PRODUCER_REGISTERS
+    consumer = _consumer_registers(tile, producer)
+    spill_bytes = tile.spill_bytes
+    if modifiers:
+        producer = _BUSY_PRODUCER_REGISTERS
+        consumer = _consumer_registers(tile, producer)
+        spill_bytes = MODIFIED_SPILL_BYTES
+    elif varlen and _consumer_registers(tile, _BUSY_PRODUCER_REGISTERS) == consumer:
+        producer = _BUSY_PRODUCER_REGISTERS
+    elif varlen:
+        spill_bytes += _PACKED_SPILL_BYTES
     return HopperConfig(
         dtype=dtype,
         head_dim=tile.head_dim,
@@ -209,13 +226,14 @@ def make_config(
         q_stages=tile.q_stages,
         blocks_per_sm=tile.blocks_per_sm,
         packed_heads=packed_heads,
-        producer_registers=producer_registers,
-        consumer_registers=_consumer_registers(tile, producer_registers),
-        spill_bytes=MODIFIED_SPILL_BYTES if modifiers else tile.spill_bytes,
+        producer_registers=producer,
+        consumer_registers=consumer,
+        spill_bytes=spill_bytes,
         ping_pong=ping_pong and tile.warpgroups > 1,
         dynamic_tiles=dynamic_tiles,
         causal=causal,
         negative_scale=negative_scale,
+        varlen=varlen,
         modifiers=modifiers,
     )
 

@@ -63,6 +63,11 @@ class HopperBackwardConfig:
         return not self.dq_warpgroup
 
     @property
+    def cluster_blocks(self) -> int:
+        """Thread blocks of a cluster."""
+        return 1
+
+    @property
     def threads(self) -> int:
         return _WARPGROUP_THREADS * (1 + _MAIN_WARPGROUPS)
 
@@ -123,6 +128,11 @@ class HopperWideBackwardConfig:
         return False
 
     @property
+    def cluster_blocks(self) -> int:
+        """Thread blocks of a cluster."""
+        return 1
+
+    @property
     def threads(self) -> int:
         return _WARPGROUP_THREADS * 4
 
@@ -143,7 +153,71 @@ class HopperWideBackwardConfig:
         return self.modifiers.stub(self, self.kernel, {"shared_bytes": self.shared_bytes})
 
 
-MainConfig = HopperBackwardConfig | HopperWideBackwardConfig
+@dataclass(frozen=True, slots=True)
+class HopperPairBackwardConfig:
+    """The same of ``kernels_cu/hopper/backward_pair.cu``, where two thread blocks share the work on dQ."""
+
+    dtype: str
+    head_dim: int  # of Q and K, as multiplied: padded to a tile of the table
+    head_dim_v: int  # of V and O, likewise
+    block_m: int  # query rows per visit
+    block_n: int  # keys per thread block
+    stages: int  # dO tiles in shared memory; Q has one more
+    helper_registers: int  # a thread, by setmaxnreg
+    main_registers: int
+    spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack
+    causal: bool
+    deterministic: bool  # dQ is summed in a fixed order
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "hopper/backward_pair.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "hopper_backward_pair"
+
+    @property
+    def modifiers(self) -> ModifierFlags:
+        """It has none."""
+        return PLAIN
+
+    @property
+    def is_persistent(self) -> bool:
+        """A thread block works on one key block only."""
+        return False
+
+    @property
+    def cluster_blocks(self) -> int:
+        """Thread blocks of a cluster, on neighbouring key blocks."""
+        return 2
+
+    @property
+    def threads(self) -> int:
+        return _WARPGROUP_THREADS * (1 + _MAIN_WARPGROUPS)
+
+    @property
+    def turns_per_block(self) -> int:
+        """Warps that add to one query block of dQ, each in its turn if deterministic."""
+        return 4 * self.cluster_blocks if self.deterministic else 0
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a thread block; the kernel asserts that its own map ends here."""
+        peer_k = _tile_bytes(self.block_n, self.head_dim // 2)
+        q_and_lse = _tile_bytes(self.block_m, self.head_dim) + self.block_m * 4  # the stage more
+        ds = 2 * _DS_STAGES * _tile_bytes(self.block_m, self.block_n)  # this thread block's and the peer's
+        barriers = _BARRIER_BYTES * (3 * self.stages + 1 + 3 * _DS_STAGES + 2)  # dout, q; ds; k and v
+        return _streamed_bytes(self) + peer_k + q_and_lse + ds + barriers
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
+        return PLAIN.stub(self, self.kernel, {"shared_bytes": self.shared_bytes})
+
+
+MainConfig = HopperBackwardConfig | HopperWideBackwardConfig | HopperPairBackwardConfig
 
 
 def _tile_bytes(rows: int, columns: int) -> int:
@@ -182,6 +256,18 @@ class Tile(NamedTuple):
     spill_bytes: int = 0
 
 
+class PairTile(NamedTuple):
+    """The same of ``hopper/backward_pair.cu``."""
+
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    stages: int
+    helper_registers: int
+    main_registers: int
+    spill_bytes: int = 0
+
+
 class WideTile(NamedTuple):
     """The same of ``hopper/backward_wide.cu``."""
 
@@ -197,6 +283,9 @@ class WideTile(NamedTuple):
     spill_bytes: int = 0
 
 
+AnyTile = Tile | PairTile | WideTile
+
+
 # The first row that is wide enough is taken. At head_dim 64 the main warpgroups have registers for dQ beside
 # dK and dV; at 128 they do not (docs/hopper-backward.md). The registers of the three warpgroups sum to what
 # the launch allocates, 3 · 168.
@@ -205,6 +294,8 @@ TILES = (
     Tile(96, 96, 64, 3, True, 96, helper_registers=88, main_registers=208),
     Tile(128, 128, 64, 3, True, 64, helper_registers=72, main_registers=216),
 )
+# In place of the last of those where `_pairs_pay`.
+TILES_PAIR = (PairTile(128, 128, 64, 2, helper_registers=72, main_registers=216),)
 # After those. Here four warpgroups share 4 · 128 registers.
 WIDE_TILES = (
     WideTile(192, 192, 64, 3, 192, 24, 176, 176, 136),
@@ -234,7 +325,7 @@ def choose_hopper(
     problem: Problem, *, deterministic: bool, modifiers: ModifierFlags = PLAIN
 ) -> HopperBackwardConfigs:
     """The Configs for the backward of a problem that ``why_not`` has no objection to."""
-    tile = _tile(problem, modifiers)
+    tile = _tile(problem, deterministic, modifiers)
     # What TMA reads has rows that are multiples of 16 bytes; dQ, which it does not write, need not.
     vector_out = problem.head_dim * ELEMENT_BYTES % 16 == 0
     main = make_config(
@@ -248,7 +339,7 @@ def choose_hopper(
 
 
 def make_config(
-    tile: Tile | WideTile,
+    tile: AnyTile,
     *,
     dtype: str,
     causal: bool,
@@ -265,6 +356,14 @@ def make_config(
             causal=causal,
             deterministic=deterministic,
             modifiers=modifiers,
+            **tile._asdict(),
+        )
+    if isinstance(tile, PairTile):
+        return HopperPairBackwardConfig(
+            dtype=dtype,
+            block_n=MAIN_ROWS * _MAIN_WARPGROUPS,
+            causal=causal,
+            deterministic=deterministic,
             **tile._asdict(),
         )
     return HopperBackwardConfig(
@@ -294,8 +393,22 @@ def with_passes(main: MainConfig, *, vector_out: bool = True) -> HopperBackwardC
     )
 
 
-def _tile(problem: Problem, modifiers: ModifierFlags) -> Tile | WideTile:
-    tiles: tuple[Tile | WideTile, ...] = (*TILES, *WIDE_TILES)
+def _pairs_pay(problem: Problem, deterministic: bool) -> bool:
+    """Whether two thread blocks are faster together, as measured (docs/hopper-backward.md).
+
+    Half of the additions to dQ is worth most where they wait for their turns, but under a causal mask the
+    second thread block begins with visits that see none of its keys. Without turns it is worth what the
+    exchange costs, and a little more while the keys are few.
+    """
+    if problem.seqlen_k <= MAIN_ROWS * _MAIN_WARPGROUPS:  # one key block
+        return False
+    return not problem.is_causal if deterministic else problem.seqlen_k <= 512
+
+
+def _tile(problem: Problem, deterministic: bool, modifiers: ModifierFlags) -> AnyTile:
+    tiles: tuple[AnyTile, ...] = (*TILES, *WIDE_TILES)
     if modifiers:
         tiles = (*MODIFIED_TILES, *MODIFIED_WIDE_TILES)
+    elif _pairs_pay(problem, deterministic):
+        tiles = (*TILES[:-1], *TILES_PAIR, *WIDE_TILES)
     return next(t for t in tiles if problem.head_dim <= t.head_dim and problem.head_dim_v <= t.head_dim_v)

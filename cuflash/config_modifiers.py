@@ -38,6 +38,7 @@ class ModifierFlags:
     query_padding: bool = False
     sinks: bool = False
     dropout: bool = False
+    varlen: bool = False  # sequences are packed one after the other: no modifier, but known to the same code
     score_mod: str = ""  # the formula, "" for none
     mask_mod: str = ""
     mod_args: tuple[ModArg, ...] = ()
@@ -90,6 +91,19 @@ class ModifierFlags:
 
 PLAIN = ModifierFlags()
 _MASK_SUMMARY_THREADS = 256  # about so many
+_OF_BIAS_AND_MASK = {"bias_float32", "unit_strides", "bias_pairs"}  # how they are read: no modifiers
+
+
+def spill_bytes(plain: int, modifiers: ModifierFlags) -> int:
+    """What ptxas may store to the stack in a main fa2 kernel with ``modifiers``, of ``plain`` without any.
+
+    For sm_90 and head_dims 64 and 128, one modifier that is no formula adds at most 16 bytes, but a bias that
+    is read element by element 148; the forward with all at once stores 456.
+    """
+    count = sum(on for name, on in modifiers._flags().items() if name not in _OF_BIAS_AND_MASK)
+    if count > 1:
+        return 512
+    return plain + (160 if modifiers.bias and not modifiers.bias_pairs else 32 if modifiers else 0)
 
 
 def mod_args_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> tuple[ModArg, ...]:
@@ -97,8 +111,7 @@ def mod_args_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> tuple[ModAr
     kinds = {formulas.operand_name(name): ModArg(name, kind) for name, kind in problem.formulas.numbers}
     for operand, info in infos.items():
         if formulas.is_mod_arg(operand):
-            name = operand[len("mod_args['") : -len("']")]
-            kinds[operand] = ModArg(name, info.dtype, len(info.shape))
+            kinds[operand] = ModArg(formulas.arg_name(operand), info.dtype, len(info.shape))
     return tuple(kinds[operand] for operand in sorted(kinds))
 
 
@@ -232,6 +245,40 @@ class BiasGradientConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ModArgsGradientConfig(BiasGradientConfig):
+    """Compile-time constants of ``kernels_cu/fa2/backward_mod_args.cu``, whose tiles are the bias's."""
+
+    wanted: tuple[str, ...] = field(metadata={"in_stub": False})  # names of arguments
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "fa2/backward_mod_args.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "fa2_backward_mod_args"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The argument that is read at each place where the formula reads one of those wanted."""
+        return formulas.sites(self.modifiers.score_mod, self.modifiers.mod_args, self.wanted)
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        flags = self.modifiers
+
+        def functions(first_line: int) -> str:
+            source = formulas.source(flags.score_mod, flags.mask_mod, flags.mod_args, first_line)
+            first_line += source.count("\n")
+            return source + formulas.gradient_source(flags.score_mod, flags.mod_args, self.wanted, first_line)
+
+        constants = flags.constants() | {"sites": len(self.sites)}
+        return translation_unit(self, self.kernel, constants, functions)
+
+
+@dataclass(frozen=True, slots=True)
 class SumPartsConfig:
     """Compile-time constants of ``kernels_cu/fa2/sum_parts.cu``."""
 
@@ -264,3 +311,12 @@ def bias_gradient_config(
     )
     limit = shared_memory_per_block(capability)
     return next(config for config in configs if config.shared_bytes <= limit)
+
+
+def mod_args_gradient_config(
+    problem: Problem, capability: tuple[int, int], modifiers: ModifierFlags, wanted: tuple[str, ...]
+) -> ModArgsGradientConfig:
+    """The same for the gradients of the arguments called ``wanted``."""
+    tiles = bias_gradient_config(problem, capability, modifiers)
+    of_tiles = {f.name: getattr(tiles, f.name) for f in fields(tiles)}
+    return ModArgsGradientConfig(**of_tiles, wanted=wanted)

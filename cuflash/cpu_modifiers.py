@@ -124,8 +124,9 @@ class Group(NamedTuple):
         if not p:
             return None
         factor = np.empty_like(like)
+        batch = self.problem.first_batch + self.batch
         for head, part, queries in self.heads_of(rows):
-            factor[part] = dropout_keep(p, self.seed, self.batch, self.heads.start + head, queries, keys)
+            factor[part] = dropout_keep(p, self.seed, batch, self.heads.start + head, queries, keys)
         return np.multiply(factor, 1 / (1 - p), out=factor)
 
     def add_dbias(self, dbias: Array, ds: Array, rows: slice, keys: slice) -> None:

@@ -16,7 +16,7 @@ from cuflash.launch_hopper import HopperCall, hopper_forward_call
 from cuflash.launch_modifiers import modifier_params, with_mod_args
 from cuflash.launch_standard import StandardForward, forward_calls
 from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts, standard_layouts
-from cuflash.modified import MaskSummary
+from cuflash.modified import SummaryPass
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, MINIMUM_CAPABILITY
 
@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
     program: jit.Program | None = None
     workspace_words: int | None = None  # of 4 bytes, also 0, if the kernel takes a workspace
     standard: StandardForward | None = None  # cuBLAS's products around the softmax that ``call`` is
-    mask_summary: MaskSummary | None = None  # the pass over a mask before a kernel that reads one
+    mask_summary: SummaryPass | None = None  # the pass over a mask before a kernel that reads one
 
 
 class Gpu(NamedTuple):
@@ -133,12 +133,12 @@ def _fa2(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str])
     return Kernel("fa2", not_used, arch, layouts, config, call, program, words, mask_summary=summary)
 
 
-def _modifiers(request: Request, config: Config | HopperConfig) -> tuple[MaskSummary | None, Any]:
+def _modifiers(request: Request, config: Config | HopperConfig) -> tuple[SummaryPass | None, Any]:
     """The pass over a mask, and what the kernel is told; None where the Config has nothing of that kind."""
     (problem, infos), flags = request, config.modifiers
     if not flags:
         return None, None
-    summary = MaskSummary.of(problem, infos, flags, config.block_m, config.block_n)
+    summary = SummaryPass.of(problem, infos, flags, config.block_m, config.block_n)
     blocks = summary.blocks if summary else None
     numbers = modifier_params(problem, infos, launch.kernel_scale(problem), mask_blocks=blocks)
     return summary, with_mod_args(numbers, flags.mod_args, infos)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cuflash import launcher
-from cuflash.config_backward import BackwardConfig, PreprocessConfig
+from cuflash.config_backward import BackwardConfig, PostprocessConfig, PreprocessConfig
 from cuflash.config_fa1 import Fa1BackwardConfig
 from cuflash.config_hopper_backward import HopperBackwardConfig, MainConfig
 from cuflash.launch_backward import BackwardCalls, FlashConfigs
@@ -28,9 +28,15 @@ def _main_takes(main: BackwardConfig | Fa1BackwardConfig | MainConfig) -> tuple[
     return (*_SUMS, *counter, *_arrays_of(main))  # the others by tensor maps
 
 
-def _arrays_of(config: BackwardConfig | MainConfig | PreprocessConfig) -> tuple[str, ...]:
-    """The arrays of modifiers, which a kernel that has some finds at the start of its params."""
-    return (*config.modifiers.arrays, *MODIFIER_ARRAYS) if config.modifiers else ()
+def _arrays_of(
+    config: BackwardConfig | MainConfig | PreprocessConfig | PostprocessConfig,
+) -> tuple[str, ...]:
+    """The arrays of packed sequences and modifiers, at the start of the params of a kernel that has some."""
+    blocks = "key_blocks" if isinstance(config, BackwardConfig) else "query_blocks"
+    packed = ("sequences", blocks) if config.modifiers.varlen else ()
+    if isinstance(config, PostprocessConfig) or not config.modifiers:
+        return packed
+    return (*packed, *config.modifiers.arrays, *MODIFIER_ARRAYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,7 @@ class FlashSteps:
     postprocess: launcher.Launcher | None
     preprocess_takes: tuple[str, ...]
     main_takes: tuple[str, ...]
+    postprocess_takes: tuple[str, ...]
     encoders: tuple[Encoder, ...]  # of calls.maps
     takes_counter: bool  # the main kernel takes key blocks from a counter
 
@@ -63,7 +70,7 @@ class FlashSteps:
             ]
             self.main(maps, [at[name] for name in self.main_takes], stream)
         if self.postprocess is not None:
-            self.postprocess((), [at[name] for name in _POSTPROCESS_TAKES], stream)
+            self.postprocess((), [at[name] for name in self.postprocess_takes], stream)
 
     def sums_at(self, workspace: int) -> dict[str, int]:
         """The addresses of the parts of a workspace."""
@@ -83,8 +90,13 @@ def load_flash_steps(configs: FlashConfigs, calls: BackwardCalls, arch: str) -> 
         addresses=len(_PREPROCESS_TAKES),
         arrays=len(of_preprocess),
     )
+    of_postprocess = _arrays_of(configs.postprocess)
     postprocess = launcher.load(
-        configs.postprocess, calls.postprocess, arch, addresses=len(_POSTPROCESS_TAKES)
+        configs.postprocess,
+        calls.postprocess,
+        arch,
+        addresses=len(_POSTPROCESS_TAKES),
+        arrays=len(of_postprocess),
     )
     return FlashSteps(
         calls,
@@ -100,6 +112,7 @@ def load_flash_steps(configs: FlashConfigs, calls: BackwardCalls, arch: str) -> 
         postprocess,
         (*_PREPROCESS_TAKES, *of_preprocess),
         main_takes,
+        (*_POSTPROCESS_TAKES, *of_postprocess),
         tuple(Encoder(m.map) for m in calls.maps),
         takes_counter=isinstance(main, HopperBackwardConfig) and main.dynamic_blocks,
     )

@@ -31,7 +31,8 @@ constinit decltype default delete do double dynamic_cast enum explicit export ex
 mutable namespace new noexcept nullptr operator private protected public register reinterpret_cast requires
 short signed sizeof static static_assert static_cast struct switch template this thread_local throw typedef
 typeid typename union unsigned using virtual void volatile wchar_t xor
-Config Dual ModArray Params blockDim blockIdx gridDim threadIdx warpSize
+Config Dual ModArray Params bf16 blockDim blockIdx float_in_place_of fp16 gridDim int_in_place_of threadIdx
+warpSize
 """
 _TAKEN = frozenset(_TAKEN_NAMES.split())
 
@@ -61,6 +62,7 @@ _STORED = {
     "float64": "double",
 }
 DTYPES = tuple(_STORED)
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")  # of arguments that have a gradient
 
 
 class Formulas(NamedTuple):
@@ -97,6 +99,11 @@ def operand_name(name: str) -> str:
 
 def is_mod_arg(operand: str) -> bool:
     return operand.startswith("mod_args[")
+
+
+def arg_name(operand: str) -> str:
+    """The argument that ``operand_name`` called so."""
+    return operand[len("mod_args['") : -len("']")]
 
 
 def collect_formulas(given: Mapping[str, Any]) -> tuple[Formulas, dict[str, Any]]:
@@ -182,15 +189,31 @@ def _tokens(name: str, text: str) -> list[tuple[str, str]]:
         at = found.end()
     if all(kind == "space" for kind, _ in tokens):
         raise _refuse(name, "it is empty")
-    open_ones: list[str] = []
-    for _, token in tokens:
-        if token in ("(", "["):
-            open_ones.append(token)
-        elif token in (")", "]") and (not open_ones or open_ones.pop() + token not in ("()", "[]")):
-            raise _refuse(name, f"{token!r} closes nothing")
-    if open_ones:
-        raise _refuse(name, f"{open_ones[-1]!r} is never closed")
+    _check_brackets(name, [token for kind, token in tokens if kind != "space"])
     return tokens
+
+
+def _check_brackets(name: str, tokens: Sequence[str]) -> None:
+    """Brackets match, as ? and : do, and commas are between arguments and between indices only."""
+    open_ones: list[str] = []  # "f(" for the parenthesis of a function
+    for before, token, after in zip(("", *tokens), tokens, (*tokens[1:], ""), strict=False):
+        if token == "(" and before in _FUNCTIONS:
+            open_ones.append("f(")
+        elif token in ("(", "[", "?"):
+            open_ones.append(token)
+        elif token in (")", "]", ":"):
+            if not open_ones or open_ones.pop() + token not in ("f()", "()", "[]", "?:"):
+                raise _refuse(name, f"{token!r} closes nothing")
+        elif token == "," and (not open_ones or open_ones[-1] not in ("f(", "[")):
+            raise _refuse(
+                name,
+                "',' may be between the arguments of a function and the indices of an array only; a decimal "
+                "point is '.'",
+            )
+        elif token == "float" and after != "(":
+            raise _refuse(name, "a float is made as in 'float(x)'")
+    if open_ones:
+        raise _refuse(name, f"{open_ones[-1][-1]!r} is never closed")
 
 
 def _words(name: str, text: str) -> list[str]:
@@ -249,16 +272,6 @@ def check_axes(formulas: Formulas, args: Sequence[ModArg]) -> None:
                 )
 
 
-def refuse_tracing(formulas: Formulas, noun: str) -> None:
-    """Of a library whose adapter knows no formulas."""
-    if formulas.given:
-        raise ValueError(
-            f"{' and '.join(formulas.given)}: {noun} that the library traces or differentiates cannot meet a "
-            "formula yet: detach it, call outside of the trace, and take the gradients from "
-            "cuflash.attention_backward"
-        )
-
-
 # --- what is compiled ---------------------------------------------------------------------------------------
 
 
@@ -278,42 +291,79 @@ def source(score_mod: str, mask_mod: str, args: Sequence[ModArg], first_line: in
         "#define INFINITY __int_as_float(0x7f800000)",
         "#endif",
     ]
-    for name, text in (("score_mod", score_mod), ("mask_mod", mask_mod)):
-        if not text:
-            continue
-        returned, first = ("Dual", "const Dual score, ") if name == "score_mod" else ("bool", "")
-        indices = ", ".join(f"const int {index}" for index in _INDICES)
-        lines += [
-            "",
-            "template <class Params>",
-            f"__device__ __forceinline__ {returned}",
-            f"{name}(const Params& cuflash_params, {first}{indices}) {{",
-        ]
-        mentioned = _words(name, text)
-        lines += [_declaration(i, arg) for i, arg in enumerate(args) if arg.name in mentioned]
-        # Messages name the formula and its line, and show it alone.
-        lines += [f'#line 1 "{name}"', f"  return static_cast<{returned}>("]
-        lines += [f'#line 1 "{name}"', *_translated(name, text).split("\n"), ");"]
-        lines += [f'#line {first_line + len(lines) + 1} "stub.cu"', "}"]
+    if score_mod:
+        lines += _function("score_mod", score_mod, args, first_line + len(lines))
+    if mask_mod:
+        lines += _function("mask_mod", mask_mod, args, first_line + len(lines))
     return "\n".join(lines) + "\n"
 
 
-def _declaration(i: int, arg: ModArg) -> str:
+def sites(score_mod: str, args: Sequence[ModArg], wanted: Sequence[str]) -> tuple[str, ...]:
+    """The places where a score_mod reads elements of the ``wanted`` arguments: the name at each of them.
+
+    An argument of no axes is read once, wherever it is mentioned.
+    """
+    words = _words("score_mod", score_mod)
+    single = {arg.name for arg in args if arg.ndim == 0 and arg.name in wanted}
+    several = [word for word in words if word in wanted and word not in single]
+    return (*several, *(name for name in wanted if name in single and name in words))
+
+
+def gradient_source(score_mod: str, args: Sequence[ModArg], wanted: Sequence[str], first_line: int) -> str:
+    """``score_mod_by``, its derivative by what it reads at each of its sites, to come after ``source``."""
+    head = '#include "core/mod_arg_gradient.cuh"'
+    at = sites(score_mod, args, wanted)
+    return "\n".join([head, *_function("score_mod", score_mod, args, first_line + 1, at)]) + "\n"
+
+
+def _function(
+    name: str, text: str, args: Sequence[ModArg], first_line: int, at: Sequence[str] = ()
+) -> list[str]:
+    """The lines of a formula as a function or, with sites, of its derivative by what it reads there."""
+    returned, first = ("Dual", "const Dual score, ") if name == "score_mod" else ("bool", "")
+    indices = ", ".join(f"const int {index}" for index in _INDICES)
+    lines = [
+        "",
+        f"template <{'int cuflash_site, ' if at else ''}class Params>",
+        f"__device__ __forceinline__ {returned}",
+        f"{name}{'_by' if at else ''}(const Params& cuflash_params, {first}{indices}"
+        f"{', long long& cuflash_at' if at else ''}) {{",
+    ]
+    mentioned = _words(name, text)
+    lines += [_declaration(i, arg, at) for i, arg in enumerate(args) if arg.name in mentioned]
+    # Messages name the formula and its line, and show it alone.
+    lines += [f'#line 1 "{name}"', f"  return static_cast<{returned}>("]
+    lines += [f'#line 1 "{name}"', *_translated(name, text, args, at).split("\n"), ");"]
+    return [*lines, f'#line {first_line + len(lines) + 1} "stub.cu"', "}"]
+
+
+def _declaration(i: int, arg: ModArg, at: Sequence[str]) -> str:
     where = f"cuflash_params.mod_args[{i}]"
     if arg.dtype in ("int", "float"):
         return f"  const {arg.dtype} {arg.name} = {arg.dtype}_in_place_of({where});"
     array = f"ModArray<{_STORED[arg.dtype]}, {arg.ndim}>"
-    made = f"{{{where}, cuflash_params.mod_arg_axes[{i}]}}"
+    made = f"{array}{{{where}, cuflash_params.mod_arg_axes[{i}]}}"
     if arg.ndim == 0:
-        return f"  const auto {arg.name} = {array}{made}();"
+        read = _read(at.index(arg.name), made) if arg.name in at else made
+        return f"  const auto {arg.name} = {read}();"
     return f"  const {array} {arg.name} = {made};"
 
 
-def _translated(name: str, text: str) -> str:
-    """C++17 has one index to a subscript: an array is called instead, and all stays in its column."""
-    tokens = (token for _, token in _tokens(name, text))
-    called = "".join({"[": "(", "]": ")"}.get(token, token) for token in tokens)
-    return re.sub(r"[^\S\n]", " ", called)  # what Python takes for line breaks, C++ does not
+def _translated(name: str, text: str, args: Sequence[ModArg], at: Sequence[str]) -> str:
+    """C++17 has one index to a subscript: an array is called instead. And float(x) keeps a slope."""
+    indexed = {arg.name for arg in args if arg.ndim and arg.name in at}
+    called, site = [], 0
+    for kind, token in _tokens(name, text):
+        if kind == "word" and token in indexed:
+            called.append(_read(site, token))
+            site += 1
+        else:
+            called.append({"[": "(", "]": ")", "float": "cuflash_float"}.get(token, token))
+    return re.sub(r"[^\S\n]", " ", "".join(called))  # what Python takes for line breaks, C++ does not
+
+
+def _read(site: int, array: str) -> str:
+    return f"cuflash_read<cuflash_site == {site}>({array}, cuflash_at)"
 
 
 def blamed(log: str, config: Any) -> ValueError | None:
@@ -326,7 +376,8 @@ def blamed(log: str, config: Any) -> ValueError | None:
     lines = text.split("\n")
     shown = lines[min(line, len(lines)) - 1].strip()
     said = log.strip(" \n\0")
-    return ValueError(f"{name} does not compile: line {line}, {shown!r}. The compiler says:\n{said}")
+    where = " in the kernel of the gradients of mod_args" if getattr(config, "wanted", ()) else ""
+    return ValueError(f"{name} does not compile{where}: line {line}, {shown!r}. The compiler says:\n{said}")
 
 
 def number_bits(x: int | float) -> int:

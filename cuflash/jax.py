@@ -29,7 +29,7 @@ from cuflash.arrays.jax import JaxAvals, XlaBuffers
 from cuflash.checks import GPU_ALGORITHMS, Options, check_call, out_shape
 from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
 from cuflash.formulas import NO_FORMULAS, is_mod_arg
-from cuflash.modifiers import DIFFERENTIABLE, NO_OPERANDS
+from cuflash.modifiers import DIFFERENTIABLE, NO_OPERANDS, SUMMARY
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 
@@ -41,6 +41,10 @@ def attend(
     q: Any, k: Any, v: Any, options: Options, operands: Mapping[str, Any] = NO_OPERANDS
 ) -> tuple[Any, Any]:
     """``cuflash.attention`` of arrays that JAX traces: out and lse, both differentiable."""
+    if SUMMARY in operands:
+        raise ValueError(
+            "mask_summary cannot be used in code that JAX traces, where XLA holds all memory: leave it away"
+        )
     traced = {name: _number_array(name, x) for name, x in operands.items()}
     formulas = options.modifiers.formulas._replace(numbers=())  # they are arrays now, of no axes
     options = options._replace(modifiers=options.modifiers._replace(formulas=formulas))
@@ -72,12 +76,16 @@ def _attention_fwd(
 ) -> tuple[tuple[Any, Any], Any]:
     values = {name: x.value for name, x in operands.items()}
     for name, x in operands.items():
-        if x.perturbed and name not in DIFFERENTIABLE:
+        if x.perturbed and not _has_gradient(name):
             raise NotImplementedError(f"{name} has no gradient: wrap it in jax.lax.stop_gradient")
     q, k, v = q.value, k.value, v.value
     out, lse = _forward(q, k, v, values, options)
-    wanted = {name: None for name in DIFFERENTIABLE if name in operands and operands[name].perturbed}
+    wanted = {name: None for name, x in operands.items() if x.perturbed}
     return (out, lse), (q, k, v, out, lse, values, wanted)  # wanted: part of the structure, not of the values
+
+
+def _has_gradient(operand: str) -> bool:
+    return operand in DIFFERENTIABLE or is_mod_arg(operand)
 
 
 def _attention_bwd(options: Options, saved: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
@@ -90,7 +98,7 @@ def _attention_bwd(options: Options, saved: Any, cotangents: tuple[Any, Any]) ->
         _deterministic(),
         options.algorithm,
         options.modifiers,
-        tuple(name for name in DIFFERENTIABLE if name in wanted),
+        tuple(sorted(wanted)),  # as ``wanted`` is
     )
     dq, dk, dv, *others = _backward_p.bind(
         dout, q, k, v, out, lse, dlse, *operands.values(), options=backward_options, names=tuple(operands)
@@ -338,7 +346,7 @@ def _current_device() -> int:
 def _padded(x: Any) -> Any:
     """``x`` with zeros after its last axis, up to rows that start at multiples of 16 bytes."""
     missing = -x.shape[-1] % (launch.ALIGNMENT // ELEMENT_BYTES)
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, missing)]) if missing else x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
 def _results(primitive: Primitive, *arrays: Any, options: Any, names: Names) -> Arrays:

@@ -156,6 +156,14 @@ def forward_call(
     return KernelCall((m_blocks * batch_heads,), (config.threads,), shared_bytes(config), params)
 
 
+def check_grid(name: str, blocks: int) -> None:
+    """Refuse a grid of too many ``blocks``; ``name`` is the argument they grow with."""
+    if blocks > MAX_GRID:
+        raise ValueError(
+            f"{name} needs {blocks} thread blocks and a grid has at most {MAX_GRID}; split the batch"
+        )
+
+
 def check_ranges(problem: Problem) -> None:
     """ValueError where a length does not fit the kernels' 32-bit positions, or |scale| float32."""
     for name, seqlen in (("q", problem.seqlen_q), ("k", problem.seqlen_k)):

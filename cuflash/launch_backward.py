@@ -12,9 +12,9 @@ from cuflash.config_fa1 import Fa1BackwardConfigs
 from cuflash.config_hopper_backward import HopperBackwardConfigs
 from cuflash.launch import (
     LOG2_E,
-    MAX_GRID,
     KernelCall,
     Strides,
+    check_grid,
     check_ranges,
     make_params,
     params_dtype,
@@ -109,7 +109,7 @@ def backward_calls(
         BACKWARD_PARAMS,
         *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
         *(rows.start, len(rows), problem.seqlen_k, problem.seqlen_k_visible),
-        *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
+        *(problem.heads_kv, problem.group_size),
         problem.batch * problem.heads_kv,
         *(problem.head_dim, problem.head_dim_v),
         (problem.causal_offset or 0) + rows.start,
@@ -204,7 +204,7 @@ def heads_per_wave(problem: Problem, l2_bytes: int) -> int:
     if not problem.is_causal:
         return 1
     row_bytes = (problem.head_dim + problem.head_dim_v) * ELEMENT_BYTES + problem.head_dim * 4
-    head_bytes = problem.seqlen_q * problem.group_size * row_bytes if problem.heads_kv else 0
+    head_bytes = problem.seqlen_q * problem.group_size * row_bytes
     fitting = l2_bytes * 16 // 25 // max(1, head_bytes)
     return max(1, min(problem.batch * problem.heads_kv, fitting))
 
@@ -221,9 +221,6 @@ def kernel_call(
     """The launch of a grid of ``blocks``; None if that is none. ``name`` is the argument they grow with."""
     if blocks == 0:
         return None
-    if blocks > MAX_GRID:
-        raise ValueError(
-            f"{name} needs {blocks} thread blocks and a grid has at most {MAX_GRID}; split the batch"
-        )
+    check_grid(name, blocks)
     params = make_params(dtype, values, modifiers)
     return KernelCall((blocks,), (threads,), shared_bytes, params)

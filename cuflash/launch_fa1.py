@@ -87,7 +87,7 @@ def backward_calls(problem: Problem, configs: Fa1BackwardConfigs, strides: Backw
         BACKWARD_PARAMS,
         *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
         *(first_row, problem.seqlen_q - first_row, problem.seqlen_k, problem.seqlen_k_visible),
-        *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
+        *(problem.heads_kv, problem.group_size),
         *(problem.head_dim, problem.head_dim_v),
         (problem.causal_offset or 0) + first_row,
         *(query_blocks(problem, main.block_m), n_blocks),

@@ -31,8 +31,8 @@ FORWARD_PARAMS = np.dtype(
 
 # A persistent grid is balanced by its counter; waves of more heads only spread what L2 holds (measured up to
 # 132 heads: docs/hopper-forward.md).
-_MAX_HEADS_PER_WAVE = 16
-_MAX_TILES = 2**30  # the kernel adds two tile indices in 32 bits
+MAX_HEADS_PER_WAVE = 16
+MAX_TILES = 2**30  # the kernel adds two tile indices in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class HopperCall:
     block: tuple[int]
     shared_bytes: int
     maps: tuple[TensorMap, TensorMap, TensorMap, TensorMap]
-    offsets: tuple[int, int, int, int]
     params: np.void
+    offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 def hopper_forward_call(
@@ -75,10 +75,10 @@ def hopper_forward_call(
     m_blocks = -(-problem.seqlen_q // (config.block_m // pack))
     batch_heads = problem.batch * problem.heads_q // pack
     tiles = m_blocks * batch_heads
-    if tiles > _MAX_TILES:
+    if tiles > MAX_TILES:
         raise ValueError(
             f"q has {tiles} tiles (batch {problem.batch}, {problem.heads_q} heads, {m_blocks} blocks of "
-            f"{config.block_m} rows) and the GPU kernel takes at most {_MAX_TILES}; split the batch"
+            f"{config.block_m} rows) and the GPU kernel takes at most {MAX_TILES}; split the batch"
         )
     scale = kernel_scale(problem)
     params = make_params(
@@ -92,7 +92,7 @@ def hopper_forward_call(
             problem.causal_offset or 0,
             m_blocks,
             tiles,
-            min(heads_per_wave(problem, l2_bytes), _MAX_HEADS_PER_WAVE),
+            min(heads_per_wave(problem, l2_bytes), MAX_HEADS_PER_WAVE),
             scale * LOG2_E,
             scale,
         ),
@@ -114,4 +114,4 @@ def hopper_forward_call(
     )
     first_k, first_v = (problem.first_key_visible * x.strides[1 if layout == "bshd" else 2] for x in (k, v))
     grid = min(tiles, multiprocessors * config.blocks_per_sm)
-    return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, (0, first_k, first_v, 0), params)
+    return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, params, (0, first_k, first_v, 0))

@@ -65,17 +65,17 @@ def hopper_backward_calls(
     check_ranges(problem)
     main, rows = configs.main, visible_rows(problem)
     of_preprocess = of_preprocess if configs.preprocess.modifiers else None
-    n_blocks = -(-problem.seqlen_k // main.block_n)
+    n_blocks = -(-problem.seqlen_k // (main.block_n * main.cluster_blocks))  # of a cluster together
     key_blocks = problem.batch * problem.heads_kv * n_blocks
     call = kernel_call(
         "k",
-        min(key_blocks, multiprocessors) if main.is_persistent else key_blocks,
+        min(key_blocks, multiprocessors) if main.is_persistent else key_blocks * main.cluster_blocks,
         main.threads,
         main.shared_bytes,
         HOPPER_BACKWARD_PARAMS if modifiers is None else MODIFIED_BACKWARD_PARAMS,
         *(() if modifiers is None else (rows.start, len(rows))),
         problem.seqlen_k_visible,
-        *(problem.heads_kv, problem.group_size if problem.heads_kv else 0),
+        *(problem.heads_kv, problem.group_size),
         problem.batch * problem.heads_kv,
         (problem.causal_offset or 0) + rows.start,
         *(query_blocks(problem, main.block_m), n_blocks, heads_per_wave(problem, l2_bytes), key_blocks),

@@ -10,7 +10,7 @@ import numpy as np
 
 from cuflash.arrays import ArrayInfo
 from cuflash.formulas import MAX_AXES, ModArg, depends_on
-from cuflash.launch import LOG2_E, KernelCall
+from cuflash.launch import LOG2_E, KernelCall, check_grid
 from cuflash.problem import Problem
 
 # Arrays of which each call has its own: ModifierParams in kernels_cu/core/modifier_params.cuh starts so.
@@ -174,7 +174,11 @@ def mask_summary_call(
     first_row: int,
     queries: int,
 ) -> KernelCall:
-    """The launch of ``fa2_mask_summary`` for ``queries`` from ``first_row`` on."""
+    """The launch of ``fa2_mask_summary`` for ``queries`` from ``first_row`` on.
+
+    ValueError where a grid cannot have as many thread blocks as there are tiles.
+    """
+    check_grid("mask_mod" if problem.formulas.mask_mod else "mask", blocks.tiles)
     *_, rows, keys = mask_shape(problem, infos)
     params: Any = np.array(
         (

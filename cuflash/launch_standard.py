@@ -139,7 +139,7 @@ def backward_calls(
         )[()]
         softmax = KernelCall((blocks,), (configs.softmax.threads,), configs.softmax.shared_bytes, params)
 
-    grouped = bool(p.heads_kv) and p.group_size > 1
+    grouped = p.group_size > 1
     word = 2 * matrix_words
     targets: dict[str, Matrices] = {}
     sums: dict[str, KernelCall | None] = {}
@@ -222,12 +222,12 @@ def _first_row(problem: Problem) -> int:
 
 
 def _counts(problem: Problem) -> tuple[int, int, int]:
-    return problem.batch, problem.heads_kv, problem.group_size if problem.heads_kv else 0
+    return problem.batch, problem.heads_kv, problem.group_size
 
 
 def _of_queries(problem: Problem, x: Strides) -> Matrices:
     """The rows of q, out and their gradients that see a key."""
-    group_size = problem.group_size if problem.heads_kv else 0
+    group_size = problem.group_size
     return Matrices(x.row, (x.batch, group_size * x.head, x.head), _first_row(problem) * x.row)
 
 
@@ -243,7 +243,7 @@ def _scores(problem: Problem) -> Matrices:
 
 def _contiguous(problem: Problem, head: int) -> tuple[int, int, int]:
     """The steps of matrices of ``head`` elements for each query head, in one piece."""
-    group_size = problem.group_size if problem.heads_kv else 0
+    group_size = problem.group_size
     return problem.heads_q * head, group_size * head, head
 
 

@@ -12,7 +12,7 @@ from cuflash.cublas import MAX_ROW_STEP
 from cuflash.launch import ALIGNMENT, Operand
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
-from cuflash.tensor_map import why_not_mapped
+from cuflash.tensor_map import why_not_mapped, why_not_packed
 
 # Why a kernel cannot read or write an array where it lies; None if it can.
 Objection = Callable[[Operand, int], str | None]
@@ -50,6 +50,15 @@ def hopper_layouts(problem: Problem, infos: dict[str, ArrayInfo], layout: str) -
         return why_not_mapped(*operand, pointer)
 
     return _plan(problem, infos, layout, objection, objection)
+
+
+def packed_layouts(problem: Problem, infos: dict[str, ArrayInfo]) -> Layouts:
+    """What TMA reads and writes in place of packed sequences."""
+
+    def objection(operand: Operand, pointer: int) -> str | None:
+        return why_not_packed(*operand, pointer)
+
+    return _plan(problem, infos, "bshd", objection, objection)
 
 
 def _plan(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ FA2_ADDRESSES = 5  # that its forward takes: q, k, v, out, lse or null
 HOPPER_ADDRESSES = 2  # lse or null, a counter; the arrays by tensor maps
 
 
-class MaskSummary(NamedTuple):
+class SummaryPass(NamedTuple):
     """The pass over mask and mask_mod for a kernel with tiles of one size, and what it writes."""
 
     config: MaskSummaryConfig
@@ -46,7 +46,7 @@ class MaskSummary(NamedTuple):
         block_m: int,
         block_n: int,
         rows: range | None = None,
-    ) -> MaskSummary | None:
+    ) -> SummaryPass | None:
         """Of a kernel for these queries, all by default. None without either, or without an element."""
         rows = range(problem.seqlen_q) if rows is None else rows
         shape = mask_shape(problem, infos)
@@ -69,31 +69,38 @@ class SummaryLauncher:
     """The pass, loaded on its device."""
 
     start: launcher.Launcher
+    key: Hashable  # all that its results depend on, but for arrays and numbers
+    words: int  # that it writes
     key_bytes: int
     mod_args: int  # that it takes: all or none
 
     @classmethod
-    def load(cls, summary: MaskSummary, arch: str) -> SummaryLauncher:
+    def load(cls, summary: SummaryPass, arch: str) -> SummaryLauncher:
         arrays = len(summary.config.modifiers.mod_args)
         start = launcher.load(summary.config, summary.call, arch, addresses=3, arrays=arrays)
         assert start is not None
-        return cls(start, 4 * summary.keys, arrays)
+        key = summary.config, summary.call.grid, summary.call.params.tobytes()
+        return cls(start, key, summary.words, 4 * summary.keys, arrays)
 
     def __call__(self, mask: int, mod_args: Sequence[int], workspace: int, stream: int) -> tuple[int, int]:
         """Queue it; the addresses of mask_tiles and keys_seen, in the workspace."""
         from cupy.cuda import runtime
 
-        keys_seen, mask_tiles = workspace, workspace + self.key_bytes
+        mask_tiles, keys_seen = self.parts(workspace)
         runtime.memsetAsync(keys_seen, 0, self.key_bytes, stream)
         self.start((), (mask, mask_tiles, keys_seen, *mod_args[: self.mod_args]), stream)
         return mask_tiles, keys_seen
+
+    def parts(self, workspace: int) -> tuple[int, int]:
+        """The addresses of mask_tiles and keys_seen."""
+        return workspace + self.key_bytes, workspace
 
 
 class ModifiedLauncher:
     """The forward of a call with modifiers. Called as a ``launcher.Launcher`` of one kernel is."""
 
     def __init__(
-        self, call: KernelCall | HopperCall, program: jit.Program, summary: MaskSummary | None
+        self, call: KernelCall | HopperCall, program: jit.Program, summary: SummaryPass | None
     ) -> None:
         """Load on the current device."""
         function = jit.load(program, call.shared_bytes)
@@ -104,17 +111,26 @@ class ModifiedLauncher:
         if isinstance(call, HopperCall):
             self._own, maps = HOPPER_ADDRESSES, len(call.maps)
         self._main = launcher.Launcher(function, call, maps=maps, addresses=self._own, arrays=arrays)
-        self._summary = None if summary is None else SummaryLauncher.load(summary, program.arch)
+        self.summary = None if summary is None else SummaryLauncher.load(summary, program.arch)
 
     def __call__(self, maps: Sequence[EncodedMap], addresses: Sequence[int], stream: int) -> None:
         """Queue one: what the plain kernel takes, the operands' addresses, and a workspace for a mask."""
-        mask_tiles = keys_seen = 0
-        if self._summary is not None:
+        found = (0, 0)
+        if self.summary is not None:
             *addresses, workspace = addresses
-            operands = addresses[self._own :]
-            mask = operands[self._mod_args + OPERAND_ARRAYS.index("mask")]
-            mask_tiles, keys_seen = self._summary(mask, operands[: self._mod_args], workspace, stream)
-        self._main(maps, (*addresses, mask_tiles, keys_seen), stream)
+            found = self.summary(*self.masks(addresses), workspace, stream)
+        self.run(maps, addresses, found, stream)
+
+    def run(
+        self, maps: Sequence[EncodedMap], addresses: Sequence[int], found: tuple[int, int], stream: int
+    ) -> None:
+        """Queue the kernel alone, given what a pass over the mask found out."""
+        self._main(maps, (*addresses, *found), stream)
+
+    def masks(self, addresses: Sequence[int]) -> tuple[int, Sequence[int]]:
+        """Of the addresses of a call, those of the mask and of the arguments of formulas."""
+        operands = addresses[self._own :]
+        return operands[self._mod_args + OPERAND_ARRAYS.index("mask")], operands[: self._mod_args]
 
 
 def operand_addresses(gpu: GpuArrays, operands: Mapping[str, Any]) -> list[int]:

@@ -27,9 +27,7 @@ OPERAND_AXES = {
 OPERANDS = tuple(OPERAND_AXES)
 DIFFERENTIABLE = ("bias", "sinks")
 
-NO_DROPOUT = (
-    0.0  # the default of dropout_p: the very object, so that a call without any is recognised at once
-)
+SUMMARY = "mask_summary"  # among the operands, but no array
 _SEED_BITS = 64
 _FORMULA_ARGUMENTS = {"score_mod", "mask_mod", "mod_args"}
 
@@ -63,9 +61,39 @@ class Arguments(TypedDict, total=False):
     score_mod: str | None
     mask_mod: str | None
     mod_args: Mapping[str, Any] | None
+    mask_summary: Any
 
 
-def collect(given: Arguments) -> tuple[Modifiers, Mapping[str, Any]]:
+class PackedArguments(TypedDict, total=False):
+    """Those of packed sequences: the others are of one sequence length."""
+
+    window: Window | None
+    softcap: float | None
+    alibi_slopes: Any
+    sinks: Any
+    dropout_p: float
+    seed: Any
+
+
+def collect_packed(given: PackedArguments) -> tuple[Modifiers, Mapping[str, Any]]:
+    """``collect``, of packed sequences."""
+    for name in given:
+        if name not in PackedArguments.__annotations__:
+            known = ", ".join(PackedArguments.__annotations__)
+            raise TypeError(f"got an unexpected keyword argument {name!r}; modifiers here are {known}")
+    return collect(given)
+
+
+def of_sequence(operands: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The operands of packed sequence ``index`` alone, as one batch element."""
+    per_sequence = ("alibi_slopes", "sinks")
+    return {
+        name: x[index : index + 1] if name in per_sequence and x.ndim == 2 else x
+        for name, x in operands.items()
+    }
+
+
+def collect(given: Arguments | PackedArguments) -> tuple[Modifiers, Mapping[str, Any]]:
     """The scalars, checked, and the operands that are not None; among these "seed", where there is dropout.
 
     A ``seed`` that is a number becomes an int; any other is taken for an array. Likewise arguments of
@@ -78,12 +106,14 @@ def collect(given: Arguments) -> tuple[Modifiers, Mapping[str, Any]]:
     if given.keys() & _FORMULA_ARGUMENTS:
         formulas, mod_args = collect_formulas(given)
     modifiers = Modifiers(
-        _window(given.get("window")),
+        checked_window(given.get("window")),
         _softcap(given.get("softcap")),
         _dropout_p(given.get("dropout_p", 0.0)),
         formulas,
     )
     operands = {name: x for name, x in given.items() if name in OPERANDS and x is not None}
+    if (summary := given.get(SUMMARY)) is not None:
+        operands[SUMMARY] = _summary(summary)
     seed = _seed(given.get("seed"))
     if modifiers.dropout_p and seed is not None:
         operands["seed"] = seed
@@ -91,8 +121,8 @@ def collect(given: Arguments) -> tuple[Modifiers, Mapping[str, Any]]:
 
 
 def arrays_of(operands: Mapping[str, Any]) -> dict[str, Any]:
-    """The operands that are arrays: all but a seed and arguments of formulas that are numbers."""
-    return {name: x for name, x in operands.items() if not _is_number(name, x)}
+    """The operands that are arrays: neither a mask summary nor a seed or mod_arg that is a number."""
+    return {name: x for name, x in operands.items() if not _is_number(name, x) and name != SUMMARY}
 
 
 def values_of(operands: Mapping[str, Any]) -> dict[str, int]:
@@ -110,7 +140,16 @@ def differentiable(operands: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in DIFFERENTIABLE if name in operands)
 
 
-def _window(window: Any) -> Window:
+def _summary(summary: Any) -> Any:
+    from cuflash.mask_summary import MaskSummary
+
+    if not isinstance(summary, MaskSummary):
+        raise TypeError(f"mask_summary must be a cuflash.MaskSummary or None, got {summary!r}")
+    return summary
+
+
+def checked_window(window: Any) -> Window:
+    """A window as (left, right), each side an integer or None, which is unbounded."""
     if window is None:
         return (None, None)
     if not isinstance(window, (tuple, list)) or len(window) != 2:

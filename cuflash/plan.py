@@ -17,8 +17,9 @@ from cuflash.families import Kernel, choose_kernel
 from cuflash.launch import KernelCall
 from cuflash.launch_hopper import HopperCall
 from cuflash.layouts import Layouts
+from cuflash.mask_summary import MaskSummary
 from cuflash.modified import FA2_ADDRESSES, HOPPER_ADDRESSES, ModifiedLauncher, operand_addresses
-from cuflash.modifiers import NO_OPERANDS, arrays_of
+from cuflash.modifiers import NO_OPERANDS, SUMMARY, arrays_of
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.standard import StandardLauncher
 from cuflash.tensor_map import EncodedMap, Encoder
@@ -135,7 +136,12 @@ def _run(
             counter = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
         maps = list(map(Encoder.__call__, plan.encoders, map(operator.add, where, plan.offsets)))
         addresses = (lse_address, counter, *of_operands)
-    if plan.workspace_words is None:
+    kept: MaskSummary | None = operands.get(SUMMARY)
+    if kept is not None and isinstance(plan.launch, ModifiedLauncher) and plan.launch.summary is not None:
+        masks = plan.launch.masks(addresses)
+        found = kept.fetch(plan.launch.summary, gpu, plan.device, *masks, operands, stream)
+        plan.launch.run(maps, addresses, found, stream)
+    elif plan.workspace_words is None:
         plan.launch(maps, addresses, stream)
     else:
         workspace = gpu.empty((plan.workspace_words,), "float32", plan.device)

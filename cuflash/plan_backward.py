@@ -13,6 +13,8 @@ from cuflash.checks import Request
 from cuflash.checks_backward import BackwardOptions, check_backward_call
 from cuflash.families import Gpu
 from cuflash.families_backward import Steps, choose_backward
+from cuflash.mask_summary import MaskSummary
+from cuflash.modified_backward import ModifiedSteps
 from cuflash.modifiers import NO_OPERANDS
 from cuflash.resources import ELEMENT_BYTES
 
@@ -42,11 +44,12 @@ def differentiate(
     arrays: dict[str, Any],
     options: BackwardOptions,
     values: Mapping[str, int] = NO_OPERANDS,
+    summary: MaskSummary | None = None,
 ) -> tuple[Any, ...]:
     """Return dq, dk, dv, and the gradients of ``options.wanted``, of GPU arrays by argument name.
 
     They are of the library ``gpu``. ``values`` are the operands that are numbers, as ``values_of``
-    has them.
+    has them; ``summary`` is what keeps the results of a pass over a mask.
     """
     try:
         key = (
@@ -68,14 +71,20 @@ def differentiate(
             _plans.clear()
         _plans[key] = plan
     if plan.get_current_device() == plan.device:
-        return _run(plan, gpu, arrays, values)
+        return _run(plan, gpu, arrays, values, summary)
     from cupy import cuda
 
     with cuda.Device(plan.device):
-        return _run(plan, gpu, arrays, values)
+        return _run(plan, gpu, arrays, values, summary)
 
 
-def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any], values: Mapping[str, int]) -> tuple[Any, ...]:
+def _run(
+    plan: Plan,
+    gpu: GpuArrays,
+    arrays: dict[str, Any],
+    values: Mapping[str, int],
+    summary: MaskSummary | None,
+) -> tuple[Any, ...]:
     dtype = arrays["q"].dtype
     dq, dk, dv = (gpu.empty(shape, dtype, plan.device) for shape in plan.shapes)
     others = {f"d{x}": gpu.empty(arrays[x].shape, arrays[x].dtype, plan.device) for x in plan.wanted}
@@ -95,6 +104,10 @@ def _run(plan: Plan, gpu: GpuArrays, arrays: dict[str, Any], values: Mapping[str
     at["counter"] = 0
     if plan.steps.takes_counter:
         at["counter"] = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
+    if summary is not None and isinstance(plan.steps, ModifiedSteps) and plan.steps.summary is not None:
+        masks = plan.steps.masks(at)
+        found = summary.fetch(plan.steps.summary, gpu, plan.device, *masks, arrays, stream)
+        at |= zip(("mask_tiles", "keys_seen"), found, strict=True)
     plan.steps.run(at, gpu.pointer(buffer), plan.nbytes, stream)
     if not gpu.keeps_temporaries():  # and not if the launches were refused
         _captured.append((buffer, inputs, targets))

@@ -45,6 +45,7 @@ class Problem:
     dropout_p: float = 0.0
     modifiers: tuple[str, ...] = ()  # the arguments of ``attention`` that modify the scores or probabilities
     formulas: Formulas = NO_FORMULAS
+    first_batch: int = 0  # of these batch elements, among those that dropout counts
 
     @property
     def diagonal(self) -> int:
@@ -57,8 +58,11 @@ class Problem:
 
     @property
     def group_size(self) -> int:
-        """Query heads that share one key/value head (1 for multi-head, heads_q for multi-query attention)."""
-        return self.heads_q // self.heads_kv
+        """Query heads that share one key/value head (1 for multi-head, heads_q for multi-query attention).
+
+        0 without any head.
+        """
+        return self.heads_q // self.heads_kv if self.heads_kv else 0
 
     @property
     def seqlen_k_visible(self) -> int:

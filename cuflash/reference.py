@@ -9,7 +9,7 @@ Arrays are (batch, seqlen, heads, head_dim); lse is (batch, heads, seqlen), natu
 repeated for grouped-query attention, and their gradients summed. ``causal_offset`` is that of ``Problem``:
 None, or query i sees keys j ≤ i + causal_offset. A row that sees no key has out 0, lse −inf (its sink where
 it has one) and gradients 0. ``extras`` are the modifiers, as docs/modifiers.md defines them; the backward
-also returns the gradients of bias and sinks, where they are given, after dv.
+also returns the gradients of bias, sinks and a formula's arguments, where they are given, after dv.
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ class Extras(NamedTuple):
     key_padding: Array | None = None
     query_padding: Array | None = None
     sinks: Array | None = None
-    score_mod: Callable[[Array], Array] | None = None  # of all scores, (B, Hq, Sq, Sk); tests give it
+    # Of all scores, (B, Hq, Sq, Sk); and the gradients of its arguments, of ∂loss/∂result and the scores.
+    score_mod: Callable[[Array], Array] | None = None
+    score_mod_args: Callable[[Array, Array], tuple[Array, ...]] | None = None
+    first_batch: int = 0
 
     @classmethod
     def of(cls, problem: Problem, operands: Mapping[str, Any]) -> Extras:
         """The modifiers of ``problem``, with its ``operands`` by argument name."""
         scalars = problem.diagonal, problem.window_offset, problem.softcap, problem.dropout_p
         arrays = {name: x for name, x in operands.items() if name != "seed"}
-        return cls(*scalars, seed_value(operands.get("seed", 0)), **arrays)
+        return cls(*scalars, seed_value(operands.get("seed", 0)), **arrays, first_batch=problem.first_batch)
 
     def wide(self) -> Extras:
         """The same with its floats in float64."""
@@ -102,7 +105,7 @@ def standard_attention(
 ) -> tuple[Array, Array]:
     """Return (out, lse) of standard attention in the inputs' dtype; lse is float32 (float64 for float64)."""
     q_scaled, k_heads, v_heads = _by_head(q, k, v, scale)
-    scores, _ = _scores(q_scaled, k_heads, causal_offset, extras)
+    scores, *_ = _scores(q_scaled, k_heads, causal_offset, extras)
     p, lse = _softmax(scores, _sinks(scores, extras), q.dtype)
     p = (_wide(p) * _kept(p.shape, extras)).astype(q.dtype)
     return _swap_seqlen_heads(_matmul(p, v_heads)), lse
@@ -121,7 +124,7 @@ def standard_attention_backward(
 ) -> tuple[Array, ...]:
     """Return (dq, dk, dv) of standard attention in the inputs' dtype, as a framework's autograd does."""
     q_scaled, k_heads, v_heads = _by_head(q, k, v, scale)
-    scores, slope = _scores(q_scaled, k_heads, causal_offset, extras)
+    scores, by_formula, slope, logits = _scores(q_scaled, k_heads, causal_offset, extras)
     sinks = _sinks(scores, extras)
     p, lse = _softmax(scores, sinks, q.dtype)
     do = _swap_seqlen_heads(dout)
@@ -133,7 +136,8 @@ def standard_attention_backward(
     if dlse is not None:
         delta -= _wide(dlse)[..., None]  # ∂lse/∂S = P
     ds = (p_wide * (dp - delta)).astype(q.dtype)
-    dproduct = (_wide(ds) * slope).astype(q.dtype)
+    dformula = (_wide(ds) * slope).astype(q.dtype)
+    dproduct = (_wide(dformula) * by_formula).astype(q.dtype)
     dq = (_wide(_matmul(dproduct, k_heads)) * scale).astype(q.dtype)
     dk = _matmul(dproduct.mT, q_scaled)
     gradients = [_swap_seqlen_heads(dq), _sum_groups(dk, k.shape), _sum_groups(dv, v.shape)]
@@ -143,6 +147,8 @@ def standard_attention_backward(
         lse = np.where(np.isneginf(lse), 0, lse)[..., None]
         dsinks = (-np.exp(sinks - lse) * delta)[..., 0].sum(axis=-1)  # a sink is a key whose value is 0
         gradients.append(_sum_to(dsinks, extras.sinks))
+    if extras.score_mod_args is not None:
+        gradients += extras.score_mod_args(_wide(dformula), logits)
     return tuple(gradients)
 
 
@@ -156,20 +162,23 @@ def _by_head(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, Array, 
 
 def _scores(
     q_scaled: Array, k_heads: Array, causal_offset: int | None, extras: Extras
-) -> tuple[Array, Array]:
-    """The scores (B, Hq, Sq, Sk), wide, −inf where hidden; and their derivative by the scaled products."""
+) -> tuple[Array, Array, Array, Array]:
+    """The scores (B, Hq, Sq, Sk), wide, −inf where hidden; and of the scaled products, which come last, …
+
+    … the derivative of the formula, and that of what comes after it.
+    """
     dtype = q_scaled.dtype
-    scores = _wide(_matmul(q_scaled, k_heads.mT))
-    slope = np.ones((), scores.dtype)
+    logits = scores = _wide(_matmul(q_scaled, k_heads.mT))
+    by_formula = slope = np.ones((), scores.dtype)
     if extras.score_mod is not None:
         exact = scores.astype(np.float64)
         difference = extras.score_mod(exact + _STEP) - extras.score_mod(exact - _STEP)
-        slope = (difference / (2 * _STEP)).astype(scores.dtype)
+        by_formula = (difference / (2 * _STEP)).astype(scores.dtype)
         scores = _wide(extras.score_mod(exact).astype(dtype))
     if extras.softcap is not None:
         tanh = _wide(np.tanh(scores / extras.softcap).astype(dtype))
         scores = _wide((tanh * extras.softcap).astype(dtype))
-        slope = slope * (1 - tanh * tanh)
+        slope = 1 - tanh * tanh
     seqlen_q, seqlen_k = scores.shape[-2:]
     offsets = np.arange(seqlen_k) - np.arange(seqlen_q)[:, None]
     if extras.alibi_slopes is not None:
@@ -178,7 +187,8 @@ def _scores(
     if extras.bias is not None:
         stored = np.promote_types(dtype, extras.bias.dtype)
         scores = (scores + _wide(extras.bias)).astype(stored).astype(scores.dtype)
-    return np.where(_hidden(scores.shape, offsets, causal_offset, extras), -np.inf, scores), slope
+    hidden = _hidden(scores.shape, offsets, causal_offset, extras)
+    return np.where(hidden, -np.inf, scores), by_formula, slope, logits
 
 
 def _hidden(
@@ -220,7 +230,8 @@ def _kept(shape: tuple[int, ...], extras: Extras) -> Array:
     batches, heads, rows, columns = shape
     kept = np.empty(shape, np.float64)
     for b, h in np.ndindex(batches, heads):
-        kept[b, h] = dropout_keep(extras.dropout_p, extras.seed, b, h, slice(0, rows), slice(0, columns))
+        batch = extras.first_batch + b
+        kept[b, h] = dropout_keep(extras.dropout_p, extras.seed, batch, h, slice(0, rows), slice(0, columns))
     return kept / (1 - extras.dropout_p)
 
 

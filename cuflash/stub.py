@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_CPP_ELEMENT = {"float16": "fp16", "bfloat16": "bf16"}
+_CPP_ELEMENT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 def translation_unit(
@@ -34,8 +34,8 @@ def translation_unit(
 
 
 def _constant(name: str, value: bool | int | str) -> str:
-    if isinstance(value, str):
-        return f"  using Element = {_CPP_ELEMENT[value]};\n"
-    camel = "k" + "".join(part.capitalize() for part in name.split("_"))
+    camel = "".join(part.capitalize() for part in name.split("_"))
+    if isinstance(value, str):  # "dtype" is Element, "dtype_out" ElementOut
+        return f"  using Element{camel.removeprefix('Dtype')} = {_CPP_ELEMENT[value]};\n"
     kind = "bool" if isinstance(value, bool) else "int"
-    return f"  static constexpr {kind} {camel} = {str(value).lower()};\n"
+    return f"  static constexpr {kind} k{camel} = {str(value).lower()};\n"

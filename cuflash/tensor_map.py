@@ -88,6 +88,35 @@ def why_not_mapped(shape: tuple[int, ...], strides: tuple[int, ...], pointer: in
     return None
 
 
+_ROWS_BACK = 2**34  # bytes: 2**30 such steps are 0 in 64 bits
+_SEQUENCE_ROWS = 2**30
+_ENDS = 0x7FFF0000
+
+
+def packed_map(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, *, rows: int) -> TensorMap:
+    """The map of packed sequences (1, total, heads, head_dim), moved ``rows`` at a time.
+
+    Coordinates are those of PackedRows in kernels_cu/hopper/tile.cuh, which says how every sequence ends at
+    the end of an axis.
+    """
+    row, head = (strides[axis] if shape[axis] > 1 else ALIGNMENT for axis in (1, 2))
+    return TensorMap(
+        dtype=dtype,
+        shape=(shape[3], _SEQUENCE_ROWS, shape[2], _ENDS, _ENDS),
+        strides=(row, head, row, _ROWS_BACK - row),
+        box=(PANEL_COLUMNS, rows, 1, 1, 1),
+    )
+
+
+def why_not_packed(shape: tuple[int, ...], strides: tuple[int, ...], pointer: int) -> str | None:
+    """Why TMA cannot read or write packed sequences in place; None if it can."""
+    if reason := why_not_mapped(shape, strides, pointer):
+        return reason
+    if shape[1] > 1 and strides[1] >= _ROWS_BACK:
+        return "TMA takes rows of packed sequences less than 2**34 bytes apart"
+    return None
+
+
 class EncodedMap:
     """What a kernel takes as ``const __grid_constant__ CUtensorMap``: 128 bytes at ``address``."""
 

@@ -1,55 +1,63 @@
-"""Counters for persistent kernels whose thread blocks take tiles as they finish them.
+"""Counters for kernels whose thread blocks take tiles as they finish them, or count who has finished.
 
-A kernel finds its counter at 0 and leaves it at 0, so one counter serves launch after launch, but only one at
-a time: each stream has its own, and so has each launch that a CUDA graph captured.
+A kernel finds its counters at 0 and leaves them at 0, so they serve launch after launch, but only one at a
+time: each stream has its own, and so has each launch that a CUDA graph captured.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 _BLOCK = 1 << 16  # counters allocated at once: 256 KB
+_SPARE = 1 << 15  # that a capture finds, which cannot allocate: 64 launches of 512 counters
 _BYTES = 4
 
+
+class _Counters(NamedTuple):
+    address: int
+    size: int
+
+
 _lock = threading.Lock()
-_of_stream: dict[tuple[int, int], int] = {}  # (device, stream) → address
-_unused: dict[int, Iterator[int]] = {}  # device → addresses never handed out
+_of_stream: dict[tuple[int, int], _Counters] = {}  # (device, stream) → its own
+_unused: dict[int, _Counters] = {}  # device → those never handed out
 _blocks: list[Any] = []  # keeps the memory
 
 
-def address(device: int, stream: int, capturing: bool) -> int:
-    """The address of the counter for a launch on ``stream``, a handle, of the current device ``device``."""
+def address(device: int, stream: int, capturing: bool, count: int = 1) -> int:
+    """The address of ``count`` counters for a launch on ``stream``, a handle, of the current device."""
     if capturing:
         with _lock:
-            return _next_unused(device)
+            return _take(device, count).address
     known = _of_stream.get((device, stream))
-    if known is None:
+    if known is None or known.size < count:
         with _lock:
-            known = _of_stream[device, stream] = _next_unused(device)
-    return known
+            known = _of_stream[device, stream] = _take(device, count)
+    if _unused[device].size < _SPARE:
+        prepare(device)
+    return known.address
 
 
-def prepare(device: int) -> None:
-    """Allocate counters for the current device ``device``: while a graph captures it is too late."""
+def prepare(device: int, count: int = 1) -> None:
+    """Allocate counters for the current device, at least ``count``: while a graph captures it is too late."""
     with _lock:
-        if device not in _unused:
-            _allocate(device)
+        _require(device, max(count, _SPARE))
 
 
-def _next_unused(device: int) -> int:
-    unused = next(_unused[device], None)
-    if unused is None:
-        _allocate(device)
-        unused = next(_unused[device])
-    return unused
+def _take(device: int, count: int) -> _Counters:
+    _require(device, count)
+    start, left = _unused[device]
+    _unused[device] = _Counters(start + count * _BYTES, left - count)
+    return _Counters(start, count)
 
 
-def _allocate(device: int) -> None:
-    block = new_zeros(_BLOCK)
-    _blocks.append(block)
-    _unused[device] = iter(range(block.data.ptr, block.data.ptr + _BLOCK * _BYTES, _BYTES))
+def _require(device: int, count: int) -> None:
+    if device not in _unused or _unused[device].size < count:
+        size = max(_BLOCK, count)
+        block = new_zeros(size)
+        _blocks.append(block)
+        _unused[device] = _Counters(block.data.ptr, size)
 
 
 def new_zeros(count: int) -> Any:

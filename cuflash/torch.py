@@ -2,8 +2,8 @@
 
 ``cuflash.attention`` comes here by itself where a tensor needs a gradient, while torch.compile or
 torch.export traces, and where autocast asks for another dtype. ``torch.ops.cuflash.attention_forward`` and
-``torch.ops.cuflash.attention_backward`` are what a traced graph holds and what policies of selective
-checkpointing name.
+``torch.ops.cuflash.attention_backward`` (``…_of_args`` where arguments of formulas need gradients) are what a
+traced graph holds and what policies of selective checkpointing name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,8 @@ from cuflash import api, api_backward, arrays, vmapping
 from cuflash.arrays.torch import FakeTensors, autocast_dtype
 from cuflash.checks import Options, check_call, named, out_shape
 from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
-from cuflash.modifiers import DIFFERENTIABLE, NO_MODIFIERS, NO_OPERANDS, OPERANDS, Modifiers
+from cuflash.formulas import MAX_ARGS, Formulas, arg_name, is_mod_arg, operand_name
+from cuflash.modifiers import DIFFERENTIABLE, NO_MODIFIERS, NO_OPERANDS, OPERANDS, SUMMARY, Modifiers
 
 _FAKE = FakeTensors()
 
@@ -29,10 +30,16 @@ def attend(
     if not compiling:
         q, k, v = (x.resolve_neg() if x.is_neg() else x for x in (q, k, v))
     q, k, v = autocast(q, k, v)
+    summary = operands.get(SUMMARY)
     modifiers = _flat(options.modifiers, operands, q.device)
-    tensors = modifiers[_SCALARS:]
+    scalars, tensors = modifiers[:_COUNT], modifiers[_COUNT:]
     if not compiling and _is_eager(q, k, v, *(x for x in tensors if x is not None)):
-        return _EagerAttention.apply(q, k, v, options, *tensors)
+        return _EagerAttention.apply(q, k, v, options, summary, scalars, *tensors)
+    if summary is not None:
+        raise ValueError(
+            "mask_summary cannot be used where PyTorch traces or transforms a call (torch.compile, "
+            "torch.func): leave it away there"
+        )
     arguments = (q, k, v, _schema_causal(options.causal), options.scale, options.layout, options.algorithm)
     if compiling:
         return attention_forward(*arguments, *modifiers)  # whose fake implementation checks
@@ -42,13 +49,22 @@ def attend(
     return attention_forward(*arguments, *modifiers)
 
 
-# Modifiers as the operators take them, all or none: scalars, then operands, None where they are not given.
-_MODIFIERS = ("window_left", "window_right", "softcap", "dropout_p", *OPERANDS, "seed")
-_SCALARS = 4
-_SCHEMA = (
-    "int? window_left=None, int? window_right=None, float? softcap=None, float dropout_p=0.0, "
-    + ", ".join(f"Tensor? {name}=None" for name in _MODIFIERS[_SCALARS:])
-)
+# Modifiers as the operators take them, all or none: scalars, then tensors, None where they are not given.
+# Arguments of formulas are numbers, as "cap=2.0 shift=3", and tensors, whose names are told likewise.
+_SCALARS = {
+    "window_left": "int? window_left=None",
+    "window_right": "int? window_right=None",
+    "softcap": "float? softcap=None",
+    "dropout_p": "float dropout_p=0.0",
+    "score_mod": "str score_mod=''",
+    "mask_mod": "str mask_mod=''",
+    "mod_numbers": "str mod_numbers=''",
+    "mod_names": "str mod_names=''",
+}
+_TENSORS = (*OPERANDS, "seed")
+_MODIFIERS = (*_SCALARS, *_TENSORS, *(f"mod_arg_{i}" for i in range(MAX_ARGS)))
+_COUNT = len(_SCALARS)
+_SCHEMA = ", ".join([*_SCALARS.values(), *(f"Tensor? {name}=None" for name in _MODIFIERS[_COUNT:])])
 
 
 def _flat(modifiers: Modifiers, operands: Mapping[str, Any], device: Any) -> tuple[Any, ...]:
@@ -58,10 +74,21 @@ def _flat(modifiers: Modifiers, operands: Mapping[str, Any], device: Any) -> tup
     slopes = tensors.get("alibi_slopes")
     _refuse_slopes(slopes is not None and slopes.requires_grad and torch.is_grad_enabled())
     if isinstance(seed := tensors.get("seed"), int):
-        # As a tensor even so: a compiled graph is then the same for every seed.
-        tensors["seed"] = torch.tensor(seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
-    scalars = *modifiers.window, modifiers.softcap, modifiers.dropout_p
-    return *scalars, *(tensors.get(name) for name in _MODIFIERS[_SCALARS:])
+        # As a tensor even so: a compiled graph is then the same for every seed. A kernel fills it: a copy
+        # from the host would wait for the device, and cannot be captured in a CUDA graph.
+        tensors["seed"] = torch.full((), seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
+    args = {arg_name(name): x for name, x in tensors.items() if is_mod_arg(name)}
+    numbers = {name: x for name, x in args.items() if isinstance(x, int | float)}
+    arrays = {name: x for name, x in args.items() if name not in numbers}
+    return (
+        *modifiers.window,
+        *(modifiers.softcap, modifiers.dropout_p),
+        *(modifiers.formulas.score_mod, modifiers.formulas.mask_mod),
+        " ".join(f"{name}={x!r}" for name, x in numbers.items()),
+        " ".join(arrays),
+        *(tensors.get(name) for name in _TENSORS),
+        *arrays.values(),
+    )
 
 
 def _refuse_slopes(need_gradient: bool) -> None:
@@ -69,12 +96,32 @@ def _refuse_slopes(need_gradient: bool) -> None:
         raise ValueError("alibi_slopes requires grad, and has no gradient: pass alibi_slopes.detach()")
 
 
-def _unflat(flat: tuple[Any, ...]) -> tuple[Modifiers, dict[str, Tensor]]:
+def _unflat(flat: tuple[Any, ...]) -> tuple[Modifiers, dict[str, Any]]:
     """What ``_flat`` was given. ``flat`` may lack defaults at its end: PyTorch drops them."""
     given = dict(zip(_MODIFIERS, flat, strict=False))
-    window = given.get("window_left"), given.get("window_right")
-    modifiers = Modifiers(window, given.get("softcap"), given.get("dropout_p", 0.0))
-    return modifiers, {n: x for n, x in given.items() if n in _MODIFIERS[_SCALARS:] and x is not None}
+    numbers = dict(map(_number, given.get("mod_numbers", "").split()))
+    kinds = tuple((name, "float" if isinstance(x, float) else "int") for name, x in numbers.items())
+    modifiers = Modifiers(
+        (given.get("window_left"), given.get("window_right")),
+        given.get("softcap"),
+        given.get("dropout_p", 0.0),
+        Formulas(given.get("score_mod", ""), given.get("mask_mod", ""), kinds),
+    )
+    tensors = {n: x for n, x in zip(_names(flat), flat[_COUNT:], strict=False) if x is not None}
+    args = {name: x for name, x in tensors.items() if is_mod_arg(name)}
+    args |= {operand_name(name): x for name, x in numbers.items()}
+    operands = {name: x for name, x in tensors.items() if name not in args}
+    return modifiers, operands | {name: args[name] for name in sorted(args)}
+
+
+def _names(flat: Sequence[Any]) -> tuple[str, ...]:
+    """The operands that the tensors of ``flat`` are."""
+    return *_TENSORS, *map(operand_name, flat[_COUNT - 1].split() if len(flat) >= _COUNT else ())
+
+
+def _number(text: str) -> tuple[str, int | float]:
+    name, value = text.split("=")
+    return name, int(value) if value.lstrip("-").isdecimal() else float(value)
 
 
 def _is_eager(*tensors: Tensor) -> bool:
@@ -143,7 +190,7 @@ def _(
     return q.new_empty(out_shape(problem, layout)), q.new_empty(lse_shape(problem), dtype=lse_dtype)
 
 
-def _gradients(
+def _backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -158,7 +205,8 @@ def _gradients(
     algorithm: str,
     wanted: str = "",
     *modifiers: Any,
-) -> tuple[Tensor, ...]:
+    summary: Any = None,
+) -> list[Tensor]:
     """Return dq, dk, dv and the gradients of the operands that ``wanted`` names, with spaces between.
 
     The other arguments are those of ``attention_forward`` and what it returned.
@@ -167,33 +215,56 @@ def _gradients(
     options = BackwardOptions(
         _causal(causal), scale, layout, deterministic, algorithm, of_modifiers, tuple(wanted.split())
     )
-    return api_backward.differentiate(dout, q, k, v, out, lse, dlse, options, operands)
+    given = _with_summary(operands, summary)
+    return list(api_backward.differentiate(dout, q, k, v, out, lse, dlse, options, given))
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The same, always with dbias and dsinks: a schema has a fixed number of results, so some are empty."""
-    dq, dk, dv, *others = _gradients(*arguments)
-    of = dict(zip(arguments[_WANTED].split() if len(arguments) > _WANTED else (), others, strict=True))
-    return dq, dk, dv, *(of[name] if name in of else dq.new_empty(0) for name in DIFFERENTIABLE)
+def _with_summary(operands: Mapping[str, Any], summary: Any) -> Mapping[str, Any]:
+    return operands if summary is None else {**operands, SUMMARY: summary}
 
 
 _WANTED = 12  # where the operator takes it
 
 
-attention_backward = torch.library.custom_op(
-    "cuflash::attention_backward",
-    _backward,
-    mutates_args=(),
-    schema=(
+def _backward_operator(name: str, function: Any, returns: str) -> Any:
+    schema = (
         "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-        f"{_CALL}, bool deterministic, str algorithm, str wanted='', {_SCHEMA}) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
+        f"{_CALL}, bool deterministic, str algorithm, str wanted='', {_SCHEMA}) -> {returns}"
+    )
+    return torch.library.custom_op(f"cuflash::{name}", function, mutates_args=(), schema=schema)
+
+
+def _fixed(gradients: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    """dq, dk, dv, dbias and dsinks, empty where they are not wanted."""
+    dq, dk, dv, *others = gradients
+    of = dict(zip(_wanted_of(arguments), others, strict=True))
+    return dq, dk, dv, *(of[name] if name in of else dq.new_empty(0) for name in DIFFERENTIABLE)
+
+
+def _wanted_of(arguments: Sequence[Any]) -> list[str]:
+    return arguments[_WANTED].split() if len(arguments) > _WANTED else []
+
+
+# With is_grads_batched PyTorch maps an operator itself, and only one that returns a fixed number of tensors.
+attention_backward = _backward_operator(
+    "attention_backward",
+    lambda *arguments: _fixed(_backward(*arguments), *arguments),
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+attention_backward_of_args = _backward_operator("attention_backward_of_args", _backward, "Tensor[]")
 
 
-@attention_backward.register_fake
-def _(
+def _call_backward_operator(*arguments: Any) -> list[Tensor]:
+    """What ``_backward`` returns, by an operator; arguments of formulas have one of their own."""
+    wanted = _wanted_of(arguments)
+    if not set(wanted) <= set(DIFFERENTIABLE):
+        return attention_backward_of_args(*arguments)
+    dq, dk, dv, *others = attention_backward(*arguments)
+    return [dq, dk, dv, *(x for name, x in zip(DIFFERENTIABLE, others, strict=True) if name in wanted)]
+
+
+@attention_backward_of_args.register_fake
+def _fake_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -208,17 +279,22 @@ def _(
     algorithm: str,
     wanted: str = "",
     *modifiers: Any,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     of_modifiers, operands = _unflat(modifiers)
-    options = BackwardOptions(_causal(causal), scale, layout, deterministic, algorithm, of_modifiers)
+    names = tuple(wanted.split())
+    options = BackwardOptions(_causal(causal), scale, layout, deterministic, algorithm, of_modifiers, names)
     check_backward_call(_FAKE, named_backward(dout, q, k, v, out, lse, dlse, operands), options)
-    of = (operands[name] if name in wanted.split() else None for name in DIFFERENTIABLE)
-    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, *of))
+    return [x.new_empty(x.shape) for x in (q, k, v, *(operands[name] for name in names))]
+
+
+@attention_backward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return _fixed(_fake_backward(*arguments), *arguments)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, causal, scale, layout, algorithm, *modifiers = inputs
-    _keep(ctx, (q, k, v), (causal, scale, layout, algorithm), modifiers, output, operands_at=7 + _SCALARS)
+    _keep(ctx, (q, k, v), (causal, scale, layout, algorithm), modifiers, output, operands_at=7 + _COUNT)
 
 
 def _keep(
@@ -230,17 +306,17 @@ def _keep(
     operands_at: int,
 ) -> None:
     """Keep what the backward needs; ``operands_at`` is where they are among the inputs of the function."""
-    ctx.call, ctx.scalars, ctx.operands_at = call, tuple(modifiers[:_SCALARS]), operands_at
-    ctx.save_for_backward(*qkv, *output, *modifiers[_SCALARS:])
+    ctx.call, ctx.scalars, ctx.operands_at = call, tuple(modifiers[:_COUNT]), operands_at
+    ctx.save_for_backward(*qkv, *output, *modifiers[_COUNT:])
     ctx.set_materialize_grads(False)  # a loss that ignores lse then has no dlse, rather than zeros
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
-    wanted = []
+    wanted, names = [], _names(ctx.scalars)
     if tensors:
         needed = ctx.needs_input_grad[ctx.operands_at :]  # fewer where an operator was not given the last
-        wanted = [name for name, need in zip(_MODIFIERS[_SCALARS:], needed, strict=False) if need]
+        wanted = [name for name, need in zip(names, needed, strict=False) if need]
         _refuse_slopes("alibi_slopes" in wanted)
     causal, scale, layout, algorithm = ctx.call
     given = [x for x in (dout, dlse) if x is not None]
@@ -252,15 +328,14 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     if torch._C._are_functorch_transforms_active():
         gradients = _AttentionBackward.apply(*arguments)
     elif torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_eager(*given):
-        gradients = attention_backward(*arguments)
+        gradients = _call_backward_operator(*arguments)
     else:
-        gradients = _gradients(*arguments)
+        gradients = _backward(*arguments, summary=getattr(ctx, "summary", None))
     dq, dk, dv, *others = gradients
-    if len(others) != len(wanted):  # an operator's, some of them empty
-        others = [x for name, x in zip(DIFFERENTIABLE, others, strict=True) if name in wanted]
     of = dict(zip(wanted, others, strict=True))
-    every = dq, dk, dv, *[None] * (ctx.operands_at - 3), *map(of.get, _MODIFIERS[_SCALARS:])
-    return every[: len(ctx.needs_input_grad)]
+    every = dq, dk, dv, *[None] * (ctx.operands_at - 3), *map(of.get, names)
+    missing = len(ctx.needs_input_grad) - len(every)
+    return (*every, *[None] * missing)[: len(ctx.needs_input_grad)]
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -281,6 +356,7 @@ def _refuse_forward_mode(ctx: Any, *tangents: Tensor) -> None:
 
 attention_forward.register_autograd(_differentiate, setup_context=_save)
 attention_backward.register_autograd(_refuse_second_derivative)
+attention_backward_of_args.register_autograd(_refuse_second_derivative)
 
 
 class _EagerAttention(torch.autograd.Function):
@@ -288,19 +364,25 @@ class _EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, *tensors: Tensor | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: Options,
+        summary: Any,
+        scalars: tuple[Any, ...],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         causal, scale, layout, return_lse, algorithm, modifiers = options
         return_lse = True if isinstance(return_lse, bool) else return_lse  # what is no bool is refused
         with_lse = Options(causal, scale, layout, return_lse, algorithm, modifiers)
-        flat: tuple[Any, ...] = ()
-        operands: Mapping[str, Any] = NO_OPERANDS
-        if tensors:
-            flat = (*modifiers.window, modifiers.softcap, modifiers.dropout_p, *tensors)
-            _, operands = _unflat(flat)
+        flat = (*scalars, *tensors)
+        operands = _unflat(flat)[1] if flat else NO_OPERANDS
+        ctx.summary = summary
+        operands = _with_summary(operands, summary)
         result = api.attend(arrays.TORCH, q, k, v, None, with_lse, operands)
         call = _schema_causal(causal), scale, layout, algorithm
-        _keep(ctx, (q, k, v), call, flat, result, operands_at=4)
+        _keep(ctx, (q, k, v), call, flat, result, operands_at=6)
         return result
 
     @staticmethod
@@ -324,7 +406,10 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionBackward(torch.autograd.Function):
-    forward = staticmethod(attention_backward)
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_call_backward_operator(*arguments))
+
     setup_context = staticmethod(_save_nothing)
     backward = staticmethod(_refuse_second_derivative)
     jvp = staticmethod(_refuse_forward_mode)
@@ -332,7 +417,7 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, axes: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
         names = ("dout", "q", "k", "v", "out", "lse", "dlse", *[""] * 6, *_MODIFIERS)
-        wanted = arguments[_WANTED].split() if len(arguments) > _WANTED else ()
+        wanted = _wanted_of(arguments)
         return _batched(_AttentionBackward, names[: len(arguments)], info.batch_size, axes, arguments, wanted)
 
 
@@ -355,7 +440,8 @@ def _batched(
             new[i] = x
         return function.apply(*new)
 
-    if "seed" in tensors and size:
+    given = dict(zip(names, arguments, strict=True))
+    if size and ("seed" in tensors or given.get("score_mod") or given.get("mask_mod")):
         each = [
             call([x if mapped[name] is None else x.select(mapped[name], i) for name, x in tensors.items()])
             for i in range(size)
@@ -370,13 +456,11 @@ def _batched(
     batch = vmapping.batch_of(arguments[at[0]], axes[at[0]])
 
     def separated(x: Tensor, name: str | None) -> Tensor:
-        if name is not None and name not in wanted:
-            return x.reshape(size, 0)  # an empty one, in place of a gradient
         shape = vmapping.slice_shape(tensors[name], mapped[name]) if name else None
         return vmapping.separated(torch, x, size, batch, shape)
 
-    gradients_of = (None, None) if function is _Attention else (None, None, None, *DIFFERENTIABLE)
-    results = tuple(map(separated, flat, gradients_of))
+    gradients_of = (None, None) if function is _Attention else (None, None, None, *wanted)
+    results = tuple(separated(x, name) for x, name in zip(flat, gradients_of, strict=True))
     return results, (0,) * len(results)
 
 

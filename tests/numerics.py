@@ -191,7 +191,22 @@ def assert_close(actual: Any, expected: Any, tolerance: float, standard: Any = N
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=absolute, err_msg=name)
 
 
-def assert_gradient_within_contract(actual: Array, reference: Array, standard: Array, name: str) -> None:
+def with_rounded_out(inputs: Inputs, out: Array) -> Inputs:
+    """Inputs whose gradients are those of ``inputs`` where delta comes from ``out`` as a forward stores it.
+
+    A flash backward has delta = rowsum(dO ∘ out) − dlse of the stored out, standard attention the sum of
+    P ∘ dP. With dropout and one key P is 1 and out = v / (1 − p): standard attention's dP − delta is then
+    exactly 0, the other what rounding out makes of it. Half an ulp does not cover that, so tests of calls
+    with dropout allow for the difference, which is exact here: nothing of a kernel is in it.
+    """
+    stored = out.astype(inputs.q.dtype).astype(out.dtype)
+    delta = ((stored - out) * inputs.dout.astype(out.dtype)).sum(-1).swapaxes(1, 2)
+    return inputs._replace(dlse=inputs.dlse - delta)
+
+
+def assert_gradient_within_contract(
+    actual: Array, reference: Array, standard: Array, name: str, allowance: float = 0.0
+) -> None:
     """For random problems: the contract, and half a unit in the last place of the largest gradient.
 
     Under a causal mask a few early rows, with few keys, dominate the error. Standard attention rounds P
@@ -200,7 +215,7 @@ def assert_gradient_within_contract(actual: Array, reference: Array, standard: A
     own tests allow for it too, by twice what adding and subtracting 0.3 changes.
     """
     ulp = float(ml_dtypes.finfo(actual.dtype).eps) * np.abs(reference).max(initial=0.0)
-    assert_within_contract(actual, reference, standard, name, allowance=ulp / 2)
+    assert_within_contract(actual, reference, standard, name, allowance=ulp / 2 + allowance)
 
 
 def allowed_error(standard: Array, reference: Array) -> float:

@@ -4,9 +4,8 @@
 
 On an H100 (CUDA 13.0, 2026-11-23) racecheck reported nothing for the kernel "pair", one hazard each for
 "two pairs" and "slot", whose results were right, and one for "race", whose was not. "Two pairs" is how the
-halves of fa2/backward.cu pass P and dS; "slot" is how the Hopper kernels release shared memory that all lanes
-of a warp have read: __syncwarp, then one lane arrives. The emulator, which knows both orders, checks those
-kernels in CI.
+halves of fa2/backward.cu pass P and dS; the emulator, which knows that order, checks them in CI. "Slot" is
+why every thread of the Hopper kernels arrives for itself where it could be one lane, behind __syncwarp.
 
 PTX orders all four but the last: bar.sync after the bar.arrive of others ("producer-consumer model", PTX ISA,
 barrier{.cta}), and an mbarrier's release of what __syncwarp ordered before it.

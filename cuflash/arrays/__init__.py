@@ -51,25 +51,29 @@ def common_framework(q: Any, k: Any, v: Any, out: Any = None) -> Native | Borrow
 
 
 def library_of(named: Mapping[str, Any]) -> Native | Borrowed:
-    """The one library all arrays of ``named`` belong to, q among them; TypeError names the odd one."""
-    framework = _recognise(named["q"], "q")
+    """The one library all arrays of ``named`` belong to; TypeError names one that is not of the first's."""
+    first = next(iter(named))
+    framework = _recognise(named[first], first)
     for name, x in named.items():
+        if _by_type.get(type(x)) is framework:
+            continue
         other = _recognise(x, name)
         if other is not framework:
             raise TypeError(
-                f"{name} is {other.noun}, q is {framework.noun}; {', '.join(named)} must come from one "
+                f"{name} is {other.noun}, {first} is {framework.noun}; {', '.join(named)} must come from one "
                 "library"
             )
     return framework
 
 
 def native_of(borrowed: Mapping[str, Any]) -> Native:
-    """The library, NumPy or CuPy, of arrays that ``Borrowed.borrow`` returned, q among them."""
-    on_cpu = isinstance(borrowed["q"], np.ndarray)
+    """The library, NumPy or CuPy, of arrays that ``Borrowed.borrow`` returned."""
+    first = next(iter(borrowed))
+    on_cpu = isinstance(borrowed[first], np.ndarray)
     for name, x in borrowed.items():
         if isinstance(x, np.ndarray) != on_cpu:
             places = ("the CPU", "a GPU") if isinstance(x, np.ndarray) else ("a GPU", "the CPU")
-            raise ValueError(f"{name} is on {places[0]}, q on {places[1]}; they must be on one device")
+            raise ValueError(f"{name} is on {places[0]}, {first} on {places[1]}; they must be on one device")
     return NUMPY if on_cpu else CUPY
 
 

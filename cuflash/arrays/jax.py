@@ -29,8 +29,8 @@ class JaxArrays(Borrowed):
         jax = sys.modules["jax"]
         if isinstance(x, jax.core.Tracer):
             raise TypeError(
-                f"{name} is traced by JAX ({type(x).__name__}); of cuflash only attention can be called "
-                "inside jax.jit, jax.grad and jax.vmap"
+                f"{name} is traced by JAX ({type(x).__name__}); of cuflash only attention, attention_varlen "
+                "and merge_attention can be called inside jax.jit, jax.grad and jax.vmap"
             )
         if x.is_deleted():
             raise ValueError(f"{name} is a JAX array that was deleted or donated")

@@ -54,6 +54,8 @@ class Footprint:
         True also for the rare array that is dovetailed without sharing any: no slice, transpose or reshape of
         a contiguous array is.
         """
+        if 0 in self.shape:  # whose strides may be anything
+            return False
         span = self.itemsize
         axes = zip(self.shape, self.strides, strict=True)
         for stride, size in sorted((abs(stride), size) for size, stride in axes if size > 1):

@@ -59,8 +59,8 @@ class TorchTensors(HostArrays, GpuArrays):
         _check_dense(torch, x, name)
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{name} requires grad, and neither a call with out= nor attention_backward can be "
-                f"differentiated: pass {name}.detach(), or call under torch.no_grad()"
+                f"{name} requires grad, and neither a call with out=, nor a backward, nor attention_kv_cache "
+                f"can be differentiated: pass {name}.detach(), or call under torch.no_grad()"
             )
         if _has_tangent(torch, x):
             raise ValueError(
@@ -73,8 +73,9 @@ class TorchTensors(HostArrays, GpuArrays):
             x.data_ptr()
         except RuntimeError as error:
             raise TypeError(
-                f"{name} has no memory to read: it is traced or transformed, where of cuflash only attention "
-                f"without out= can be called ({str(error).splitlines()[0]})"
+                f"{name} has no memory to read: it is traced or transformed, where of cuflash only "
+                "attention, attention_varlen and merge_attention without out= can be called "
+                f"({str(error).splitlines()[0]})"
             ) from error
 
     def info(self, x: Any) -> ArrayInfo:
@@ -179,4 +180,6 @@ def autocast_dtype(x: Any) -> Any:
 
 
 def _has_tangent(torch: Any, x: Any) -> bool:
-    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    forward_ad = torch.autograd.forward_ad
+    # Outside of a dual_level there is none, and asking for it is a third of what a signature costs.
+    return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(x).tangent is not None

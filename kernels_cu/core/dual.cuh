@@ -8,7 +8,15 @@ struct Dual {
 
   __device__ __forceinline__ Dual(float x) : value(x), slope(0.0f) {}
   __device__ __forceinline__ Dual(float x, float s) : value(x), slope(s) {}
+
+  // int(x), bool(x), !x, x && y and x ? y : z take the value.
+  __device__ __forceinline__ explicit operator int() const { return static_cast<int>(value); }
+  __device__ __forceinline__ explicit operator bool() const { return value != 0.0f; }
 };
+
+// float(x) of a formula, which has the slope of x.
+__device__ __forceinline__ float cuflash_float(float x) { return x; }
+__device__ __forceinline__ Dual cuflash_float(const Dual& x) { return x; }
 
 // f(x), whose derivative is `derivative`.
 __device__ __forceinline__ Dual chained(const Dual& x, float value, float derivative) {

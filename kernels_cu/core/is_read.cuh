@@ -2,6 +2,7 @@
 // core/visible.cuh bounds the rest. Objects, not lambdas: those would change a plain kernel's code by what they capture.
 #pragma once
 #include "core/modifier_params.cuh"
+#include "core/types.cuh"
 
 // Of a tile of K or V whose first key is `first`, for `heads` query heads from `head` on.
 template <class Params>
@@ -29,20 +30,17 @@ __device__ __forceinline__ KeyIsRead<Params> keys_read(const Params& params, int
   return {params, batch, head, heads, first};
 }
 
-// Of a tile of Q or dO whose first query is `first`. Only with dropout does a kernel start before the first query that
-// sees a key.
-template <class Params>
+// A visited query may see no key: what hides keys one by one may hide all, and dropout's kernels, and those of
+// packed sequences, start before the first query that sees one.
+constexpr bool kHasBlindRows = Config::kDropout || Config::kWindow || kMasks || Config::kBias || Config::kKeyPadding ||
+                               Config::kScoreMod || Config::kVarlen;
+
+// Of a tile of Q or dO, its rows' lse in base 2 from `lse_log2` on: +inf where a row sees no key.
 struct QueryIsRead {
-  const Params& params;
-  int first;
+  const float* lse_log2;
 
   __device__ __forceinline__ bool operator()(int row) const {
-    if constexpr (Config::kDropout) return first + row >= params.blind_rows;
+    if constexpr (kHasBlindRows) return lse_log2[row] != infinity();
     else return true;
   }
 };
-
-template <class Params>
-__device__ __forceinline__ QueryIsRead<Params> queries_read(const Params& params, int first) {
-  return {params, first};
-}

@@ -60,6 +60,15 @@ struct ModArray {
     return formula_value(static_cast<const Stored*>(array) + offset<0>(index...));
   }
 
+  // Where that element is in a contiguous array of this shape.
+  template <class... Index>
+  __device__ __forceinline__ long long contiguous_index(const Index&... index) const {
+    long long at = 0;
+    int axis = 0;
+    ((at = at * axes.sizes[axis] + clamped(index, axes.sizes[axis]), ++axis), ...);
+    return at;
+  }
+
  private:
   template <int kAxis>
   __device__ __forceinline__ long long offset() const {

@@ -19,9 +19,11 @@ struct bf16 {
   }
 };
 
+struct fp32 { float value; };  // in partial results only
+
 struct alignas(16) Vector16 { unsigned words[4]; };  // what one thread loads or stores at once
 
-static_assert(sizeof(fp16) == 2 && sizeof(bf16) == 2 && sizeof(Vector16) == 16, "element sizes");
+static_assert(sizeof(fp16) == 2 && sizeof(bf16) == 2 && sizeof(fp32) == 4 && sizeof(Vector16) == 16, "element sizes");
 
 constexpr int kWarpSize = 32;
 

@@ -27,6 +27,8 @@
 //          have landed; dO[j] is read by everybody once the waiting warps meet here.
 //          kDsStored (gradient warps): dS[j] is complete and Q[j] read by everybody.
 //          kPStored, kDsShared (one half each, only if kColumnWarps > 1): P or dS can be read as an A operand.
+// Packed   with kVarlen a block of kBlockN keys is of one sequence among many (core/packed.cuh), longest first. Keys that are
+//          not in use get zeros.
 // Masks    keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
 //          past the last. Query blocks start at the first row that sees a key: rows before it are never read.
 // Modifiers (docs/modifiers.md) each behind an if constexpr, in the probability warps: scores, masks and dropout as in the
@@ -46,6 +48,7 @@
 #include "core/mask_transposed.cuh"
 #include "core/modified_probabilities.cuh"
 #include "core/modifier_params.cuh"
+#include "core/packed.cuh"
 #include "core/scheduler.cuh"
 #include "core/score.cuh"
 #include "core/strides.cuh"
@@ -59,7 +62,7 @@
 #include "ptx/reduce.cuh"
 #include "ptx/shared_memory.cuh"
 
-struct BackwardParams : ModifierParams<Config::kModified> {
+struct BackwardParams : PackedArrays<Config::kVarlen>, ModifierParams<Config::kModified> {
   Strides q, k, v, dout, dk, dv;
   int first_row;         // the first query that sees a key; the counts and the offset below start from it
   int seqlen_q;          // queries from there on
@@ -204,6 +207,24 @@ __device__ __forceinline__ void accumulate_dq(float* workspace, int* turn, int m
   if constexpr (Config::kDeterministic) pass_turn(turn + warp);
 }
 
+// core/packed.cuh's restrict_to, and what only this kernel knows.
+template <class Params>
+__device__ __forceinline__ void restrict_keys_to(Params& params, const Sequence& sequence) {
+  restrict_to(params, sequence, sequence.sees_end);
+  params.seqlen_k = sequence.key_rows;
+  params.m_blocks = ceil_div(sequence.sees_end, kBlockM);
+}
+
+// Keys of packed sequences that no query sees are zeros loaded, whose gradients may be NaN even so: 0 times what others see.
+template <int kTiles>
+__device__ __forceinline__ void clear_unseen(float (&acc)[kMTiles][kTiles][4], int row, int keys) {
+#pragma unroll
+  for (int i = 0; i < kMTiles * kTiles * 4; ++i) {
+    const int m = i / 4 / kTiles, r = i % 4;
+    if (row + 16 * m + Fragment::row(r / 2) >= keys) acc[m][i / 4 % kTiles][r] = 0.0f;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)
 fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, head_dim)
              const Element* __restrict__ k,     // (batch, seqlen_k, heads_kv, head_dim)
@@ -215,7 +236,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
              int* __restrict__ turns,             // (batch, heads_q, m_blocks, kWarps); null unless kDeterministic
              Element* __restrict__ dk,            // (batch, seqlen_k, heads_kv, head_dim)
              Element* __restrict__ dv,            // (batch, seqlen_k, heads_kv, head_dim_v)
-             const __grid_constant__ BackwardParams params) {
+             const __grid_constant__ BackwardParams call) {
   DYN_SMEM(smem);
   const unsigned k_smem = cvta_to_shared(smem);
   const unsigned v_smem = k_smem + kVOffset;
@@ -230,8 +251,15 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
   const int query_column = column_warp * 8 * kNTiles;
 
   // Early keys are seen by the most queries under a causal mask, so blocks start from the first.
-  const Tile tile = longest_first(blockIdx.x, params.n_blocks, params.heads_kv, params.batch_heads, params.heads_per_wave);
-  const int n_block = params.n_blocks - 1 - tile.m_block;
+  Tile tile = longest_first(blockIdx.x, call.n_blocks, call.heads_kv, call.batch_heads, call.heads_per_wave);
+  int n_block = call.n_blocks - 1 - tile.m_block;
+  Sequence sequence = {};
+  if constexpr (Config::kVarlen) {
+    sequence = find_sequence(call, n_block, tile.batch);
+    if (sequence.key_rows == 0) return;
+  }
+  ParamsOf<BackwardParams> params = call;
+  if constexpr (Config::kVarlen) restrict_keys_to(params, sequence);
   const int block_key = n_block * kBlockN;
   const Visible<BackwardParams> visible = visible_in(params, tile.batch, params.first_row);
   const int keys = visible.keys() - block_key;
@@ -247,6 +275,14 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
   v += tile.batch * params.v.batch + tile.head * params.v.head + block_key * params.v.row;
   dk += tile.batch * params.dk.batch + tile.head * params.dk.head + block_key * params.dk.row;
   dv += tile.batch * params.dv.batch + tile.head * params.dv.head + block_key * params.dv.row;
+  if constexpr (Config::kVarlen) {
+    q += sequence.first_query * params.q.row;
+    dout += sequence.first_query * params.dout.row;
+    k += sequence.first_key * params.k.row;
+    v += sequence.first_key * params.v.row;
+    dk += sequence.first_key * params.dk.row;
+    dv += sequence.first_key * params.dv.row;
+  }
 
   const auto mask_tiles = [&](int head_of_group) {
     return tiles_of_keys(params, tile.batch, first_head + head_of_group, n_block);
@@ -278,9 +314,13 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       return n_block;
     }
   };
-  // Index of a query block in (batch, heads_q, m_blocks).
-  const auto block_index = [&](const QueryBlock& at) {
-    return (first_batch_head + at.head) * params.m_blocks + at.m_block;
+  // Index of a query block in (batch, heads_q, m_blocks), or in (heads_q, m_blocks of all sequences).
+  const auto block_index = [&](const QueryBlock& at) -> long long {
+    if constexpr (Config::kVarlen) {
+      return (long long)(first_head + at.head) * call.m_blocks + sequence.first_block + at.m_block;
+    } else {
+      return (first_batch_head + at.head) * params.m_blocks + at.m_block;
+    }
   };
   QueryBlock to_load = first;
   const auto load_q = [&](int slot) {  // with lse, by the gradient warps
@@ -288,7 +328,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
     load_tile<kBlockM, kHeadDim, kHalf>(k_smem + kQOffset + slot * kQBytes,
                                         q + to_load.head * params.q.head + row * params.q.row, params.q.row,
                                         visible.queries() - row, params.head_dim, loader,
-                                        queries_read(params, row));
+                                        QueryIsRead{lse_log2 + block_index(to_load) * kBlockM});
     load_floats<kBlockM, kHalf>(k_smem + kLseOffset + slot * kBlockM * 4, lse_log2 + block_index(to_load) * kBlockM, loader);
     cp_async_commit_group();
     advance(to_load);
@@ -298,7 +338,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
     load_tile<kBlockM, kHeadDimV, kHalf>(k_smem + kDoutOffset + slot * kDoutBytes,
                                          dout + to_load.head * params.dout.head + row * params.dout.row,
                                          params.dout.row, visible.queries() - row, params.head_dim_v, loader,
-                                         queries_read(params, row));
+                                         QueryIsRead{lse_log2 + block_index(to_load) * kBlockM});
     load_floats<kBlockM, kHalf>(k_smem + kDeltaOffset + slot * kBlockM * 4, delta + block_index(to_load) * kBlockM, loader);
     cp_async_commit_group();
     advance(to_load);
@@ -376,6 +416,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       advance(at);
     }
     __syncthreads();  // everybody is done with K and V
+    if constexpr (Config::kVarlen) clear_unseen(acc_dv, key_row, keys);
     store_gradient<kHeadDimV>(acc_dv, kept_scale(params), smem + kVOffset, key_row, column_warp * kDvTiles, dv, params.dv.row,
                               params.seqlen_k - block_key, params.head_dim_v);
   } else {
@@ -417,6 +458,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       advance(at);
     }
     __syncthreads();
+    if constexpr (Config::kVarlen) clear_unseen(acc_dk, key_row, keys);
     store_gradient<kHeadDim>(acc_dk, params.scale, smem, key_row, column_warp * kDTiles, dk, params.dk.row,
                              params.seqlen_k - block_key, params.head_dim);
   }

@@ -11,7 +11,7 @@
 // Threads   kWarps warps of 16 query rows each, which see every key of the tile.
 // Shared    bytes: K 2·kBlockN·kHeadDim, V 2·kBlockN·kHeadDimV, Q 2·kBlockM·kHeadDim, dO 2·kBlockM·kHeadDimV; at the end,
 // memory    of a bias that is broadcast along the queries, the sums of the warps: kWarps·kBlockN·4 in Q's place.
-// Masks     core/hide.cuh in every tile; tiles of which nothing is seen are passed over.
+// Masks     core/hide.cuh in every tile; tiles outside windows, paddings and the causal mask are passed over.
 // Speed     docs/modifiers.md.
 #include "core/dropout.cuh"
 #include "core/fragment.cuh"
@@ -115,14 +115,17 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
           params.v.row, keys, params.head_dim_v, threadIdx.x, is_read);
     }
     const int rows_end = min(visible.queries(), params.first_row + params.rows) - block_row;
-    const auto has_lse = [&](int row) { return block_row + row >= params.first_row; };
+    // lse and delta of the block's rows; those before params.first_row have none.
+    const int block_at = block_row - params.first_row;
+    const long long block_offset = ((long long)batch * params.heads_q + head) * params.rows_per_head + block_at;
+    const auto is_seen = [&](int row) { return block_at + row >= 0 && QueryIsRead{lse_log2 + block_offset}(row); };
     load_tile<kBlockM, kHeadDim, kThreads>(
         k_smem + kQOffset, q + batch * params.q.batch + head * params.q.head + block_row * params.q.row, params.q.row,
-        rows_end, params.head_dim, threadIdx.x, has_lse);
+        rows_end, params.head_dim, threadIdx.x, is_seen);
     load_tile<kBlockM, kHeadDimV, kThreads>(
         k_smem + kDoutOffset,
         dout + batch * params.dout.batch + head * params.dout.head + block_row * params.dout.row, params.dout.row,
-        rows_end, params.head_dim_v, threadIdx.x, has_lse);
+        rows_end, params.head_dim_v, threadIdx.x, is_seen);
     cp_async_commit_group();
     cp_async_wait_group<0>();
     __syncthreads();
@@ -147,12 +150,11 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + Fragment::row(half) - params.first_row;
+      const int row = warp * 16 + Fragment::row(half);
       float row_lse = infinity(), row_delta = 0.0f;
-      if (row >= 0 && row < params.rows) {
-        const long long at = ((long long)batch * params.heads_q + head) * params.rows_per_head + row;
-        row_lse = lse_log2[at];
-        row_delta = delta[at];
+      if (block_at + row >= 0 && block_at + row < params.rows) {
+        row_lse = lse_log2[block_offset + row];
+        row_delta = delta[block_offset + row];
       }
 #pragma unroll
       for (int j = 0; j < kNTiles; ++j) {

@@ -4,14 +4,16 @@
 //
 // Grid     one dimension: for each (head, batch) a thread block for every block of the workspace, after those for kBlockM
 //          queries each before the first that sees a key, which get zeros. Backwards: what was added last is still in L2.
+// Packed   with kVarlen the blocks are those of all sequences (core/packed.cuh), in the list's order.
 // Threads  kThreads; a thread makes 16 bytes each of two rows, r and r + 8, from the four lanes' shares of a fragment
 //          (core/dq_workspace.cuh), which lie together where four floats were added at once. Neighbouring threads do
 //          neighbouring chunks of a row.
 // Speed    limited by memory.
 #include "core/dq_workspace.cuh"
+#include "core/packed.cuh"
 #include "core/strides.cuh"
 
-struct PostprocessParams {
+struct PostprocessParams : PackedArrays<Config::kVarlen> {
   Strides dq;
   int first_row;  // the first query that sees a key: row 0 of the workspace
   int seqlen_q;   // all queries
@@ -58,15 +60,24 @@ fa2_backward_postprocess(const float* __restrict__ workspace,  // (batch, heads_
                          const __grid_constant__ PostprocessParams params) {
   const int index = gridDim.x - 1 - blockIdx.x;
   const int batch_head = index / params.dq_blocks;
-  const int batch = batch_head / params.heads_q;
+  int batch = batch_head / params.heads_q;
   const int head = batch_head - batch * params.heads_q;
   dq += batch * params.dq.batch + head * params.dq.head;
 
   const int dq_block = index - batch_head * params.dq_blocks;
   const int m_block = dq_block - (params.dq_blocks - params.m_blocks);
   const bool in_workspace = m_block >= 0;
-  const int first_query = in_workspace ? params.first_row + m_block * kBlockM : dq_block * kBlockM;
-  const int end_query = in_workspace ? params.seqlen_q : params.first_row;
+  int first_query = in_workspace ? params.first_row + m_block * kBlockM : dq_block * kBlockM;
+  int end_query = in_workspace ? params.seqlen_q : params.first_row;
+  Sequence sequence = {};
+  if constexpr (Config::kVarlen) {
+    int block_of_sequence = m_block;
+    sequence = find_sequence(params, block_of_sequence, batch);
+    if (sequence.query_rows == 0) return;
+    first_query = block_of_sequence * kBlockM;
+    end_query = sequence.query_rows;
+    dq += sequence.first_query * params.dq.row;
+  }
   const float* const block = workspace + ((long long)batch_head * params.m_blocks + m_block) * Workspace::kBlock;
 
   for (int i = threadIdx.x; i < kBlockM / 2 * kChunks; i += kThreads) {
@@ -89,6 +100,10 @@ fa2_backward_postprocess(const float* __restrict__ workspace,  // (batch, heads_
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int query = first_query + row_tile * 16 + row_in_tile + half * 8;
+      if constexpr (Config::kVarlen) {
+        // What sees no key has sums of dS = 0 times keys, which need not be 0.
+        if (query < sequence.sees_begin || query >= sequence.sees_end) rows[half] = {};
+      }
       if (query < end_query) {
         store_chunk(dq + query * params.dq.row + chunk * 8, rows[half], params.head_dim - chunk * 8);
       }

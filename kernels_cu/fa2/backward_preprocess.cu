@@ -7,6 +7,7 @@
 // Grid     one dimension: a thread block per (kBlockM queries, head, batch). Backwards: what the main kernel starts with is
 //          then still in L2.
 // Threads  kThreads; groups of eight lanes sum one row, 16 bytes a lane and step.
+// Packed   with kVarlen the blocks are those of all sequences (core/packed.cuh), in the list's order.
 // Memory   reads dO, O, lse and dlse in place through their strides; writes whole blocks, for rows past the last too:
 //          there delta = 0 and lse_log2 = +inf, so that backward.cu gets P = 2^(S − inf) = 0 without a mask. A row that
 //          sees no key, lse = −inf, gets +inf for the same reason, and so does a query that is padding.
@@ -14,11 +15,12 @@
 // Speed    limited by memory; a few per cent of the backward.
 #include "core/dq_workspace.cuh"
 #include "core/modifier_params.cuh"
+#include "core/packed.cuh"
 #include "core/read_operand.cuh"
 #include "core/strides.cuh"
 #include "core/widen.cuh"
 
-struct PreprocessParams : ModifierParams<Config::kModified> {
+struct PreprocessParams : PackedArrays<Config::kVarlen>, ModifierParams<Config::kModified> {
   Strides dout, out, lse, dlse;  // of lse and dlse, row is the last axis
   int first_row;                 // the first query that sees a key, block 0 starts there
   int seqlen_q;                  // queries from there on
@@ -44,18 +46,30 @@ fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, 
                         const __grid_constant__ PreprocessParams params) {
   const int index = gridDim.x - 1 - blockIdx.x;
   const int batch_head = index / params.m_blocks;
-  const int m_block = index - batch_head * params.m_blocks;
-  const int batch = batch_head / params.heads_q;
+  int m_block = index - batch_head * params.m_blocks;
+  int batch = batch_head / params.heads_q;
   const int head = batch_head - batch * params.heads_q;
+  Sequence sequence = {};
+  if constexpr (Config::kVarlen) sequence = find_sequence(params, m_block, batch);
   const int lane = threadIdx.x % kLanesPerRow;
   dout += batch * params.dout.batch + head * params.dout.head + params.first_row * params.dout.row;
   out += batch * params.out.batch + head * params.out.head + params.first_row * params.out.row;
+  if constexpr (Config::kVarlen) {
+    dout += sequence.first_query * params.dout.row;
+    out += sequence.first_query * params.out.row;
+    lse += sequence.first_query * params.lse.row;
+    if (dlse != nullptr) dlse += sequence.first_query * params.dlse.row;
+  }
+  const auto sees_a_key = [&](int row) {
+    if constexpr (Config::kVarlen) return row >= sequence.sees_begin && row < sequence.sees_end;
+    else return row < real_queries(params, batch, params.first_row);
+  };
 
 #pragma unroll
   for (int pass = 0; pass < ceil_div(kBlockM, kRowsPerPass); ++pass) {
     const int row_in_block = pass * kRowsPerPass + threadIdx.x / kLanesPerRow;
     const int row = m_block * kBlockM + row_in_block;
-    const bool inside = row_in_block < kBlockM && row < real_queries(params, batch, params.first_row);
+    const bool inside = row_in_block < kBlockM && sees_a_key(row);
     float sum = 0.0f;
     if (inside) {
       for (int column = lane * 8; column < params.head_dim_v; column += kLanesPerRow * 8) {
@@ -76,8 +90,10 @@ fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, 
       if (inside) {
         const int query = params.first_row + row;
         row_lse = lse[batch * params.lse.batch + head * params.lse.head + query * params.lse.row];
-        if (row_lse == -infinity()) row_lse = infinity();
+        const bool is_blind = row_lse == -infinity();
+        if (is_blind) row_lse = infinity();
         if (dlse != nullptr) sum -= dlse[batch * params.dlse.batch + head * params.dlse.head + query * params.dlse.row];
+        if (is_blind) sum = 0.0f;  // NaN in what it was given must not show: 0 · NaN
       }
       lse_log2[target] = row_lse * kLog2E;
       delta[target] = sum;

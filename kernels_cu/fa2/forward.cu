@@ -21,6 +21,8 @@
 //           visible, and every warp has left the tile before it, whose slot is loaded next. __syncthreads() before the
 //           epilogue, because Q may still be arriving in a block that visits no tile; __syncwarp() between a warp's O
 //           stores and its reads.
+// Packed    with kVarlen a block of kBlockM queries is of one sequence among many (core/packed.cuh), longest first. Rows that
+//           are not in use get out = 0, lse = −inf.
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > row + causal_offset get −inf. Rows and columns outside the tensors
 //           are loaded as zeros. A row that sees no key gives out = 0, lse = −inf.
 // Modifiers (docs/modifiers.md) each behind an if constexpr. Scores: core/score.cuh; which tiles are visited, and what
@@ -38,6 +40,7 @@
 #include "core/mask.cuh"
 #include "core/mask_tiles.cuh"
 #include "core/modifier_params.cuh"
+#include "core/packed.cuh"
 #include "core/scheduler.cuh"
 #include "core/score.cuh"
 #include "core/score_mod.cuh"
@@ -52,9 +55,9 @@
 #include "ptx/ldmatrix.cuh"
 #include "ptx/shared_memory.cuh"
 
-struct ForwardParams : ModifierParams<Config::kModified> {
+struct ForwardParams : PackedArrays<Config::kVarlen>, ModifierParams<Config::kModified> {
   Strides q, k, v, out;
-  int seqlen_q;
+  int seqlen_q;  // with kVarlen of the call: the rows of all sequences
   int seqlen_k_visible;  // keys that some query sees: those past them are never read
   int heads_q, group_size, batch_heads;
   int head_dim, head_dim_v;
@@ -125,19 +128,29 @@ __device__ __forceinline__ void load_keys(unsigned slot_smem, const Element* hea
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)
-fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head_dim)
+fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head_dim); with kVarlen batch is 1
             const Element* __restrict__ k,    // (batch, seqlen_k, heads_kv, head_dim)
             const Element* __restrict__ v,    // (batch, seqlen_k, heads_kv, head_dim_v)
             Element* __restrict__ out,        // (batch, seqlen_q, heads_q, head_dim_v)
             float* __restrict__ lse,          // (batch, heads_q, seqlen_q) or null
-            const __grid_constant__ ForwardParams params) {
+            const __grid_constant__ ForwardParams call) {
   DYN_SMEM(smem);
   const unsigned q_smem = cvta_to_shared(smem);
   const unsigned ring_smem = q_smem + kRingOffset;
   const int lane = Fragment::lane();
   const int warp = threadIdx.x / kWarpSize;
 
-  const Tile tile = longest_first(blockIdx.x, params.m_blocks, params.heads_q, params.batch_heads, params.heads_per_wave);
+  Tile tile = longest_first(blockIdx.x, call.m_blocks, call.heads_q, call.batch_heads, call.heads_per_wave);
+  Sequence sequence = {};
+  if constexpr (Config::kVarlen) {
+    tile.m_block = call.m_blocks - 1 - tile.m_block;
+    sequence = find_sequence(call, tile.m_block, tile.batch);
+    if (sequence.query_rows == 0) return;
+    tile.m_block = ceil_div(sequence.query_rows, kBlockM) - 1 - tile.m_block;  // the last see the most keys
+    if (tile.m_block * kBlockM >= sequence.queries) sequence.keys = 0;         // a block that is not in use
+  }
+  ParamsOf<ForwardParams> params = call;
+  if constexpr (Config::kVarlen) restrict_to(params, sequence, sequence.queries);
   const int block_row = tile.m_block * kBlockM;
   const int warp_row = block_row + warp * kWarpRows;
   const int head_kv = tile.head / params.group_size;
@@ -149,6 +162,14 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
   k += tile.batch * params.k.batch + head_kv * params.k.head;
   v += tile.batch * params.v.batch + head_kv * params.v.head;
   out += tile.batch * params.out.batch + tile.head * params.out.head;
+  if constexpr (Config::kVarlen) {
+    q += sequence.first_query * params.q.row;
+    k += sequence.first_key * params.k.row;
+    v += sequence.first_key * params.v.row;
+    out += sequence.first_query * params.out.row;
+  }
+  // Rows to be written: those not in use too. No variable, which would change a plain kernel's code.
+  const auto rows = [&] { return Config::kVarlen ? sequence.query_rows : params.seqlen_q; };
 
   const auto load_k = [&](int n_block, int slot) {
     if (n_block >= tiles.begin) {
@@ -189,8 +210,8 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
   const ScoreModifiers<Element> modifiers = score_modifiers<Element>(params, tile.batch, tile.head, 0);
   const auto mask = mask_of(params, tile.batch, tile.head, 0);
   const Dropout dropout = dropout_of(params, tile.batch, tile.head);
-  // Modified scores are in base 2 already.
-  const float scale_log2 = kModifiesScores ? 1.0f : params.scale_log2;
+  // Modified scores are in base 2 already. A function, since a variable would be one more register's.
+  const auto scale_log2 = [&] { return kModifiesScores ? 1.0f : params.scale_log2; };
 
   const auto visit = [&](int n_block, auto masked) {
     const int ahead = kMasks ? mask_tiles.before(n_block) : n_block - kStages / 2;
@@ -220,7 +241,7 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
       if constexpr (kBanded) hide<false>(acc_s, warp_row, n_block * kBlockN, visible, mask, -infinity());
       else apply_mask<Config::kCausal>(acc_s, warp_row, n_block * kBlockN, visible.keys(), params.causal_offset);
     }
-    softmax.update(acc_s, acc_o, scale_log2);
+    softmax.update(acc_s, acc_o, scale_log2());
     if constexpr (Config::kDropout) {
       dropout.for_each_dropped<false, kMTiles, kNTiles>(warp_row, n_block * kBlockN,
                                                         [&](int m, int j, int r) { acc_s[m][j][r] = 0.0f; });
@@ -256,22 +277,28 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
       const int row = m * 16 + Fragment::row(half);
       float inverse = softmax.inverse_sum(m, half);
       if constexpr (Config::kSinks) {
-        inverse = sink.inverse_sum(softmax.row_max[m][half] * scale_log2, softmax.row_sum[m][half]);
+        inverse = sink.inverse_sum(softmax.row_max[m][half] * scale_log2(), softmax.row_sum[m][half]);
       }
       if constexpr (Config::kDropout) inverse *= kept_scale(params);
+      const bool unused = Config::kVarlen && warp_row + row >= params.seqlen_q;
 #pragma unroll
       for (int d = 0; d < kDTiles; ++d) {
-        *reinterpret_cast<unsigned*>(smem + OTile::offset(warp * kWarpRows + row, d) + lane % 4 * 4) =
-            Element::pack(acc_o[m][d][2 * half] * inverse, acc_o[m][d][2 * half + 1] * inverse);
+        unsigned pair = Element::pack(acc_o[m][d][2 * half] * inverse, acc_o[m][d][2 * half + 1] * inverse);
+        if (unused) pair = 0;
+        *reinterpret_cast<unsigned*>(smem + OTile::offset(warp * kWarpRows + row, d) + lane % 4 * 4) = pair;
       }
-      if (lse != nullptr && lane % 4 == 0 && warp_row + row < params.seqlen_q) {
+      if (lse != nullptr && lane % 4 == 0 && warp_row + row < rows()) {
         float row_lse = softmax.log_sum_exp(m, half, kModifiesScores ? kLn2 : params.scale);
         if constexpr (Config::kSinks) {
           if (warp_row + row < visible.queries()) {
-            row_lse = sink.log_sum_exp(softmax.row_max[m][half] * scale_log2, softmax.row_sum[m][half]);
+            row_lse = sink.log_sum_exp(softmax.row_max[m][half] * scale_log2(), softmax.row_sum[m][half]);
           }
         }
-        lse[((long long)tile.batch * params.heads_q + tile.head) * params.seqlen_q + warp_row + row] = row_lse;
+        if (unused) row_lse = -infinity();
+        const long long first_row = Config::kVarlen
+                                        ? (long long)tile.head * call.seqlen_q + sequence.first_query
+                                        : ((long long)tile.batch * params.heads_q + tile.head) * params.seqlen_q;
+        lse[first_row + warp_row + row] = row_lse;
       }
     }
   }
@@ -281,7 +308,7 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
 #pragma unroll
   for (int pass = 0; pass < ceil_div(kWarpRows, kRowsPerPass); ++pass) {
     const int row = pass * kRowsPerPass + lane / kLanesPerRow;
-    if (row >= kWarpRows || warp_row + row >= params.seqlen_q) continue;
+    if (row >= kWarpRows || warp_row + row >= rows()) continue;
     Element* out_row = out + (warp_row + row) * params.out.row;
 #pragma unroll
     for (int j = 0; j < OTile::kChunks; j += kLanesPerRow) {

@@ -1,4 +1,4 @@
-// The sum of partial sums, in a fixed order: out[i] = Σ_s parts[s][i].
+// The sum of partial sums, or one sum, in the dtype of the result, in a fixed order: out[i] = Σ_s parts[s][i].
 //
 // Grid     one dimension: a thread for each of `count` elements.
 // Speed    limited by memory.
@@ -7,7 +7,7 @@
 struct SumParams {
   long long count;
   int parts;
-  int bytes;  // of an element of out: 4, or 2 for Element
+  int bytes;  // of an element of out: 8, 4, or 2 for Element
 };
 
 using Element = Config::Element;
@@ -21,6 +21,7 @@ fa2_sum_parts(const float* __restrict__ parts,  // (parts, count)
   if (i >= params.count) return;
   float sum = 0.0f;
   for (int part = 0; part < params.parts; ++part) sum += parts[part * params.count + i];
-  if (params.bytes == 4) static_cast<float*>(out)[i] = sum;
+  if (params.bytes == 8) static_cast<double*>(out)[i] = sum;
+  else if (params.bytes == 4) static_cast<float*>(out)[i] = sum;
   else static_cast<Element*>(out)[i].bits = Element::pack(sum, 0.0f) & 0xffff;
 }

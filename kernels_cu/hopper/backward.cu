@@ -28,9 +28,9 @@
 // Barriers  (pipeline.cuh)   who arrives                            who waits
 //           k.full, v.full   loader, TMA's bytes                    main warps, before the first product with it
 //           q.full, dout.full loader, TMA's bytes (lse, delta too)  main warps, before the first product with it
-//           q.empty          each main warp, after a visit          loader, before it loads Q, then dO
-//           ds.full          each main warp, when dS is stored      dQ warps, before the product
-//           ds.empty         each dQ warp, after the product        main warps, before they store; before dK is staged
+//           q.empty          main threads, after a visit            loader, before it loads Q, then dO
+//           ds.full          main threads, when dS is stored        dQ warps, before the product
+//           ds.empty         dQ threads, after the product          main warps, before they store; before dK is staged
 //           bar kStaged + w  main warpgroup w, when dV or dK is staged; before, when it has zeroed unseen keys
 //           bar kZeroedQueries  main warps, when they have zeroed padding among the queries of a visit
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
@@ -47,7 +47,8 @@
 // Configs   head dims up to 128 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
 //           (cuflash/config_hopper_backward.py).
 // Speed     docs/hopper-backward.md.
-// Siblings  hopper/backward_narrow.cu: head dims up to 64 without modifiers, where the main warpgroups have registers for dQ.
+// Siblings  hopper/backward_pair.cu: two thread blocks share the additions to dQ; without modifiers.
+//           hopper/backward_narrow.cu: head dims up to 64 without modifiers, where the main warpgroups have registers for dQ.
 //           hopper/backward_wide.cu: head dims up to 256, where they have none for both dK and dV.
 #include "core/mask_transposed.cuh"
 #include "core/turn.cuh"
@@ -92,9 +93,9 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   const unsigned k_full = k_smem + kKFullOffset, v_full = k_smem + kVFullOffset;
 
   if (threadIdx.x == 0) {
-    q_ring.init(4 * kMainWarpgroups);
+    q_ring.init(kMainWarpgroups * kWarpgroupThreads);
     dout_ring.init();
-    ds_ring.init(4, 4 * kMainWarpgroups);
+    ds_ring.init(kWarpgroupThreads, kMainWarpgroups * kWarpgroupThreads);
     mbarrier_init(k_full, 1);
     mbarrier_init(v_full, 1);
     fence_mbarrier_init();
@@ -114,12 +115,6 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   const int warp = threadIdx.x / kWarpSize % 4;
   // The same in every lane, and known to be: descriptors made of it stay in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0) - 1;
-
-  // One lane, when all have stored or read what others wait to read or store.
-  const auto arrive = [&](unsigned barrier) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  };
 
   if (warpgroup < 0) {
     setmaxnreg_dec<Config::kHelperRegisters>();
@@ -172,7 +167,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
         part.start(acc_dq, ds_ring.slot(visit), k_smem);
         wgmma_wait_group<0>();
         pin_registers(acc_dq);
-        if (i == Part::kParts - 1) arrive(ds_ring.empty(visit));
+        if (i == Part::kParts - 1) mbarrier_arrive(ds_ring.empty(visit));
         if (Config::kDeterministic && i == 0) wait_for_turn(turn_of(at), keys.turn<kBlockM, kBlockN>(at, params));
         part.add(workspace + block_index(at) * Part::Workspace::kBlock, acc_dq, warp, lane);
       }
@@ -276,7 +271,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     ds_ring.wait_empty(visit);
     store_transposed<DsTile>(ds_ring.slot(visit), ds_reg, warp_row);
     fence_proxy_async_shared();
-    arrive(ds_ring.full(visit));
+    mbarrier_arrive(ds_ring.full(visit));
 
     // Beside dK comes the next S. After the last visit its own once more, which is dropped: a second way through
     // this code would make ptxas treat the loop as divergent.
@@ -292,7 +287,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     wgmma_wait_group<0>();
     pin_registers(acc_s[0]);
     pin_registers(ds_reg);
-    arrive(q_ring.empty(visit));
+    mbarrier_arrive(q_ring.empty(visit));
     round_operand<Element>(p_reg, acc_s[0]);
   };
   for (unsigned visit = 0; visit < visits; ++visit) {

@@ -31,10 +31,10 @@
 //           k.full           loader, when it has said which block   everybody, before a key block
 //                            is next, and TMA's bytes
 //           v.full           loader, TMA's bytes                    main warps, before the first product with it
-//           k.empty          main warps, after their last product   loader, before it says so, and loads K and V
+//           k.empty          main threads, after the last product   loader, before it says so, and loads K and V
 //                            of a key block
 //           q.full, dout.full loader, TMA's bytes (lse, delta too)  main warps, before the first product with it
-//           q.empty          each main warp, after a visit          loader, before it loads Q, then dO
+//           q.empty          main threads, after a visit            loader, before it loads Q, then dO
 //           bar kDsStored    the main warpgroups, when dS is stored; when it is no longer read
 //           bar kStaged + w  main warpgroup w, when dV or dK is staged; when it has left
 // Masks, order as in hopper/backward.cu.
@@ -94,9 +94,9 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
   int* const block_slot = reinterpret_cast<int*>(smem + kBlockSlotOffset);  // index of the key block that K is of
 
   if (threadIdx.x == 0) {
-    q_ring.init(4 * kMainWarpgroups);
+    q_ring.init(kMainWarpgroups * kWarpgroupThreads);
     dout_ring.init();
-    k_ring.init(4 * kMainWarpgroups);
+    k_ring.init(kMainWarpgroups * kWarpgroupThreads);
     v_ring.init();
     fence_mbarrier_init();
   }
@@ -118,12 +118,6 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
   const int warp = threadIdx.x / kWarpSize % 4;
   // The same in every lane, and known to be: descriptors made of it stay in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0) - 1;
-  // One lane, when all have stored or read what others wait to read or store.
-  const auto arrive = [&](unsigned barrier) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  };
-
   if (warpgroup < 0) {
     setmaxnreg_dec<Config::kHelperRegisters>();
     if (threadIdx.x > 0) return;
@@ -268,7 +262,7 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
       wgmma_wait_group<0>();
       pin_registers(p_reg);
       pin_registers(ds_reg);
-      arrive(q_ring.empty(use));
+      mbarrier_arrive(q_ring.empty(use));
     };
     for (; use < end; ++use) {
       if (is_masked(at)) do_visit(use, Constant<true>{});
@@ -277,7 +271,7 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
     }
     pin_registers(acc_dv);
     pin_registers(acc_dk);
-    arrive(k_ring.empty(block));
+    mbarrier_arrive(k_ring.empty(block));
     if (keys.visits > 0) ++v_use;
 
     // Epilogue: dV and dK into this warpgroup's panels of dS, once nobody multiplies by it any more. Meanwhile the next

@@ -31,15 +31,16 @@
 //           q.empty            probabilities after P; gradients after dK  loader
 //           dout.full          loader, TMA's bytes (delta too)            gradients before dP; probabilities before dV
 //           dout.empty         probabilities after dV; gradients after dS loader
-//           p.full             each warp of probabilities, when stored    gradients, before dS
-//           p.empty            each warp of gradients, when read          probabilities, before they store P
-//           ds.full            each warp of gradients, when stored        queries, before dQ
-//           ds.empty           each warp of queries, after the product    gradients, before they store dS
+//           p.full             probabilities, when stored                 gradients, before dS
+//           p.empty            gradients, when read                       probabilities, before they store P
+//           ds.full            gradients, when stored                     queries, before dQ
+//           ds.empty           queries, after the product                 gradients, before they store dS
 //           bar kStaged + w    all warps of probabilities, gradients, when dV, dK is staged: themselves; before, when
 //                              they have zeroed keys that nobody sees
 //           bar kZeroedQueries probabilities and gradients, when Q and dO of a visit have zeros for padding: both
-// Arrivals  that release what a warp has read come after the first use of the values. A load that is only issued may
-//           still be overtaken: on the H100 (CUDA 13.0), P released right after its loads was overwritten under them.
+// Arrivals  are every thread's, 128 a warpgroup. Those that release what was read come after the first use of the values:
+//           a load that is only issued may still be overtaken. On the H100 (CUDA 13.0), P released right after its loads
+//           was overwritten under them.
 // Masks, modifiers, numerics, order as in hopper/backward.cu: dS too is made from P rounded to Element; p is the P that
 //           makes dS, if that is another.
 // Configs   head dims up to 256 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
@@ -135,10 +136,10 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   const unsigned k_full = k_smem + kKFullOffset, v_full = k_smem + kVFullOffset;
 
   if (threadIdx.x == 0) {
-    q_ring.init(8);
-    dout_ring.init(8);
-    ds_ring.init(4, 4);
-    p_ring.init(4, 4);
+    q_ring.init(2 * kWarpgroupThreads);
+    dout_ring.init(2 * kWarpgroupThreads);
+    ds_ring.init(kWarpgroupThreads, kWarpgroupThreads);
+    p_ring.init(kWarpgroupThreads, kWarpgroupThreads);
     mbarrier_init(k_full, 1);
     mbarrier_init(v_full, 1);
     fence_mbarrier_init();
@@ -159,12 +160,6 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   // The same in every lane, and known to be: descriptors made of it stay in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
   QueryBlock at = keys.first(params);
-  // One lane, when all are done with what the barrier stands for.
-  const auto arrive = [&](unsigned barrier) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  };
-
   // Shared memory outlives its reader.
   const auto wait_for_stores = [&] {
     if (threadIdx.x % kWarpgroupThreads == 0) cp_async_bulk_wait_group_read<0>();
@@ -235,7 +230,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
       zero_padding(QTile{}, smem + kQOffset + visit % kStages * QTile::kBytes);
       start_transposed<Element, KTile, QTile, kHeadDim>(acc_s[0], k_smem, q_ring.slot(visit));
       wgmma_wait_group<1>();
-      if (visit > 0) arrive(dout_ring.empty(visit - 1));
+      if (visit > 0) mbarrier_arrive(dout_ring.empty(visit - 1));
       wgmma_wait_group<0>();
       pin_registers(acc_s[0]);
       pin_registers(p_reg);  // and only now may P change: it was an operand
@@ -253,13 +248,13 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
                                        params.causal_offset);
         }
       }
-      arrive(q_ring.empty(visit));
+      mbarrier_arrive(q_ring.empty(visit));
       round_operand<Element>(p_reg, acc_s[0]);
       if constexpr (!kTwoPs) {
         p_ring.wait_empty(visit);
         PFragments::store(p_fragments(visit), p_reg);
       }
-      arrive(p_ring.full(visit));
+      mbarrier_arrive(p_ring.full(visit));
       dout_ring.wait_full(visit);
       start_gradient<Element, DoutTile, product_columns(kHeadDimV)>(acc_dv, p_reg, dout_ring.slot(visit));
       keys.advance(at, params);
@@ -287,7 +282,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
       zero_padding(DoutTile{}, smem + kDoutOffset + visit % kStages * DoutTile::kBytes);
       start_transposed<Element, VTile, DoutTile, kHeadDimV>(acc_dp[0], v_smem, dout_ring.slot(visit));
       wgmma_wait_group<1>();
-      if (visit > 0) arrive(q_ring.empty(visit - 1));
+      if (visit > 0) mbarrier_arrive(q_ring.empty(visit - 1));
       wgmma_wait_group<0>();
       pin_registers(acc_dp[0]);
       pin_registers(ds_reg);
@@ -300,13 +295,13 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
         differentiate<Element>(acc_dp[0], p_reg, delta_of(visit));
       }
       pin_registers(acc_dp[0]);  // used: see Arrivals
-      arrive(p_ring.empty(visit));
-      arrive(dout_ring.empty(visit));
+      mbarrier_arrive(p_ring.empty(visit));
+      mbarrier_arrive(dout_ring.empty(visit));
       round_operand<Element>(ds_reg, acc_dp[0]);
       ds_ring.wait_empty(visit);
       store_transposed<DsTile>(ds_ring.slot(visit), ds_reg, warp * 16);
       fence_proxy_async_shared();
-      arrive(ds_ring.full(visit));
+      mbarrier_arrive(ds_ring.full(visit));
       // Q has landed: P is made of it.
       start_gradient<Element, QTile, product_columns(kHeadDim)>(acc_dk, ds_reg, q_ring.slot(visit));
       if constexpr (Config::kModified) keys.advance(at, params);
@@ -332,7 +327,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
       part.start(acc_dq, ds_ring.slot(visit), k_smem);
       wgmma_wait_group<0>();
       pin_registers(acc_dq);
-      if (i == Part::kParts - 1 && lane == 0) mbarrier_arrive(ds_ring.empty(visit));
+      if (i == Part::kParts - 1) mbarrier_arrive(ds_ring.empty(visit));
       if (Config::kDeterministic && i == 0) wait_for_turn(turn_of(at), keys.turn<kBlockM, kBlockN>(at, params));
       part.add(workspace + block_index(at) * Part::Workspace::kBlock, acc_dq, warp, lane);
     }

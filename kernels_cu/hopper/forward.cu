@@ -23,13 +23,16 @@
 // Registers O: kHeadDimV/2, S: kBlockN/2, P: kBlockN/4 a thread; docs/hopper-forward.md has ptxas's figures.
 // Barriers  (pipeline.cuh)   who arrives                            who waits
 //           q.full           producer, TMA's bytes                  consumers, before they read the tile or its Q
-//           q.empty          each consumer warp, after its last S   producer, before it writes either
+//           q.empty          each consumer that has read which tile producer, before it writes either
+//                            it is; lane 0 after its last S
 //           k.full, v.full   producer, TMA's bytes                  consumers, before each product
 //           k.empty, v.empty each consumer warp, after the product  producer, before each load
 //           o_empty          each warpgroup, when O has left V      producer, before the next tile's V
 //           bar 1 + w        the warpgroup before w                 warpgroup w, before it issues products
 //           bar 1 + kWarpgroups + w: O's place is free, O is written (w's warps); with O in V also bar
 //           1 + 2·kWarpgroups: nobody reads V any more (all consumers)
+// Packed    with kVarlen tiles are of many sequences (hopper/packed.cuh), as a list on the device has them. The tensor maps
+//           end each sequence where it ends, for loads and stores alike; out and lse of rows not in use are 0 and −inf.
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > row + causal_offset get −inf; masked blocks are peeled off. A
 //           tile that sees no key visits one, masked block. TMA reads rows outside the tensors as zeros, and the host
 //           ends K and V at the last key some query sees. A row that sees no key gives out = 0, lse = −inf.
@@ -49,12 +52,14 @@
 #include "core/mask.cuh"
 #include "core/mask_tiles.cuh"
 #include "core/modifier_params.cuh"
+#include "core/packed.cuh"
 #include "core/scheduler.cuh"
 #include "core/score.cuh"
 #include "core/score_mod.cuh"
 #include "core/sinks.cuh"
 #include "core/types.cuh"
 #include "core/visible.cuh"
+#include "hopper/packed.cuh"
 #include "hopper/pipeline.cuh"
 #include "hopper/products.cuh"
 #include "hopper/softmax.cuh"
@@ -69,7 +74,7 @@
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
-struct ForwardParams : ModifierParams<Config::kModified> {
+struct ForwardParams : PackedArrays<Config::kVarlen>, ModifierParams<Config::kModified> {
   int seqlen_q, seqlen_k_visible;  // keys that some query sees
   int heads_q, group_size, batch_heads;  // in packs of kPackedHeads heads
   int causal_offset;
@@ -96,6 +101,8 @@ constexpr bool kZeroesV = kMasks || Config::kKeyPadding || Config::kQueryPadding
 static_assert(kBlockM == 64 * kWarpgroups && kBlockN % 16 == 0, "whole wgmma tiles");
 static_assert(64 % kPack == 0, "whole queries in the rows of a warpgroup");
 static_assert(kPack == 1 || !Config::kModified, "modifiers take rows for queries of one head");
+static_assert(!Config::kVarlen || (kPack == 1 && Config::kDynamicTiles), "packed sequences are of many lengths");
+static_assert(!Config::kVarlen || !Config::kModified, "modifiers count from the start of a tensor");
 static_assert(kQStages == 1 || kQStages == 2, "the next Q waits for this one, or has its own slot");
 
 using QTile = PanelTile<kBlockM, kHeadDim>;
@@ -108,7 +115,7 @@ constexpr int kKOffset = kQStages * QTile::kBytes;
 constexpr int kVOffset = kKOffset + kStages * KTile::kBytes;
 constexpr int kOOffset = kOInV ? kVOffset : kVOffset + kStages * VTile::kBytes;
 constexpr int kTileSlotsOffset = kVOffset + kStages * VTile::kBytes + (kOInV ? 0 : kWarpgroups * OTile::kBytes);
-constexpr int kVBlocksOffset = kTileSlotsOffset + kQStages * 16;
+constexpr int kVBlocksOffset = kTileSlotsOffset + kQStages * (Config::kVarlen ? 32 : 16);
 constexpr int kBarriersOffset = kVBlocksOffset + (kZeroesV ? kStages * 16 : 0);
 static_assert(!kOInV || kWarpgroups * OTile::kBytes <= kStages * VTile::kBytes, "O fits in V's place");
 
@@ -121,7 +128,8 @@ constexpr int kLandedOffset = kOEmptyOffset + 8;
 static_assert(kLandedOffset + (kZeroesV ? LandedRing::kBarrierBytes : 0) == Config::kSharedBytes,
               "the host's map is the same");
 
-struct alignas(16) TileSlot { Tile tile; };  // how the producer tells the consumers which tile Q belongs to
+using WorkTile = ChosenTile<Config::kVarlen>::Type;
+struct alignas(16) TileSlot { WorkTile tile; };  // how the producer tells the consumers which tile Q belongs to
 constexpr int kNoTile = -1;                  // in place of m_block: there is no further tile
 
 // How the producer tells which block V is of, and whether every query of the tile sees all of it.
@@ -150,11 +158,17 @@ __device__ __forceinline__ int block_of(const Tile& tile) {
 }
 
 // A tile that sees no key passes through the pipeline as one masked block, the first.
-template <class Keys = KeyBlocks, class Params>
-__device__ __forceinline__ Keys key_blocks(const Params& params, const Tile& tile) {
+template <class Keys = KeyBlocks, class Params, class WorkTile>
+__device__ __forceinline__ Keys key_blocks(const Params& params, const WorkTile& tile) {
   Keys keys;
-  static_cast<KeyTiles&>(keys) =
-      visited_tiles<kQueries, kBlockN>(visible_in(params, tile.batch, 0), block_of(tile) * kQueries);
+  const int query = block_of(tile) * kQueries;
+  if constexpr (Config::kVarlen) {
+    static_cast<TileRange&>(keys) =
+        key_tiles<kBlockN, Config::kCausal>(query, min(query + kQueries, tile.queries), tile.keys,
+                                            causal_offset_of(tile, params));
+  } else {
+    static_cast<KeyTiles&>(keys) = visited_tiles<kQueries, kBlockN>(visible_in(params, tile.batch, 0), query);
+  }
   if constexpr (kBanded) {
     keys.mask_tiles = tiles_of_queries(params, tile.batch, tile.head, block_of(tile));
     keys.first_shown = keys.after(keys.end);
@@ -169,9 +183,10 @@ __device__ __forceinline__ Keys key_blocks(const Params& params, const Tile& til
 }
 
 struct Work {  // a tile, and what its divisions give: they would delay each load
-  Tile tile;
+  WorkTile tile;
   int kv_head;
   int n_first;  // key block
+  int first_key;  // of a packed sequence
   KeyBlocks keys;
 };
 
@@ -180,6 +195,7 @@ struct TileModifiers {
   int queries, keys;
   ScoreModifiers<Element> scores;
 };
+static_assert(sizeof(TileSlot) == (Config::kVarlen ? 32 : 16), "as its place in shared memory");
 
 // acc_s = Q Kᵀ: 64 rows of Q, from q_smem on, and all keys of the block. Started, not waited for.
 __device__ __forceinline__ void start_q_k(float (&acc_s)[kNTiles][4], unsigned q_smem, unsigned k_smem) {
@@ -230,9 +246,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   VBlock* const v_blocks = reinterpret_cast<VBlock*>(smem + kVBlocksOffset);  // (kStages,)
 
   if (threadIdx.x == 0) {
-    q_ring.init(4 * kWarpgroups);
+    q_ring.init(kWarpgroups * kWarpgroupThreads);
     k_ring.init(4 * kWarpgroups);
-    v_ring.init(4 * kWarpgroups);
+    v_ring.init(4 * kWarpgroups, kZeroesV ? kWarpSize : 1);
     mbarrier_init(o_empty, kWarpgroups);
     if constexpr (kZeroesV) v_landed.init();
     fence_mbarrier_init();
@@ -257,29 +273,34 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
             zero_unread_rows<VTile, kBlockN>(smem + kVOffset + use % kStages * VTile::kBytes, 0,
                                              [&](int row) { return row < keys && is_read(row); });
           }
-          __syncwarp();  // all lanes have read which block it is
-          if (Fragment::lane() == 0) mbarrier_arrive(v_ring.full(use));
+          mbarrier_arrive(v_ring.full(use));
         }
       }
     }
     if (threadIdx.x != 0) return;
     unsigned use = 0;    // of the K and V rings: key blocks before this one, of all tiles so far
     unsigned q_use = 0;  // of the Q ring: tiles before this one
-    const auto load_q = [&](unsigned q_use, const Tile& tile) {
+    const auto load_q = [&](unsigned q_use, const auto& tile) {
       q_ring.wait_empty(q_use);
       tile_slots[q_use % kQStages].tile = tile;
       mbarrier_arrive_expect_tx(q_ring.full(q_use), QTile::kBytes);
       const unsigned slot = q_ring.slot(q_use), full = q_ring.full(q_use);
-      if constexpr (kPack == 1) QTile::load(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
+      if constexpr (Config::kVarlen) {
+        QTile::load_of_sequence(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.first_query, tile.queries);
+      } else if constexpr (kPack == 1) QTile::load(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
       else QTile::load_packed(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
     };
     const int mapped = first_mapped_key(params);
-    const auto load_k = [&](unsigned use, const Work& work, int n_block) {
+    const auto load_k = [&](unsigned use, const auto& work, int n_block) {
       k_ring.wait_empty(use);
       mbarrier_arrive_expect_tx(k_ring.full(use), KTile::kBytes);
-      KTile::load(k_ring.slot(use), &k_map, k_ring.full(use), n_block * kBlockN - mapped, work.kv_head, work.tile.batch);
+      const int key = n_block * kBlockN - mapped;
+      if constexpr (Config::kVarlen) {
+        KTile::load_of_sequence(k_ring.slot(use), &k_map, k_ring.full(use), key, work.kv_head, work.first_key,
+                                work.tile.keys);
+      } else KTile::load(k_ring.slot(use), &k_map, k_ring.full(use), key, work.kv_head, work.tile.batch);
     };
-    const auto load_v = [&](unsigned use, const Work& work, int n_block) {
+    const auto load_v = [&](unsigned use, const auto& work, int n_block) {
       if constexpr (kOInV) mbarrier_wait(o_empty, q_use % 2);
       v_ring.wait_empty(use);
       if constexpr (kZeroesV) {
@@ -287,16 +308,23 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       }
       const unsigned landed = kZeroesV ? v_landed.full(use) : v_ring.full(use);
       mbarrier_arrive_expect_tx(landed, VTile::kBytes);
-      VTile::load(v_ring.slot(use), &v_map, landed, n_block * kBlockN - mapped, work.kv_head, work.tile.batch);
+      const int key = n_block * kBlockN - mapped;
+      if constexpr (Config::kVarlen) {
+        VTile::load_of_sequence(v_ring.slot(use), &v_map, landed, key, work.kv_head, work.first_key, work.tile.keys);
+      } else VTile::load(v_ring.slot(use), &v_map, landed, key, work.kv_head, work.tile.batch);
     };
+    const int packed_blocks = packed_blocks_of(params);
+    const auto m_blocks = [&] { return Config::kVarlen ? packed_blocks : params.m_blocks; };
+    const auto tiles = [&] { return Config::kVarlen ? packed_blocks * params.heads_q : params.tiles; };
     const auto work_at = [&](int index) {
-      if (index >= params.tiles) return Work{{kNoTile, 0, 0}};
-      const Tile tile =
-          longest_first(index, params.m_blocks, params.heads_q, params.batch_heads, params.heads_per_wave);
+      if (index >= tiles()) return Work{{kNoTile, 0, 0}};
+      const Tile at = longest_first(index, m_blocks(), params.heads_q, params.batch_heads, params.heads_per_wave);
+      int first_key = 0;
+      const WorkTile tile = tile_at<kBlockM>(params, at, m_blocks(), first_key);
       const KeyBlocks keys = key_blocks(params, tile);
       const int kv_head = tile.head / params.group_size;
-      if constexpr (kBanded) return Work{tile, kv_head, keys.first(), keys};
-      else return Work{tile, kv_head, keys.first()};
+      if constexpr (kBanded) return Work{tile, kv_head, keys.first(), first_key, keys};
+      else return Work{tile, kv_head, keys.first(), first_key};
     };
 
     // Q and the first key block.
@@ -307,6 +335,14 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
 
     int index = blockIdx.x;
     Work work = work_at(index);
+    const auto finish = [&] {
+      q_ring.wait_empty(q_use);
+      tile_slots[q_use % kQStages].tile = WorkTile{kNoTile, 0, 0};
+      mbarrier_arrive(q_ring.full(q_use));
+    };
+    if constexpr (Config::kVarlen) {
+      if (work.tile.m_block == kNoTile) return finish();  // there are fewer tiles than the host had to allow for
+    }
     start_tile(q_use, use, work);
     while (true) {
       Work next;
@@ -317,7 +353,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
         // The next tile is claimed late, to balance the load, but a block ahead: the counter takes its time to answer.
         // With a mask it is claimed at the first block: nobody knows how many are to come.
         if (n_block == (kMasks ? work.n_first : min(work.n_first, keys.begin + 1))) {
-          if constexpr (Config::kDynamicTiles) index = gridDim.x + atomicInc(tiles_taken, params.tiles - 1);
+          if constexpr (Config::kDynamicTiles) index = gridDim.x + atomicInc(tiles_taken, tiles() - 1);
           else index += gridDim.x;
         }
         // Always what is needed next comes first; but one Q slot is not free before the last V is awaited.
@@ -335,9 +371,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       if (next.tile.m_block == kNoTile) break;
       work = next;
     }
-    q_ring.wait_empty(q_use);
-    tile_slots[q_use % kQStages].tile = Tile{kNoTile, 0, 0};
-    mbarrier_arrive(q_ring.full(q_use));
+    finish();
     if constexpr (kZeroesV) {
       v_ring.wait_empty(use);
       v_blocks[use % kStages] = {0, 0, kNoBlock, 0};
@@ -356,8 +390,8 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
 
   const auto receive_tile = [&](unsigned q_use) {
     q_ring.wait_full(q_use);
-    const Tile tile = tile_slots[q_use % kQStages].tile;
-    __syncwarp();  // all lanes have read it before one of them releases the slot
+    const WorkTile tile = tile_slots[q_use % kQStages].tile;
+    if (lane > 0) mbarrier_arrive(q_ring.empty(q_use));  // early: lane 0 does when the warp is done with Q
     return tile;
   };
   const auto release = [&](unsigned empty_barrier) {
@@ -368,18 +402,21 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   float acc_o[kDTiles][4] = {};
   unsigned p_reg[kNTiles / 2][4];  // P of the block whose S was computed last
   DeferredSoftmax softmax;
-  Tile tile = receive_tile(q_use);
+  WorkTile tile = receive_tile(q_use);
+  if constexpr (Config::kVarlen) {
+    if (tile.m_block == kNoTile) return;
+  }
   KeyBlocks keys = key_blocks(params, tile);
   const auto scale_log2 = [&] { return kModifiesScores ? 1.0f : params.scale_log2; };  // modified ones are in base 2 already
   const Dropout dropout = dropout_of(params, 0, 0);
-  const auto modifiers_of = [&](const Tile& tile) {
+  const auto modifiers_of = [&](const WorkTile& tile) {
     const Visible<ForwardParams> visible = visible_in(params, tile.batch, 0);
     return TileModifiers{visible.queries(), visible.keys(), score_modifiers<Element>(params, tile.batch, tile.head, 0)};
   };
   TileModifiers modifiers = modifiers_of(tile);
 
   // From the scores of a block to its P, unrounded, and the row statistics.
-  const auto exponentiate = [&](float (&acc_s)[1][kNTiles][4], DeferredSoftmax& softmax, const Tile& tile,
+  const auto exponentiate = [&](float (&acc_s)[1][kNTiles][4], DeferredSoftmax& softmax, const WorkTile& tile,
                                 const TileModifiers& modifiers, int n_block, auto masked) {
     const int row = block_of(tile) * kBlockM + warp_row, key = n_block * kBlockN;
     if constexpr (Config::kNegativeScale) {
@@ -397,9 +434,10 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     const Visible<ForwardParams> visible = {params, modifiers.queries, modifiers.keys};
     if constexpr (kBanded) {
       if (masked) hide<false>(acc_s, row, key, visible, mask_of(params, tile.batch, tile.head, 0), -infinity());
-    } else if (masked && (Config::kCausal || Config::kKeyPadding || params.seqlen_k_visible % kBlockN != 0)) {
+    } else if (masked && (Config::kCausal || Config::kKeyPadding || Config::kVarlen ||
+                          params.seqlen_k_visible % kBlockN != 0)) {
       // Without a causal mask only the last block can need one, and only if the keys do not fill it.
-      apply_mask<Config::kCausal, kPack>(acc_s, row, key, visible.keys(), params.causal_offset);
+      apply_mask<Config::kCausal, kPack>(acc_s, row, key, keys_of(tile, visible), causal_offset_of(tile, params));
     }
     softmax.update(acc_s, scale_log2());
     if constexpr (Config::kDropout) {
@@ -427,8 +465,8 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   // The next block's S and P, and O += P V of the block before, which may be the last of the tile before. If there is
   // no next block, S is computed from whatever the slots hold and dropped: a second way through this code would make
   // ptxas treat the loops as divergent.
-  const auto next_block = [&](DeferredSoftmax& softmax, const Tile& tile, const TileModifiers& modifiers, unsigned q_use,
-                              int n_block, bool exists, auto masked) {
+  const auto next_block = [&](DeferredSoftmax& softmax, const WorkTile& tile, const TileModifiers& modifiers,
+                              unsigned q_use, int n_block, bool exists, auto masked) {
     float acc_s[1][kNTiles][4];
     if (exists) k_ring.wait_full(use + 1);
     if constexpr (Config::kPingPong) bar_sync(1 + warpgroup, 2 * kWarpgroupThreads);
@@ -481,7 +519,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     }
 
     release(q_ring.empty(q_use));
-    Tile next_tile;
+    WorkTile next_tile;
     KeyBlocks next_keys;
     TileModifiers next_modifiers;
     DeferredSoftmax next_softmax;
@@ -527,6 +565,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       for (int i = 0; i < 4; ++i) {
         const float(&o)[4] = acc_o[d + i / 2];
         o_reg[i] = Element::pack(o[i % 2 * 2] * inverse[i % 2], o[i % 2 * 2 + 1] * inverse[i % 2]);
+        if constexpr (Config::kVarlen) {
+          if (tile.m_block * kQueries + warp_row + Fragment::row(i % 2) >= queries_of(tile, params)) o_reg[i] = 0;
+        }
       }
       stmatrix_x4(o_smem + OTile::offset(warp * 16 + lane % 16, d + lane / 16), o_reg);
     }
@@ -537,7 +578,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       for (int panel = 0; panel < OTile::kPanels; ++panel) {
         const unsigned panel_smem = o_smem + panel * OTile::kPanelBytes;
         const int query = tile.m_block * kQueries + warpgroup * (64 / kPack);
-        if constexpr (kPack == 1) {
+        if constexpr (Config::kVarlen) {
+          store_of_sequence(&out_map, panel_smem, panel * kPanelColumns, tile, query);
+        } else if constexpr (kPack == 1) {
           cp_async_bulk_tensor_4d_store(&out_map, panel_smem, panel * kPanelColumns, query, tile.head, tile.batch);
         } else {
           cp_async_bulk_tensor_5d_store(&out_map, panel_smem, panel * kPanelColumns, 0, query, tile.head, tile.batch);
@@ -552,7 +595,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
         const int row = warp_row + Fragment::row(half);
         const int query = tile.m_block * kQueries + row / kPack;
         const long long head = pack * kPack + row % kPack;
-        if (query < params.seqlen_q) {
+        if constexpr (Config::kVarlen) {
+          store_lse_of_sequence(lse, softmax.log_sum_exp(0, half, params.scale), params, tile, query);
+        } else if (query < params.seqlen_q) {
           float row_lse = softmax.log_sum_exp(0, half, kModifiesScores ? kLn2 : params.scale);
           if constexpr (Config::kSinks) {
             if (query < modifiers.queries) {

@@ -35,6 +35,17 @@ __device__ __forceinline__ void start_gradient(float (&acc)[kDTiles][4], const u
   wgmma_commit_group();
 }
 
+// acc = dS K, or acc += dS K: 64 queries from ds_smem on, all kKeys keys of the tiles, columns of K from k_smem on.
+template <class Element, class DsTile, class KTile, int kKeys, int kNTiles>
+__device__ __forceinline__ void start_dq(float (&acc)[kNTiles][4], unsigned ds_smem, unsigned k_smem, bool accumulate) {
+  wgmma_fence();
+#pragma unroll
+  for (int k16 = 0; k16 < kKeys / 16; ++k16) {
+    wgmma_k_n_major(Element{}, acc, DsTile::k_major(ds_smem, k16), KTile::n_major(k_smem, k16), accumulate || k16 > 0);
+  }
+  wgmma_commit_group();
+}
+
 // One part of dQ = dS K: 64 queries and kColumns columns of a block of kBlockM × kHeadDim. kKeys is K's block.
 template <class Element, int kBlockM, int kHeadDim, int kKeys, int kColumns>
 struct DqPart {
@@ -52,14 +63,8 @@ struct DqPart {
   }
 
   __device__ __forceinline__ void start(float (&acc)[kColumns / 8][4], unsigned ds_smem, unsigned k_smem) const {
-    const unsigned a_smem = ds_smem + row * kPanelRowBytes;
-    const unsigned b_smem = k_smem + column / kPanelColumns * KTile::kPanelBytes;
-    wgmma_fence();
-#pragma unroll
-    for (int k16 = 0; k16 < kKeys / 16; ++k16) {
-      wgmma_k_n_major(Element{}, acc, DsTile::k_major(a_smem, k16), KTile::n_major(b_smem, k16), k16 > 0);
-    }
-    wgmma_commit_group();
+    start_dq<Element, DsTile, KTile, kKeys>(acc, ds_smem + row * kPanelRowBytes,
+                                            k_smem + column / kPanelColumns * KTile::kPanelBytes, false);
   }
 
   // Adds a warp's 16 queries to a block of the workspace.

@@ -7,6 +7,16 @@
 constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = 128;
 
+// Row `row` of the sequence that is rows [first, first + rows) of a packed tensor, as coordinates of a map in which every
+// sequence ends where an axis does: TMA fills and clips what is past it. Axis `row` has kOrigin elements, so that the last
+// of the sequence is its last; axis `end` moves that to the sequence's end, and the last axis, at kOrigin, takes kOrigin
+// rows back: its step is 2^34 bytes less a row, and 2^30 · 2^34 is 0 in 64 bits. (Triton's ragged descriptors.)
+struct PackedRows {
+  static constexpr int kOrigin = 1 << 30;
+  int row, end;
+  __device__ __forceinline__ PackedRows(int first, int rows, int row) : row(kOrigin - rows + row), end(first + rows) {}
+};
+
 // kRows × kColumns elements of 16 bits. Tiles start at multiples of 1024 bytes, which the swizzle repeats after.
 template <int kRows, int kColumns>
 struct PanelTile {
@@ -27,6 +37,17 @@ struct PanelTile {
     for (int panel = 0; panel < kPanels; ++panel) {
       cp_async_bulk_tensor_4d_load(tile_smem + panel * kPanelBytes, map, mbarrier_smem, panel * kPanelColumns, row,
                                    head, batch);
+    }
+  }
+
+  // The same from rows [first, first + rows) of a packed tensor: those past them are zeros. See PackedRows.
+  static __device__ __forceinline__ void load_of_sequence(unsigned tile_smem, const CUtensorMap* map,
+                                                          unsigned mbarrier_smem, int row, int head, int first, int rows) {
+    const PackedRows at(first, rows, row);
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      cp_async_bulk_tensor_5d_load(tile_smem + panel * kPanelBytes, map, mbarrier_smem, panel * kPanelColumns, at.row,
+                                   head, at.end, PackedRows::kOrigin);
     }
   }
 

@@ -1,4 +1,4 @@
-// Loads and additions that order the memory accesses around them, for flags between thread blocks (sm_70).
+// Loads and atomics that order the memory accesses around them, for flags between thread blocks (sm_70).
 #pragma once
 
 // What follows in this thread sees what was written before the release that stored the value.
@@ -11,4 +11,12 @@ __device__ __forceinline__ int ld_acquire_gpu(const int* address) {
 // Adds x; whoever acquires the result sees what this thread wrote, or had seen, before.
 __device__ __forceinline__ void red_release_gpu_add(int* address, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" :: "l"(address), "r"(x) : "memory");
+}
+
+// Adds 1, or goes back to 0 from `limit`, and returns what was there. Both: what this thread had seen goes along, and what
+// follows sees what came along with those before.
+__device__ __forceinline__ unsigned atom_acq_rel_gpu_inc(unsigned* address, unsigned limit) {
+  unsigned old;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(limit) : "memory");
+  return old;
 }

@@ -1,7 +1,7 @@
 // Fences between the threads and the units that work beside them (sm_90).
 #pragma once
 
-// Makes mbarrier_init visible to TMA.
+// Makes mbarrier_init visible to TMA and, beyond a barrier, to the other thread blocks of the cluster.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

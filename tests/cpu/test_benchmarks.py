@@ -151,6 +151,25 @@ def test_summary_burst_and_host_tables(speed_results: dict[str, Any], host_resul
     )
 
 
+def test_a_decode_table_has_a_column_for_each_peer_and_their_means(speed_results: dict[str, Any]) -> None:
+    problem = Workload(128, 4096, 1, 32, 8, True, "bfloat16").fields() | {"seqlen_q": 1}
+    row = {"family": "decode", "direction": "decode", **problem, "us": 10.0, "gbps": 1500.0, "host_us": 20.0}
+    rows = [
+        {**row, "peers": {"fa3": 750.0, "sdpa": 500.0}, "peer_errors": {}},
+        {**row, "peers": {"fa3": 3000.0}, "features": {"page_size": 16, "append": True, "num_splits": 8}},
+    ]
+    results = {**speed_results, "rows": rows}
+    assert results_files.problems(results) == []
+    lines = tables.table(results).splitlines()
+    assert "| 1 | 4096 | 1 | 32:8 | contiguous | 10 | 1500 | 750 (2.00) | 500 (3.00) | 20 |" in lines
+    assert (
+        "| 1 | 4096 | 1 | 32:8 | pages of 16, append, 8 splits | 10 | 1500 | 3000 (0.50) | - | 20 |" in lines
+    )
+    assert "Geometric mean of our speed over FA3 1.00, SDPA 3.00." in lines
+    results["rows"][0]["us"] = None
+    assert results_files.problems(results) == ["row 0: us must be float, got None"]
+
+
 def test_every_direction_of_times_has_a_table() -> None:
     assert time_tables.TIME_TABLES.keys() == results_files.TIMES.keys()
 

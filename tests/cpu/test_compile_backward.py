@@ -106,7 +106,8 @@ def test_shared_memory_is_what_the_kernels_map_adds_up_to():
             "kHeadDimV": main.head_dim_v,
         }
         for name, value in re.findall(r"constexpr int (k\w*(?:Stages|Bytes|Offset)) = (.*?);", source):
-            names[name] = eval(value, {}, names)
+            if "?" not in value:  # else another P, which only programs with modifiers store
+                names[name] = eval(value, {}, names)
         assert names["kDeltaOffset"] + names["kStages"] * main.block_m * 4 == main.shared_bytes
 
 

@@ -16,23 +16,15 @@ from cuflash.config_modifiers import (
     SumPartsConfig,
     bias_gradient_config,
     mask_summary_config,
+    mod_args_gradient_config,
 )
 from cuflash.formulas import ModArg
 from cuflash.problem import make_problem
 from cuflash.resources import shared_bytes, shared_memory_per_block
 
 IDS = [f"sm_{major}{minor}" for major, minor in CAPABILITIES]
-EVERYTHING = ModifierFlags(
-    window=True,
-    softcap=True,
-    alibi=True,
-    bias=True,
-    mask=True,
-    key_padding=True,
-    query_padding=True,
-    sinks=True,
-    dropout=True,
-)
+NAMES = ("window", "softcap", "alibi", "bias", "mask", "key_padding", "query_padding", "sinks", "dropout")
+EVERYTHING = ModifierFlags(**dict.fromkeys(NAMES, True))
 SOME = {
     "Gemma": ModifierFlags(window=True, softcap=True),
     "float32 bias": ModifierFlags(bias=True, bias_float32=True, unit_strides=True, bias_pairs=True),
@@ -131,6 +123,34 @@ def test_nvrtc_points_into_a_formula_that_does_not_compile(wrong, message):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
+def test_the_gradients_of_arguments_compile_for_every_target(capability):
+    for head_dim in (64, 256):
+        config = mod_args_gradient_config(problem_of(head_dim), capability, FORMULAS, ("slope",))
+        compile_within_limits(config, capability)
+
+
+def test_the_gradients_of_arguments_compile_with_all_modifiers_and_several_sites():
+    formula = "score * a[h] * a[q] + (one - tanh(a[kv % 3]))"
+    args = (ModArg("a", "float32", 1), ModArg("one", "float16"))
+    flags = replace(EVERYTHING, score_mod=formula, mod_args=args)
+    config = mod_args_gradient_config(problem_of(128), (9, 0), flags, ("one", "a"))
+    assert config.sites == ("a", "a", "a", "one")
+    compile_within_limits(config, (9, 0))
+
+
+def test_what_arguments_are_converted_to_compiles_with_a_gradient_too():
+    formula = (
+        "score + float(t[h]) * int(t[q]) + (bool(t[kv]) && !t[h] ? float(kv) : float(score) * int(score))"
+    )
+    flags = ModifierFlags(score_mod=formula, mod_args=(ModArg("t", "float32", 1),))
+    for program_config in (
+        configs_for((9, 0), 64, flags)[0],
+        mod_args_gradient_config(problem_of(64), (9, 0), flags, ("t",)),
+    ):
+        compile_within_limits(program_config, (9, 0))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
 def test_all_modifiers_at_once_compile_for_every_target(capability):
     for program_config in configs_for(capability, 128, EVERYTHING):
         compile_within_limits(program_config, capability)
@@ -188,6 +208,22 @@ def test_every_head_dim_gets_hopper_programs_with_its_modifiers(head_dim):
         assert made.modifiers == flags
         assert made.head_dim >= head_dim
     assert backward.kernel in ("hopper/backward.cu", "hopper/backward_wide.cu")
+
+
+ALONE = {
+    **{name: ModifierFlags(**{name: True}) for name in NAMES},
+    "score_mod": replace(FORMULAS, mask_mod="", mod_args=(FORMULAS.mod_args[0], FORMULAS.mod_args[2])),
+    "mask_mod": replace(FORMULAS, score_mod="", mod_args=(FORMULAS.mod_args[1],)),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_modifier_spills_little_more_than_a_plain_kernel(name):
+    more = 160 if name == "bias" else 32
+    plain, modified = (configs_for((9, 0), 128, flags) for flags in (PLAIN, ALONE[name]))
+    for i in (0, 2):  # the forward, and the backward's main kernel
+        assert modified[i].spill_bytes == plain[i].spill_bytes + more
+        compile_within_limits(modified[i], (9, 0))
 
 
 def test_what_runs_beside_the_main_kernels_compiles_without_spills():

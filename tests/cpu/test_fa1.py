@@ -136,8 +136,8 @@ def test_a_thread_block_does_a_whole_head_and_the_workspace_holds_o_m_and_l():
     config = choose(problem, (9, 0), vector_out=True)
     call, floats = forward_call(problem, config, *(Strides(0, 0, 0),) * 4)
     assert call.grid == (12,)
-    assert (call.params["m_blocks"], call.params["n_blocks"]) == (19, 3)
-    assert floats == 12 * 19 * 16 * (32 + 2)
+    assert (call.params["m_blocks"], call.params["n_blocks"]) == (10, 3)
+    assert floats == 12 * 10 * 32 * (32 + 2)
     backward = backward_calls(
         problem, choose_backward(problem, (9, 0), vector_out=True), BackwardStrides(*(Strides(0, 0, 0),) * 10)
     )

@@ -14,8 +14,9 @@ from cuflash.checks import Options, Request
 from cuflash.config_hopper import launch_registers
 from cuflash.config_hopper_backward import (
     TILES,
+    TILES_PAIR,
     WIDE_TILES,
-    HopperBackwardConfig,
+    HopperPairBackwardConfig,
     HopperWideBackwardConfig,
     MainConfig,
     choose_hopper,
@@ -28,8 +29,9 @@ from cuflash.launch_backward import BackwardStrides
 from cuflash.launch_hopper_backward import HOPPER_BACKWARD_PARAMS, hopper_backward_calls
 from cuflash.resources import shared_memory_per_block
 
-ALL_TILES = (*TILES, *WIDE_TILES)
-IDS = [f"{tile.head_dim}-{tile.head_dim_v}" for tile in ALL_TILES]
+CHOSEN = (*TILES, *WIDE_TILES)
+ALL_TILES = (*CHOSEN, *TILES_PAIR)
+IDS = [f"{type(tile).__name__}-{tile.head_dim}-{tile.head_dim_v}" for tile in ALL_TILES]
 H100 = Gpu(HOPPER, 132, 50 << 20)
 
 
@@ -99,7 +101,7 @@ def test_tiles_fit_shared_memory_and_registers(tile):
 
 
 def test_shared_memory_map_of_head_dim_128():
-    config = choose_hopper(problem_of(128), deterministic=False).main
+    config = make_config(TILES[-1], dtype="bfloat16", causal=False)
     k, q, ds = 128 * 256, 64 * 256, 64 * 256
     assert config.shared_bytes == 2 * k + 3 * (2 * q + 2 * 64 * 4) + 2 * ds + 8 * (3 * 3 + 2 * 2 + 2)
 
@@ -110,6 +112,13 @@ def test_shared_memory_map_of_head_dim_256():
     assert config.shared_bytes == 2 * tile + 2 * (2 * tile + 2 * 64 * 4) + 4 * ds + 8 * (4 * 2 + 4 * 2 + 2)
 
 
+def test_shared_memory_map_of_pairs():
+    config = make_config(TILES_PAIR[0], dtype="bfloat16", causal=False)
+    k, q, ds = 128 * 256, 64 * 256, 64 * 256
+    tiles = 2 * k + k // 2 + 3 * q + 2 * q + 4 * ds
+    assert config.shared_bytes == tiles + 5 * 64 * 4 + 8 * (3 + 2 * 2 + 3 * 2 + 2)
+
+
 @pytest.mark.parametrize("tile", ALL_TILES, ids=IDS)
 def test_the_page_shows_the_shared_memory_of_each_tile(tile):
     config = make_config(tile, dtype="bfloat16", causal=True)
@@ -118,12 +127,17 @@ def test_the_page_shows_the_shared_memory_of_each_tile(tile):
     k_and_v = config.block_n * both * 2 * kb
     q_and_dout = config.stages * config.block_m * both * 2 * kb
     ds = 2 * config.block_m * config.block_n * 2 * kb
+    stages: object = config.stages
+    if isinstance(config, HopperPairBackwardConfig):
+        # Half of the other's K, a slot more of Q, the other's dS.
+        k_and_v, q_and_dout, ds = k_and_v * 5 / 4, q_and_dout * 5 / 4, ds * 2
+        stages = f"{config.stages + 1}, {config.stages}"
     p = ds if isinstance(config, HopperWideBackwardConfig) else 0
     rest = config.shared_bytes * kb - k_and_v - q_and_dout - ds - p
     cells = (
-        config.head_dim,
+        f"{config.head_dim}, pairs" if config.cluster_blocks > 1 else config.head_dim,
         f"{config.block_n} \u00d7 {config.block_m}",
-        *(f"{k_and_v:.0f}", f"{q_and_dout:.0f}", config.stages, f"{ds:.0f}", f"{p:.0f}" if p else "-"),
+        *(f"{k_and_v:.0f}", f"{q_and_dout:.0f}", stages, f"{ds:.0f}", f"{p:.0f}" if p else "-"),
         *(f"{rest:.1f}", f"{config.shared_bytes * kb:.1f}"),
     )
     row = f"| {' | '.join(map(str, cells))} |"
@@ -149,7 +163,7 @@ def test_all_table_rows_are_reachable():
         choose_hopper(problem_of(*pair), deterministic=False).main
         for pair in itertools.product(range(8, 257, 8), repeat=2)
     )
-    assert {(c.head_dim, c.head_dim_v) for c in chosen} == {(t.head_dim, t.head_dim_v) for t in ALL_TILES}
+    assert {(c.head_dim, c.head_dim_v) for c in chosen} == {(t.head_dim, t.head_dim_v) for t in CHOSEN}
 
 
 # --- which family -------------------------------------------------------------------------------------------
@@ -202,7 +216,7 @@ def test_a_thread_block_of_the_wide_kernel_has_64_keys():
 
 
 def test_a_thread_block_for_each_key_block_and_key_value_head():
-    configs, calls = calls_of(problem_of(128, seqlen_q=500, seqlen_k=300), deterministic=True)
+    configs, calls = calls_of(problem_of(96, seqlen_q=500, seqlen_k=300), deterministic=True)
     assert calls.main.grid == (3 * 2 * 2,)
     assert calls.main.block == (384,)
     params = calls.main.params
@@ -211,6 +225,40 @@ def test_a_thread_block_for_each_key_block_and_key_value_head():
     assert calls.preprocess.grid == calls.postprocess.grid == (blocks,)
     assert calls.preprocess.params["turns_per_block"] == configs.main.turns_per_block == 4
     assert calls.workspace.words - calls.workspace.turns == blocks * 4
+
+
+@pytest.mark.parametrize(
+    ("seqlen_k", "causal", "deterministic", "paired"),
+    [
+        (128, False, True, False),
+        (129, False, True, True),
+        (16384, False, True, True),
+        (16384, True, True, False),
+        (129, True, False, True),
+        (512, False, False, True),
+        (513, False, False, False),
+        (16384, False, False, False),
+    ],
+)
+def test_pairs_are_taken_where_they_were_measured_to_pay(seqlen_k, causal, deterministic, paired):
+    problem = problem_of(128, seqlen_q=512, seqlen_k=seqlen_k, causal=causal)
+    main = choose_hopper(problem, deterministic=deterministic).main
+    assert isinstance(main, HopperPairBackwardConfig) == paired
+    for head_dim in (96, 192):
+        other = choose_hopper(problem_of(head_dim, seqlen_q=512, seqlen_k=512), deterministic=True).main
+        assert not isinstance(other, HopperPairBackwardConfig)
+
+
+@pytest.mark.parametrize(("seqlen_k", "pairs"), [(1, 1), (256, 1), (257, 2), (700, 3)])
+def test_a_cluster_of_two_thread_blocks_for_each_pair_of_key_blocks(monkeypatch, seqlen_k, pairs):
+    monkeypatch.setattr(config_hopper_backward, "TILES", (*TILES_PAIR, *TILES))
+    configs, calls = calls_of(problem_of(128, seqlen_q=500, seqlen_k=seqlen_k), deterministic=True)
+    assert isinstance(configs.main, HopperPairBackwardConfig)
+    assert calls.main.grid == (2 * pairs * 2 * 2,)
+    assert calls.main.params["n_blocks"] == pairs
+    assert calls.main.params["key_blocks"] == pairs * 2 * 2
+    assert [m.map.box[1] for m in calls.maps] == [64, 128, 128, 64, 64, 64]
+    assert calls.preprocess.params["turns_per_block"] == configs.main.turns_per_block == 8
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
@@ -271,10 +319,10 @@ def test_head_dims_that_differ_compile(head_dims):
     compile_cleanly(choose_hopper(problem_of(*head_dims, causal=True), deterministic=False).main)
 
 
-@pytest.mark.parametrize("head_dim", [128, 256])
-def test_kernel_refuses_a_shared_memory_map_that_is_not_the_hosts(head_dim):
-    config = choose_hopper(problem_of(head_dim), deterministic=False).main
-    right = HopperWideBackwardConfig if head_dim > 128 else HopperBackwardConfig
+@pytest.mark.parametrize("tile", [TILES[-1], WIDE_TILES[-1], TILES_PAIR[0]], ids=lambda t: type(t).__name__)
+def test_kernel_refuses_a_shared_memory_map_that_is_not_the_hosts(tile):
+    config = make_config(tile, dtype="bfloat16", causal=False)
+    right = type(config)
 
     class Wrong(right):
         @property

@@ -65,7 +65,7 @@ def call_of(problem: Problem, l2_bytes: int = H100_L2) -> launch.KernelCall:
 
 def members(name: str, source: Path = FORWARD_CU) -> list[tuple[str, str]]:
     """(member, C type) of a struct in the kernel's source, in order."""
-    body = re.search(rf"struct {name}(?: : \S+)? \{{(.*?)\}};", source.read_text(), re.S)
+    body = re.search(rf"struct {name}(?: : [^{{]+)? \{{(.*?)\}};", source.read_text(), re.S)
     assert body is not None
     declarations = re.sub(r"//.*", "", body[1]).split(";")
     result = []

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from cuflash.arrays import ArrayInfo
+from cuflash.config_modifiers import flags_of
+from cuflash.formulas import Formulas
 from cuflash.launch_backward import visible_rows
 from cuflash.launch_modifiers import (
     MASK_SUMMARY_PARAMS,
@@ -18,6 +20,7 @@ from cuflash.launch_modifiers import (
     MaskBlocks,
     modifier_params,
 )
+from cuflash.modified import SummaryPass
 from cuflash.modified_backward import SUM_PARAMS
 from cuflash.modifiers import Modifiers
 from cuflash.problem import Problem, make_problem
@@ -79,6 +82,20 @@ def test_a_mask_is_divided_as_the_kernel_divides_its_queries() -> None:
     assert params["mask_tiles_strides"].item() == (16, 0, 4, 1)
     assert params["keys_seen_strides"].item() == (500, 0)
     assert MaskBlocks.of((1, 1, 1, 500), 300, 64, 128).m_blocks == 1
+
+
+@pytest.mark.parametrize("name", ["mask", "mask_mod"])
+def test_a_mask_of_more_tiles_than_a_grid_has_thread_blocks_is_refused_by_its_name(name: str) -> None:
+    seqlen = 2**22
+    if name == "mask":
+        problem = problem_of(seqlen, seqlen)
+        element = np.broadcast_to(np.bool_(True), (2, 4, seqlen, seqlen))
+        infos = {"mask": ArrayInfo(element.shape, element.strides, "bool", 1, 0, 1 << 20)}
+    else:
+        problem = problem_of(seqlen, seqlen, formulas=Formulas(mask_mod="b + h + q < kv"))
+        infos = {}
+    with pytest.raises(ValueError, match=rf"^{name} needs \d+ thread blocks and a grid has at most"):
+        SummaryPass.of(problem, infos, flags_of(problem, infos), 128, 64)
 
 
 def test_scalars_are_in_the_kernels_units() -> None:

@@ -176,6 +176,11 @@ def test_out_that_shares_memory_with_an_input(name: str) -> None:
     assert_refused(ValueError, "out", name, **call, out=shifted)
 
 
+def test_an_empty_out_does_not_share_memory_with_itself() -> None:
+    empty = np.lib.stride_tricks.as_strided(zeros(1), (0, *SHAPE[1:]), (0, 0, 0, 0))
+    assert cuflash.attention(empty, empty, empty, out=empty) is empty
+
+
 def test_out_interleaved_with_the_inputs_in_one_buffer_is_no_overlap() -> None:
     packed = np.random.default_rng(0).standard_normal((2, 6, 4, 4, 8)).astype("float32")
     q, k, v, out = (packed[:, :, i] for i in range(4))

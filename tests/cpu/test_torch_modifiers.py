@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -174,7 +174,7 @@ def test_checkpoint_replays_the_dropout_mask() -> None:
 def test_opcheck(dtype: Any) -> None:
     call = ("bottom_right", None, "bshd")
     given = operands(dtype)
-    modifiers = (4, None, 1.5, 0.3, *(given[name] for name in cuflash.torch._MODIFIERS[4:]))
+    modifiers = (4, None, 1.5, 0.3, *[""] * 4, *(given[name] for name in cuflash.torch._TENSORS))
     inputs = tensors(dtype)
     torch.library.opcheck(torch.ops.cuflash.attention_forward.default, (*inputs, *call, "auto", *modifiers))
     options = {"window": (4, None), "softcap": 1.5, "dropout_p": 0.3, **given}
@@ -261,3 +261,24 @@ def test_modifiers_of_gpu_tensors_are_traced() -> None:
         out, lse = torch.ops.cuflash.attention_forward(x, x, x, "none", None, "bshd", "auto", None, None, 2.0)
         assert out.shape == x.shape
         assert lse.shape == (2, 4, 5)
+
+
+def test_a_seed_that_is_a_number_becomes_a_tensor_without_a_copy_from_the_host() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import cuflash.torch as adapter
+    from cuflash.modifiers import collect
+
+    class Recorder(TorchDispatchMode):
+        ran: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.ran.append(function._overloadpacket.__name__)
+            return function(*args, **kwargs or {})
+
+    modifiers, operands = collect({"dropout_p": 0.5, "seed": 2**64 - 3})
+    flat = adapter._flat(modifiers, operands, torch.device("cpu"))
+    assert adapter._unflat(flat)[1]["seed"] == -3
+    with Recorder():
+        adapter._flat(modifiers, operands, torch.device("meta"))
+    assert Recorder.ran == ["full"]

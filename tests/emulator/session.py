@@ -37,6 +37,7 @@ class _Options(ctypes.Structure):  # Options in runtime/machine.h
         ("resident_blocks", ctypes.c_int),
         ("check_races", ctypes.c_int),
         ("count_banks", ctypes.c_int),
+        ("cluster_blocks", ctypes.c_int),
     )
 
 
@@ -47,6 +48,7 @@ class EmulatedProgram:
     config: Any
     arch: str
     path: Path
+    cluster_blocks: int = 1
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Emulator:
         packed = _pack(kernel, program.config.entry, arguments)
         runtime.emu_options.restype = ctypes.POINTER(_Options)
         runtime.emu_options()[0] = _Options(
-            self.seed, self.resident_blocks, self.check_races, self.count_banks
+            self.seed, self.resident_blocks, self.check_races, self.count_banks, program.cluster_blocks
         )
         self.launches += 1
         runtime.emu_launch(
@@ -131,7 +133,7 @@ def emulator(
             path = toolchain.compile_kernel(config.stub(), config.entry, session.edits)
         except toolchain.CompileError as error:
             raise formulas.blamed(str(error), config) or error from error
-        return EmulatedProgram(config, arch, path)
+        return EmulatedProgram(config, arch, path, toolchain.cluster_blocks(config.stub(), session.edits))
 
     def load(program: EmulatedProgram, dynamic_shared_bytes: int = 0) -> Any:
         def function(grid: Any, block: Any, arguments: Any, shared_mem: int = 0, stream: Any = None) -> None:

@@ -44,30 +44,35 @@ class Snippet:
     body: str
     headers: str = HEADERS
     parameters: str = "const unsigned* x, unsigned* y"
+    attributes: str = ""
     entry: str = "snippet"
     kernel: str = "tests/emulator/test_agreement.py"
 
     def stub(self) -> str:
         # setmaxnreg needs to know what the launch allocates, hence the bounds
         kernel = f"__launch_bounds__(256, 1) snippet({self.parameters}) {{\n{self.body}\n}}\n"
-        return f'{self.headers}extern "C" __global__ void {kernel}'
+        return f'{self.headers}extern "C" __global__ void {self.attributes} {kernel}'
 
 
-def on_gpu(snippet: Snippet, x: np.ndarray, y_words: int, threads: int, shared_bytes: int) -> np.ndarray:
+def on_gpu(
+    snippet: Snippet, x: np.ndarray, y_words: int, threads: int, shared_bytes: int, grid: int = 1
+) -> np.ndarray:
     import cupy as cp
 
     x_gpu, y_gpu = cp.asarray(x.view(np.uint32)), cp.full(y_words, 0xFFFFFFFF, np.uint32)
     capability = divmod(int(cp.cuda.Device().compute_capability), 10)
     function = jit.load(jit.compile(snippet, jit.architecture(capability)), shared_bytes)
-    function((1,), (threads,), (x_gpu, y_gpu), shared_bytes)
+    function((grid,), (threads,), (x_gpu, y_gpu), shared_bytes)
     return y_gpu.get()
 
 
-def on_twin(snippet: Snippet, x: np.ndarray, y_words: int, threads: int, shared_bytes: int) -> np.ndarray:
+def on_twin(
+    snippet: Snippet, x: np.ndarray, y_words: int, threads: int, shared_bytes: int, grid: int = 1
+) -> np.ndarray:
     with emulator() as session:
         x_cpu, y_cpu = session.cp.asarray(x.view(np.uint32)), session.cp.full(y_words, 0xFFFFFFFF, np.uint32)
         function = jit.load(jit.compile(snippet, "sm_90a"), shared_bytes)
-        function((1,), (threads,), (x_cpu.data.ptr, y_cpu.data.ptr), shared_bytes)
+        function((grid,), (threads,), (x_cpu.data.ptr, y_cpu.data.ptr), shared_bytes)
         return y_cpu.get()
 
 
@@ -271,6 +276,39 @@ def test_wgmma_agrees_bit_for_bit_on_integers_and_closely_on_any_numbers(operand
         np.testing.assert_allclose(gpu, twin, rtol=0, atol=tolerance)
 
 
+_CLUSTER = """DYN_SMEM(smem);
+  const unsigned base = cvta_to_shared(smem), rank = cluster_ctarank(), peer = rank ^ 1;
+  const unsigned full = base + 4096, empty = full + 8;
+  if (threadIdx.x == 0) { mbarrier_init(full, 1); mbarrier_init(empty, 1); fence_mbarrier_init(); }
+  barrier_cluster_arrive_relaxed();
+  barrier_cluster_wait();
+  for (int round = 0; round < 8; ++round) {
+    for (int i = threadIdx.x; i < 256; i += 32) ((unsigned*)smem)[i] = x[256 * rank + i] + round;
+    fence_proxy_async_shared();
+    __syncwarp();
+    if (threadIdx.x == 0) {
+      cp_async_bulk_shared(mapa(base + 2048, peer), base, 1024, mapa(full, peer));
+      mbarrier_arrive_expect_tx(full, 1024);  // the bytes may come before it
+    }
+    mbarrier_wait(full, round & 1);
+    for (int i = threadIdx.x; i < 256; i += 32)
+      y[(8 * rank + round) * 256 + i] = ((unsigned*)(smem + 2048))[i];
+    __syncwarp();
+    if (threadIdx.x == 0) mbarrier_arrive_cluster(mapa(empty, peer));
+    mbarrier_wait(empty, round & 1);
+  }"""
+
+
+def test_thread_blocks_of_a_cluster_exchange_the_same_bytes():
+    headers = HEADERS + '#include "ptx/cluster.cuh"\n'
+    snippet = Snippet(_CLUSTER, headers, attributes="__cluster_dims__(2, 1, 1)")
+    x = random_words(512)
+    gpu, twin = (run(snippet, x, 4096, 32, 8192, grid=2) for run in (on_gpu, on_twin))
+    rounds = np.arange(8, dtype=np.uint32)[:, None]
+    np.testing.assert_array_equal(gpu.reshape(2, 8, 256), [x[256:] + rounds, x[:256] + rounds])
+    np.testing.assert_array_equal(gpu, twin)
+
+
 _TMA = """DYN_SMEM(smem);
   const unsigned full = cvta_to_shared(smem) + 8192;
   if (threadIdx.x == 0) { mbarrier_init(full, 1); fence_mbarrier_init(); }
@@ -415,6 +453,17 @@ def test_reductions_and_released_flags_agree_on_integers():
     x = random_words(256)
     gpu, twin = (run(snippet, x, 160, 256, 64) for run in (on_gpu, on_twin))
     np.testing.assert_array_equal(gpu, twin)
+
+
+def test_arrivals_that_wrap_agree_in_whatever_order():
+    body = """if (threadIdx.x == 0) y[256] = 0;
+      __syncthreads();
+      y[threadIdx.x] = atom_acq_rel_gpu_inc(y + 256, 36);"""
+    snippet = Snippet(body, HEADERS + '#include "ptx/acquire_release.cuh"\n')
+    x = random_words(256)
+    gpu, twin = (run(snippet, x, 257, 256, 64) for run in (on_gpu, on_twin))
+    np.testing.assert_array_equal(np.sort(gpu[:256]), np.sort(twin[:256]))
+    assert gpu[256] == twin[256] == 256 % 37
 
 
 def test_setmaxnreg_moves_registers_without_changing_values():

@@ -24,12 +24,20 @@ class _Config:
     entry: str = "kernel"
 
 
-def run(emulated, body: str, *arguments: Any, grid: int = 1, threads: int = 64, shared_bytes: int = 1024):
+def run(
+    emulated,
+    body: str,
+    *arguments: Any,
+    grid: int = 1,
+    threads: int = 64,
+    shared_bytes: int = 1024,
+    cluster: int = 1,
+):
     """Launch a kernel of the given parameters and body."""
     path = toolchain.compile_kernel(
         f'{HEADERS}extern "C" __global__ void kernel{body}\n', "kernel", emulated.edits
     )
-    program = EmulatedProgram(_Config(), "sm_90", path)
+    program = EmulatedProgram(_Config(), "sm_90", path, cluster)
     pointers = [x.data.ptr if hasattr(x, "get") else x for x in arguments]
     emulated.launch(program, (grid,), (threads,), tuple(pointers), shared_bytes)
 

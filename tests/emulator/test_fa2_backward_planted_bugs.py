@@ -40,7 +40,8 @@ BUGS = [
     Bug("no barrier after the first tiles have arrived", BACKWARD,
         "  cp_async_wait_group<kStages - 1>();\n  __syncthreads();\n\n  QueryBlock at", "  cp_async_wait_group<kStages - 1>();\n\n  QueryBlock at", "race"),
     Bug("dK staged over K while it is read", BACKWARD,
-        "    __syncthreads();\n    store_gradient<kHeadDim>(acc_dk, params.scale, smem, key_row, column_warp * kDTiles, dk, params.dk.row,\n"
+        "    __syncthreads();\n    if constexpr (Config::kVarlen) clear_unseen(acc_dk, key_row, keys);\n"
+        "    store_gradient<kHeadDim>(acc_dk, params.scale, smem, key_row, column_warp * kDTiles, dk, params.dk.row,\n"
         "                             params.seqlen_k - block_key, params.head_dim);",
         "    store_gradient<kHeadDim>(acc_dk, params.scale, smem, key_row, column_warp * kDTiles, dk, params.dk.row,\n"
         "                             params.seqlen_k - block_key, params.head_dim);\n    __syncthreads();", "race"),

@@ -37,6 +37,13 @@ def test_formulas_combine_with_every_other_modifier(cp, modifiers):
     check_formulas(cp, CASES["both"], (90, 140), causal=True, modifiers=modifiers)
 
 
+@pytest.mark.parametrize("dropout_p", [0.3, 0.4])
+def test_dropout_with_a_single_key_is_right_but_for_the_rounding_of_out(cp, dropout_p):
+    """dP − delta cancels: what is left is what rounding out = v / (1 − p) did to delta."""
+    modifiers = {"softcap": 2.0, "dropout_p": dropout_p}
+    check_formulas(cp, CASES["soft cap"], (34, 1), seed=913734, dtype="float16", modifiers=modifiers)
+
+
 @pytest.mark.parametrize("head_dim", [59, 256])
 def test_formulas_are_right_in_other_tiles(cp, head_dim):
     options = {"batch": 1, "heads": (2, 1), "head_dim": head_dim, "dtype": "float16"}
@@ -109,6 +116,77 @@ def test_every_function_has_its_derivative(cp, name):
     check_formulas(cp, case, (40, 60), batch=1, heads=(1, 1))
 
 
+def gradient_of(cp, text, args, wanted, **options):
+    """The gradients of arguments of a score_mod in a small call, whose loss is the sum of out and lse."""
+    rng = np.random.default_rng(0)
+    q, k, v = (cp.asarray(rng.standard_normal((1, 40, 2, 64)).astype(np.float16)) for _ in range(3))
+    given = {"score_mod": text, "mod_args": {name: cp.asarray(x) for name, x in args.items()}, **options}
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **given)
+    dlse = cp.asarray(np.ones(lse.shape, np.float32))
+    ones = cp.asarray(np.ones(out.shape, np.float16))
+    of_call = cuflash.attention_backward(ones, q, k, v, out, lse, dlse=dlse, mod_args_grad=wanted, **given)
+    return [to_numpy(x) for x in of_call[3:]]
+
+
+def test_gradients_of_arguments_come_in_the_order_that_is_asked_for_in_their_dtypes(cp):
+    import ml_dtypes
+
+    args = {
+        "x": np.ones(2, np.float32),
+        "y": np.ones((), np.float64),
+        "z": np.ones((1, 1, 1, 1), ml_dtypes.bfloat16),
+    }
+    text = "score + x[h] * 0.5f + y + z[0, 0, 0, 0]"
+    z, x, y = gradient_of(cp, text, args, ("z", "x", "y"))
+    assert (z.dtype, x.dtype, y.dtype) == (ml_dtypes.bfloat16, np.float32, np.float64)
+    # What is added to all scores of a row is added to lse, and changes nothing else: 40 rows, 2 heads.
+    np.testing.assert_allclose(x, [20, 20], rtol=2e-2)
+    np.testing.assert_allclose(y, 80, rtol=2e-2)
+    np.testing.assert_allclose(z.astype(float).ravel(), [80], rtol=2e-2)
+    (alone,) = gradient_of(cp, text, args, ["y"])
+    np.testing.assert_allclose(alone, y, rtol=1e-5)
+
+
+def test_float_keeps_the_slope_of_what_it_is_given_and_int_does_not(cp):
+    args = {"x": np.full(2, 0.75, np.float32)}
+    (plain,) = gradient_of(cp, "score + x[h] * 0.5f", args, ("x",))
+    (converted,) = gradient_of(
+        cp, "float(score) + float(x[h]) * 0.5f + int(x[h] * score) * 0.0f", args, ("x",)
+    )
+    np.testing.assert_allclose(converted, plain, rtol=1e-5)
+
+
+def test_what_a_formula_reads_past_an_end_or_not_at_all_gets_its_share(cp):
+    args = {"a": np.ones(30, np.float32), "m": np.ones(40, np.float32)}
+    text = "kv < 10 ? score : score + 0 * a[100]"
+    a, m = gradient_of(cp, text, args, ("a", "m"), mask_mod="m[kv] > 0")
+    assert (a == 0).all()
+    assert (m == 0).all()  # a mask has no derivative
+    (a,) = gradient_of(cp, "score + a[100 * q - 2000]", {"a": args["a"]}, ("a",))
+    np.testing.assert_allclose(a[[0, 29]], [42, 38], rtol=2e-2)
+    assert (a[1:29] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "options", "error", "message"),
+    [
+        ("a", {}, TypeError, "mod_args_grad must be a sequence of names of mod_args, got 'a'"),
+        ((1,), {}, TypeError, "mod_args_grad must be a sequence of names"),
+        (("a", "a"), {}, ValueError, "mod_args_grad must name each argument once"),
+        (("x",), {}, ValueError, "mod_args_grad names x, which is no array in mod_args"),
+        (("i",), {}, TypeError, "mod_args_grad names i, of dtype int32; only floats have gradients"),
+        (("a",), {"deterministic": True}, ValueError, "deterministic=True: the gradients of mod_args"),
+    ],
+)
+def test_misuse_of_mod_args_grad_names_it(cp, wanted, options, error, message):
+    q = cp.asarray(np.ones((1, 16, 1, 64), np.float16))
+    lse = cp.asarray(np.ones((1, 1, 16), np.float32))
+    arrays = {name: cp.asarray(np.ones(1, dtype)) for name, dtype in (("a", np.float32), ("i", np.int32))}
+    given = {"score_mod": "score * a[h] * i[h] * x", "mod_args": arrays | {"x": 2.0}, **options}
+    with pytest.raises(error, match=re.escape(message)):
+        cuflash.attention_backward(q, q, q, q, q, lse, mod_args_grad=wanted, **given)
+
+
 def test_indices_past_the_ends_of_an_axis_are_those_of_its_ends(cp):
     table = cp.asarray(np.arange(10, dtype=np.float32))
     q = cp.asarray(np.zeros((1, 16, 1, 64), np.float16))
@@ -149,7 +227,8 @@ def test_empty_arrays_give_empty_or_zero_results(cp, sizes):
     out, lse = cuflash.attention(q, k, k, return_lse=True, **given)
     assert out.shape == q.shape
     assert (to_numpy(out) == 0).all()
-    gradients = cuflash.attention_backward(q, q, k, k, out, lse, **given)
+    gradients = cuflash.attention_backward(q, q, k, k, out, lse, mod_args_grad=("a",), **given)
+    assert gradients[3].shape == (batch, seqlen_k)
     assert all((to_numpy(x) == 0).all() for x in gradients)
 
 

@@ -46,6 +46,7 @@ OF_BATCH = Case(
     mask=lambda b, h, q, kv: kv // 64 == (q // 128 + b) % 4,
 )
 SIGNED = CASES["a slope of either sign"]
+ALIBI, GATES = CASES["ALiBi"], CASES["gates, each read twice"]
 BLIND = {"seqlens": (150, 70), "causal": True}  # the backward starts past the first query
 DROPPED = {"modifiers": {"dropout_p": 0.4}}
 BUGS = [
@@ -69,12 +70,26 @@ BUGS = [
         "axes.strides[kAxis]", "axes.strides[0]", CASES["relative positions"], check="bounds"),
     planted("indices not clamped at the end", "core/mod_args.cuh",
         "min(max(index, 0), size - 1)", "max(index, 0) % size", CASES["relative positions"]._replace(
-            score_mod="score + table[h, 2 * kv]", score=lambda score, b, h, q, kv, table: score + table[h, np.minimum(2 * kv, table.shape[1] - 1)].astype(np.float64),
+            score_mod="score + table[h, 2 * kv]", gradients={}, score=lambda score, b, h, q, kv, table: score + table[h, np.minimum(2 * kv, table.shape[1] - 1)].astype(np.float64),
             args=lambda batch, heads, *_: {"table": np.random.default_rng(0).standard_normal((heads, 100)).astype(np.float32)})),
     planted("dP of dropped probabilities kept", "core/modified_probabilities.cuh",
         "[&](int m, int j, int r) { dp[m][j][r] = 0.0f; });", "[&](int, int, int) {});", SIGNED, **DROPPED),
     planted("dropped probabilities change their slope's sign", "core/modified_probabilities.cuh",
         "0.0f : fabsf(x) * slope", "0.0f : x * slope", SIGNED, **DROPPED),
+    planted("the cap's slope left out of an argument's gradient", "fa2/backward_mod_args.cu",
+        "ds[0][j][r] *= slope;", "", ALIBI, modifiers={"softcap": 2.0}),
+    planted("dP of dropped probabilities kept for arguments", "fa2/backward_mod_args.cu",
+        "[&](int, int j, int r) { ds[0][j][r] = 0.0f; });", "[&](int, int, int) {});", ALIBI, **DROPPED),
+    planted("what was pending is forgotten", "fa2/backward_mod_args.cu",
+        "flush(sums);\n      *this", "*this", GATES),
+    planted("every lane adds the sum of the warp", "fa2/backward_mod_args.cu",
+        "if (Fragment::lane() == 0) flush(sums);", "flush(sums);", ALIBI),
+    planted("K overwritten while a warp reads it", "fa2/backward_mod_args.cu",
+        "    __syncthreads();  // every warp is done with the tiles before\n", "", ALIBI, (70, 200), check="race"),
+    planted("the element counted in the strides of the array", "core/mod_args.cuh",
+        "at * axes.sizes[axis] +", "at * axes.strides[axis] +", GATES),
+    planted("the sums of the first argument for all", "fa2/backward_mod_args.cu",
+        "flush_warp(sums + params.first[kSite])", "flush_warp(sums + params.first[0])", GATES),
     planted("NaN slopes of what is hidden", "core/modified_probabilities.cuh",
         "x == 0.0f ? 0.0f : fabsf(x)", "fabsf(x)", NAN_WHERE_HIDDEN, (90, 90), causal=True),
 ]  # fmt: skip

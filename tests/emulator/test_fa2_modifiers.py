@@ -199,6 +199,15 @@ def test_nothing_to_attend_to_leaves_the_sink(cp, shape_k):
     np.testing.assert_allclose(to_numpy(dsinks), [6.0, 6.0])
 
 
+def test_a_broadcast_bias_of_no_heads_has_a_gradient_of_zeros(cp):
+    q = cp.ones((1, 4, 0, 16), cp.float16)
+    given = {"bias": cp.asarray(np.ones((1, 1, 4, 4), np.float32)), "algorithm": "fa2"}
+    out, lse = cuflash.attention(q, q, q, return_lse=True, **given)
+    *gradients, dbias = cuflash.attention_backward(q, q, q, q, out, lse, **given)
+    assert all(x.shape == q.shape for x in gradients)
+    np.testing.assert_array_equal(to_numpy(dbias), np.zeros((1, 1, 4, 4), np.float32))
+
+
 SEEDS = {
     "an int": lambda seed: seed,
     "int64": lambda seed: np.array(seed - (seed >> 63 << 64), np.int64),
@@ -291,3 +300,53 @@ def test_interleavings_raise_no_report_and_agree_bit_for_bit_when_deterministic(
         )
         results.add(b"".join(np.ascontiguousarray(x.get()).tobytes() for x in gradients))
     assert len(results) == 1
+
+
+BLIND = {  # what may leave rows without a key
+    "mask": {"mask": True},
+    "bias": {"bias": True},
+    "window and key_padding": {"window": (10, 0), "key_padding": True},
+    "dropout": {"dropout_p": 0.1},
+    "formulas": {},
+}
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_rows_that_see_no_key_have_no_gradient_whatever_they_are_given(cp, name):
+    modifiers, causal = BLIND[name], name == "dropout"
+    problem, inputs, operands = make_modified(
+        11, 2, (70, 60), (4, 2), (64, 64), "float16", causal, modifiers, (False, False, False)
+    )
+    options = options_of(problem, causal, modifiers)
+    if name == "mask":
+        operands["mask"][:, :, :20] = False
+    elif name == "bias":
+        operands["bias"][:, :, :20] = -np.inf
+    elif "key_padding" in modifiers:
+        operands["key_padding"] = np.array([20, 0], np.int32)
+    elif name == "formulas":
+        formulas = {"score_mod": "score * slope[h]", "mask_mod": "q >= 20 && slope[h] > 0"}
+        options |= formulas | {"mod_args": {"slope": cp.asarray(np.linspace(0.5, 1.5, 4, dtype=np.float32))}}
+    arrays = on_device(cp, operands)
+    q, k, v = (cp.asarray(x) for x in inputs[:3])
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **options, **arrays)
+    blind = np.isneginf(to_numpy(lse))
+    assert blind.any()
+    assert (to_numpy(out)[np.swapaxes(blind, 1, 2)] == 0).all()
+
+    def gradients_with(value):
+        """Of what nobody sees set to ``value``; a bias of −inf does not hide NaN in a score."""
+        dq_rows, dlse = np.swapaxes(blind, 1, 2), inputs.dlse.copy()
+        given = [x.copy() for x in (inputs.q, inputs.dout)]
+        dlse[blind] = value
+        given[1][dq_rows] = value
+        if name != "bias":
+            given[0][dq_rows] = value
+        arguments = (cp.asarray(given[1]), cp.asarray(given[0]), k, v, out, lse)
+        more = {"mod_args_grad": ("slope",)} if name == "formulas" else {"deterministic": True}
+        return cuflash.attention_backward(*arguments, dlse=cp.asarray(dlse), **more, **options, **arrays)
+
+    for actual, expected in zip(gradients_with(np.nan), gradients_with(0), strict=True):
+        actual, expected = to_numpy(actual).astype(np.float32), to_numpy(expected).astype(np.float32)
+        assert np.isfinite(actual).all()
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3 if name == "formulas" else 0)

@@ -13,11 +13,18 @@ from hypothesis import strategies as st
 from numerics import assert_gradient_within_contract, assert_within_contract
 
 import cuflash
-from cuflash import reference
+from cuflash import config_hopper_backward, plan_backward, reference
 from cuflash.config_hopper_backward import TILES, WIDE_TILES
 from emulator import emulator
 
 CAUSAL = (False, True, "top_left")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Each thread block by itself: pairs have tests of their own, of the same kinds."""
+    monkeypatch.setattr(config_hopper_backward, "_pairs_pay", lambda problem, deterministic: False)
+    monkeypatch.setattr(plan_backward, "_plans", {})
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 from numerics import assert_within_contract
 
 import cuflash
-from cuflash import reference
+from cuflash import config_hopper_backward, reference
 from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
 
 BACKWARD = "hopper/backward.cu"
@@ -59,26 +60,28 @@ BUGS = [
     Bug("delta of another block", BACKWARD,
         "delta + block_index(to_load) * kBlockM", "delta + block_index(keys.first()) * kBlockM", WRONG_RESULT, OWN),
     Bug("a slot of Q counted as empty when one warpgroup is done", BACKWARD,
-        "q_ring.init(4 * kMainWarpgroups);", "q_ring.init(4);", "deadlock", OWN),
+        "q_ring.init(kMainWarpgroups * kWarpgroupThreads);", "q_ring.init(kWarpgroupThreads);", "deadlock", OWN),
     Bug("Q released before dK has read it", BACKWARD,
-        "    wgmma_wait_group<0>();\n    pin_registers(acc_s[0]);\n    pin_registers(ds_reg);\n    arrive(q_ring.empty(visit));",
-        "    arrive(q_ring.empty(visit));\n    wgmma_wait_group<0>();\n    pin_registers(acc_s[0]);\n    pin_registers(ds_reg);", "race", OWN),
-    Bug("a slot of dS counted as full before the last warp", BACKWARD,
-        "ds_ring.init(4, 4 * kMainWarpgroups);", "ds_ring.init(4, 4 * kMainWarpgroups - 1);", "race", OWN),
+        "    wgmma_wait_group<0>();\n    pin_registers(acc_s[0]);\n    pin_registers(ds_reg);\n    mbarrier_arrive(q_ring.empty(visit));",
+        "    mbarrier_arrive(q_ring.empty(visit));\n    wgmma_wait_group<0>();\n    pin_registers(acc_s[0]);\n    pin_registers(ds_reg);", "race", OWN),
+    Bug("a slot of dS counted as full when one warpgroup has stored", BACKWARD,
+        "ds_ring.init(kWarpgroupThreads, kMainWarpgroups * kWarpgroupThreads);", "ds_ring.init(kWarpgroupThreads, kWarpgroupThreads);",
+        "race", OWN),
     Bug("no wait for dS", BACKWARD,
         "      ds_ring.wait_full(visit);  // and", "      // and", "race", OWN),
     Bug("dS released before the product that reads it is over", BACKWARD,
-        "        wgmma_wait_group<0>();\n        pin_registers(acc_dq);\n        if (i == Part::kParts - 1) arrive(ds_ring.empty(visit));",
-        "        if (i == Part::kParts - 1) arrive(ds_ring.empty(visit));\n        wgmma_wait_group<0>();\n        pin_registers(acc_dq);",
+        "        wgmma_wait_group<0>();\n        pin_registers(acc_dq);\n        if (i == Part::kParts - 1) mbarrier_arrive(ds_ring.empty(visit));",
+        "        if (i == Part::kParts - 1) mbarrier_arrive(ds_ring.empty(visit));\n        wgmma_wait_group<0>();\n        pin_registers(acc_dq);",
         "race", OWN),
     Bug("dS released after the first of two products", BACKWARD,
-        "if (i == Part::kParts - 1) arrive(ds_ring.empty(visit));", "if (i == 0) arrive(ds_ring.empty(visit));", "race", OWN),
+        "if (i == Part::kParts - 1) mbarrier_arrive(ds_ring.empty(visit));", "if (i == 0) mbarrier_arrive(ds_ring.empty(visit));", "race", OWN),
     Bug("dS stored over one that is read", BACKWARD,
         "    ds_ring.wait_empty(visit);\n", "", "race", OWN),
     Bug("dS stored without fence.proxy.async", BACKWARD,
         "    fence_proxy_async_shared();\n", "", "proxy", OWN),
-    Bug("one lane tells of dS before the others have stored it", BACKWARD,
-        "    __syncwarp();\n    if (lane == 0) mbarrier_arrive(barrier);", "    if (lane == 0) mbarrier_arrive(barrier);", "race", OWN),
+    Bug("dS told of before it is stored", BACKWARD,
+        "    store_transposed<DsTile>(ds_ring.slot(visit), ds_reg, warp_row);\n    fence_proxy_async_shared();\n    mbarrier_arrive(ds_ring.full(visit));",
+        "    mbarrier_arrive(ds_ring.full(visit));\n    store_transposed<DsTile>(ds_ring.slot(visit), ds_reg, warp_row);\n    fence_proxy_async_shared();", "race", OWN),
     Bug("no wait for Q", BACKWARD,
         "    q_ring.wait_full(next);\n", "", "race", OWN),
     Bug("no wait for dO", BACKWARD,
@@ -132,7 +135,7 @@ BUGS = [
     Bug("narrow: delta of another block", NARROW_CU,
         "delta + block_index(loading, to_load) * kBlockM", "delta + block_index(loading, loading.first()) * kBlockM", WRONG_RESULT, NARROW),
     Bug("narrow: a slot of Q counted as empty when one warpgroup is done", NARROW_CU,
-        "q_ring.init(4 * kMainWarpgroups);", "q_ring.init(4);", "race", NARROW_FULL),
+        "q_ring.init(kMainWarpgroups * kWarpgroupThreads);", "q_ring.init(kWarpgroupThreads);", "race", NARROW_FULL),
     Bug("narrow: dS stored without fence.proxy.async", NARROW_CU,
         "      fence_proxy_async_shared();\n", "", "proxy", NARROW),
     Bug("narrow: the main warpgroups do not meet before dQ", NARROW_CU,
@@ -144,8 +147,8 @@ BUGS = [
     Bug("narrow: no wait for V", NARROW_CU,
         "    if (use < end) v_ring.wait_full(v_use);\n", "", "race", NARROW),
     Bug("narrow: Q released before dK has read it", NARROW_CU,
-        "      wgmma_wait_group<0>();\n      pin_registers(p_reg);\n      pin_registers(ds_reg);\n      arrive(q_ring.empty(use));",
-        "      arrive(q_ring.empty(use));\n      wgmma_wait_group<0>();\n      pin_registers(p_reg);\n      pin_registers(ds_reg);",
+        "      wgmma_wait_group<0>();\n      pin_registers(p_reg);\n      pin_registers(ds_reg);\n      mbarrier_arrive(q_ring.empty(use));",
+        "      mbarrier_arrive(q_ring.empty(use));\n      wgmma_wait_group<0>();\n      pin_registers(p_reg);\n      pin_registers(ds_reg);",
         "race", NARROW),
     Bug("narrow: dP used before the wait", NARROW_CU,
         "        wgmma_wait_group<0>();\n        pin_registers(acc_dp);", "        pin_registers(acc_dp);", "in flight", NARROW),
@@ -160,7 +163,7 @@ BUGS = [
     Bug("narrow: K loaded over one that is in use", NARROW_CU,
         "      k_ring.wait_empty(block);\n", "", "barrier", MANY),
     Bug("narrow: K counted as released when one warpgroup is done", NARROW_CU,
-        "k_ring.init(4 * kMainWarpgroups);", "k_ring.init(4);", "race", MANY),
+        "k_ring.init(kMainWarpgroups * kWarpgroupThreads);", "k_ring.init(kWarpgroupThreads);", "race", MANY),
     Bug("narrow: the counter of key blocks does not return to 0", NARROW_CU,
         "atomicInc(blocks_taken, params.key_blocks - 1)", "atomicAdd(blocks_taken, 1u)", WRONG_RESULT, MANY),
     Bug("narrow: the block ends while TMA reads its shared memory", NARROW_CU,
@@ -212,17 +215,18 @@ BUGS = [
     Bug("wide: dO loaded into a slot that is in use", WIDE_CU,
         "        dout_ring.wait_empty(visit);\n", "", "barrier", WIDE),
     Bug("wide: a slot of Q counted as empty when one warpgroup is done", WIDE_CU,
-        "q_ring.init(8);", "q_ring.init(4);", "race", WIDE),
+        "q_ring.init(2 * kWarpgroupThreads);\n    dout", "q_ring.init(kWarpgroupThreads);\n    dout", "race", WIDE),
     Bug("wide: a slot of dO counted as empty when one warpgroup is done", WIDE_CU,
-        "dout_ring.init(8);", "dout_ring.init(4);", "race", WIDE),
-    Bug("wide: P counted as stored before the last warp", WIDE_CU,
-        "p_ring.init(4, 4);", "p_ring.init(4, 3);", "race", WIDE),
-    Bug("wide: P counted as read before the last warp", WIDE_CU,
-        "p_ring.init(4, 4);", "p_ring.init(3, 4);", "race", THREE_STAGES),
-    Bug("wide: dS counted as stored before the last warp", WIDE_CU,
-        "ds_ring.init(4, 4);", "ds_ring.init(4, 3);", "race", WIDE),
-    Bug("wide: one lane arrives before the others are done", WIDE_CU,
-        "    __syncwarp();\n    if (lane == 0) mbarrier_arrive(barrier);", "    if (lane == 0) mbarrier_arrive(barrier);", "race", WIDE),
+        "dout_ring.init(2 * kWarpgroupThreads);", "dout_ring.init(kWarpgroupThreads);", "race", WIDE),
+    Bug("wide: P counted as stored before the last thread", WIDE_CU,
+        "p_ring.init(kWarpgroupThreads, kWarpgroupThreads);", "p_ring.init(kWarpgroupThreads, kWarpgroupThreads - 1);", "race", WIDE),
+    Bug("wide: P counted as read before the last thread", WIDE_CU,
+        "p_ring.init(kWarpgroupThreads, kWarpgroupThreads);", "p_ring.init(kWarpgroupThreads - 1, kWarpgroupThreads);", "race", THREE_STAGES),
+    Bug("wide: dS counted as stored before the last thread", WIDE_CU,
+        "ds_ring.init(kWarpgroupThreads, kWarpgroupThreads);", "ds_ring.init(kWarpgroupThreads, kWarpgroupThreads - 1);", "race", WIDE),
+    Bug("wide: P told of before it is stored", WIDE_CU,
+        "      PFragments::store(smem + kPOffset + visit % kPassed * PFragments::kBytes, p_reg);\n      mbarrier_arrive(p_ring.full(visit));",
+        "      mbarrier_arrive(p_ring.full(visit));\n      PFragments::store(smem + kPOffset + visit % kPassed * PFragments::kBytes, p_reg);", "race", WIDE),
     Bug("wide: no wait for K", WIDE_CU,
         "    if (visits > 0) mbarrier_wait(k_full, 0);\n", "", "race", WIDE),
     Bug("wide: no wait for V", WIDE_CU,
@@ -238,8 +242,8 @@ BUGS = [
     Bug("wide: P stored over one that is read", WIDE_CU,
         "      p_ring.wait_empty(visit);\n", "", "race", THREE_STAGES),
     Bug("wide: P released before it is read", WIDE_CU,
-        "      PFragments::load(p_reg, smem + kPOffset + visit % kPassed * PFragments::kBytes);\n      differentiate<Element>(acc_dp, p_reg, lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes));\n      pin_registers(acc_dp);  // used: see Arrivals\n      arrive(p_ring.empty(visit));",
-        "      arrive(p_ring.empty(visit));\n      PFragments::load(p_reg, smem + kPOffset + visit % kPassed * PFragments::kBytes);\n      differentiate<Element>(acc_dp, p_reg, lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes));", "race", THREE_STAGES),
+        "      PFragments::load(p_reg, smem + kPOffset + visit % kPassed * PFragments::kBytes);\n      differentiate<Element>(acc_dp, p_reg, lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes));\n      pin_registers(acc_dp);  // used: see Arrivals\n      mbarrier_arrive(p_ring.empty(visit));",
+        "      mbarrier_arrive(p_ring.empty(visit));\n      PFragments::load(p_reg, smem + kPOffset + visit % kPassed * PFragments::kBytes);\n      differentiate<Element>(acc_dp, p_reg, lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes));", "race", THREE_STAGES),
     Bug("wide: P of the visit before", WIDE_CU,
         "PFragments::load(p_reg, smem + kPOffset + visit % kPassed", "PFragments::load(p_reg, smem + kPOffset + (visit + 1) % kPassed", WRONG_RESULT, WIDE),
     Bug("wide: all fragments of P from the first", FRAGMENTS,
@@ -251,21 +255,21 @@ BUGS = [
     Bug("wide: dP used before the wait", WIDE_CU,
         "      wgmma_wait_group<0>();\n      pin_registers(acc_dp);", "      pin_registers(acc_dp);", WRONG_RESULT, WIDE),
     Bug("wide: dO released before dV has read it", WIDE_CU,
-        "      wgmma_wait_group<1>();\n      if (visit > 0) arrive(dout_ring.empty(visit - 1));",
-        "      if (visit > 0) arrive(dout_ring.empty(visit - 1));\n      wgmma_wait_group<1>();", "race", WIDE),
+        "      wgmma_wait_group<1>();\n      if (visit > 0) mbarrier_arrive(dout_ring.empty(visit - 1));",
+        "      if (visit > 0) mbarrier_arrive(dout_ring.empty(visit - 1));\n      wgmma_wait_group<1>();", "race", WIDE),
     Bug("wide: Q released before dK has read it", WIDE_CU,
-        "      wgmma_wait_group<1>();\n      if (visit > 0) arrive(q_ring.empty(visit - 1));",
-        "      if (visit > 0) arrive(q_ring.empty(visit - 1));\n      wgmma_wait_group<1>();", "race", WIDE),
+        "      wgmma_wait_group<1>();\n      if (visit > 0) mbarrier_arrive(q_ring.empty(visit - 1));",
+        "      if (visit > 0) mbarrier_arrive(q_ring.empty(visit - 1));\n      wgmma_wait_group<1>();", "race", WIDE),
     Bug("wide: Q, and lse, released before P is made of it", WIDE_CU,
-        "      exponentiate(acc_s[0]", "      arrive(q_ring.empty(visit));\n      exponentiate(acc_s[0]", "race", WIDE),
+        "      exponentiate(acc_s[0]", "      mbarrier_arrive(q_ring.empty(visit));\n      exponentiate(acc_s[0]", "race", WIDE),
     Bug("wide: dO, and delta, released before dS is made of it", WIDE_CU,
-        "      differentiate<Element>", "      arrive(dout_ring.empty(visit));\n      differentiate<Element>", "race", WIDE),
+        "      differentiate<Element>", "      mbarrier_arrive(dout_ring.empty(visit));\n      differentiate<Element>", "race", WIDE),
     Bug("wide: P overwritten while it is an operand", WIDE_CU,
-        "      wgmma_wait_group<1>();\n      if (visit > 0) arrive(dout_ring.empty(visit - 1));",
-        "      round_operand<Element>(p_reg, acc_s[0]);\n      wgmma_wait_group<1>();\n      if (visit > 0) arrive(dout_ring.empty(visit - 1));", "in flight", WIDE),
+        "      wgmma_wait_group<1>();\n      if (visit > 0) mbarrier_arrive(dout_ring.empty(visit - 1));",
+        "      round_operand<Element>(p_reg, acc_s[0]);\n      wgmma_wait_group<1>();\n      if (visit > 0) mbarrier_arrive(dout_ring.empty(visit - 1));", "in flight", WIDE),
     Bug("wide: dS overwritten while it is an operand", WIDE_CU,
-        "      wgmma_wait_group<1>();\n      if (visit > 0) arrive(q_ring.empty(visit - 1));",
-        "      round_operand<Element>(ds_reg, acc_dp);\n      wgmma_wait_group<1>();\n      if (visit > 0) arrive(q_ring.empty(visit - 1));", "in flight", WIDE),
+        "      wgmma_wait_group<1>();\n      if (visit > 0) mbarrier_arrive(q_ring.empty(visit - 1));",
+        "      round_operand<Element>(ds_reg, acc_dp);\n      wgmma_wait_group<1>();\n      if (visit > 0) mbarrier_arrive(q_ring.empty(visit - 1));", "in flight", WIDE),
     Bug("wide: dS stored over one that is read", WIDE_CU,
         "      ds_ring.wait_empty(visit);\n", "", "race", WIDE),
     Bug("wide: dS stored without fence.proxy.async", WIDE_CU,
@@ -273,10 +277,10 @@ BUGS = [
     Bug("wide: no wait for dS", WIDE_CU,
         "    ds_ring.wait_full(visit);  // and", "    // and", "race", WIDE),
     Bug("wide: dS released before the product that reads it is over", WIDE_CU,
-        "      wgmma_wait_group<0>();\n      pin_registers(acc_dq);\n      if (i == Part::kParts - 1 && lane == 0) mbarrier_arrive(ds_ring.empty(visit));",
-        "      if (i == Part::kParts - 1 && lane == 0) mbarrier_arrive(ds_ring.empty(visit));\n      wgmma_wait_group<0>();\n      pin_registers(acc_dq);", "race", WIDE),
+        "      wgmma_wait_group<0>();\n      pin_registers(acc_dq);\n      if (i == Part::kParts - 1) mbarrier_arrive(ds_ring.empty(visit));",
+        "      if (i == Part::kParts - 1) mbarrier_arrive(ds_ring.empty(visit));\n      wgmma_wait_group<0>();\n      pin_registers(acc_dq);", "race", WIDE),
     Bug("wide: dS released after the first of its products", WIDE_CU,
-        "if (i == Part::kParts - 1 && lane == 0)", "if (i == 0 && lane == 0)", "race", WIDE),
+        "if (i == Part::kParts - 1)", "if (i == 0)", "race", WIDE),
     Bug("wide: dQ added before the wait", WIDE_CU,
         "      wgmma_wait_group<0>();\n      pin_registers(acc_dq);", "      pin_registers(acc_dq);", "in flight", WIDE),
     Bug("wide: dV staged over a dO that is read", WIDE_CU,
@@ -310,9 +314,10 @@ def check_backward(session, problem, inputs, causal):
     options = {"causal": causal, "scale": problem.scale}
     out, lse = cuflash.attention(q, k, v, return_lse=True, algorithm="fa2", **options)
     for _ in range(2 if problem.heads_kv == 3 else 1):
-        gradients = cuflash.attention_backward(
-            dout, q, k, v, out, lse, dlse=dlse, algorithm="hopper", **options
-        )
+        with mock.patch.object(config_hopper_backward, "_pairs_pay", return_value=False):
+            gradients = cuflash.attention_backward(
+                dout, q, k, v, out, lse, dlse=dlse, algorithm="hopper", **options
+            )
     oracle = {"causal_offset": problem.causal_offset, "scale": problem.scale, "dlse": inputs.dlse}
     expected = reference.attention_backward(inputs.dout, *inputs[:3], **oracle)
     standard = reference.standard_attention_backward(inputs.dout, *inputs[:3], **oracle)

@@ -79,7 +79,7 @@ BUGS = [
     Bug("the block ends while TMA reads its shared memory", FORWARD,
         "  if (stores_o) cp_async_bulk_wait_group_read<0>();  // shared", "  // shared", "in flight", MANY),
     Bug("a tile's coordinates released before all lanes have read them", FORWARD,
-        "__syncwarp();  // all lanes have read it", "// all lanes have read it", "race",
+        "q_ring.init(kWarpgroups * kWarpgroupThreads);", "q_ring.init(kWarpgroups * kWarpgroupThreads - 1);", "race",
         Call(seqlens=(200, 60), heads=(6, 1), causal=False)),
     Bug("a warpgroup never gives the turn away", FORWARD,
         "if constexpr (Config::kPingPong) bar_arrive(1 + (warpgroup + 1) % kWarpgroups, 2 * kWarpgroupThreads);", "",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import numpy as np
 import pytest
 from modified import make_modified
@@ -12,11 +10,14 @@ from numerics import (
     assert_within_contract,
     reference_results,
     standard_results,
+    with_rounded_out,
 )
 
+import cuflash
 from cuflash.checks import Options
 from cuflash.checks_backward import BackwardOptions
 from cuflash.modifiers import Modifiers, collect
+from emulator.xla import lowered_on
 
 jax = pytest.importorskip("jax")
 
@@ -25,33 +26,10 @@ import cuflash.jax as adapter  # noqa: E402
 jnp = jax.numpy
 
 
-class Buffer:
-    """A piece of emulated memory as ``buffer_callback`` shows a buffer."""
-
-    def __init__(self, array):
-        self.array = array
-        self.shape, self.dtype = array.shape, array.dtype
-        self.__cuda_array_interface__ = {"data": (array.data.ptr, False)}
-
-    def __dlpack_device__(self):
-        return (2, 0)
-
-
 @pytest.fixture
 def on_gpu(emulated, monkeypatch):
     """``adapter``'s lowerings run on the emulator when they are called."""
-
-    def buffer_callback(callback, outputs, command_buffer_compatible):
-        def call(*inputs):
-            buffers = [Buffer(emulated.cp.asarray(np.asarray(x))) for x in inputs]
-            results = [Buffer(emulated.cp.empty(x.shape, x.dtype)) for x in outputs]
-            callback(types.SimpleNamespace(stream=0), results, *buffers)
-            return [jnp.asarray(x.array.get()) for x in results]
-
-        return call
-
-    monkeypatch.setattr(adapter, "buffer_callback", buffer_callback)
-    monkeypatch.setattr(adapter, "_current_device", lambda: 0)
+    lowered_on(emulated, monkeypatch, adapter)
 
 
 @pytest.mark.parametrize("head_dim", [64, 59])
@@ -90,7 +68,8 @@ def test_formulas_reach_the_kernels_and_are_differentiated(on_gpu):
     arrays = {name: adapter._number_array(name, x) for name, x in operands.items()}
     q, k, v, dout = (jnp.asarray(x) for x in inputs[:4])
     out, lse = adapter._forward_on_gpu(q, k, v, *arrays.values(), options=static, names=tuple(arrays))
-    backward = BackwardOptions(True, None, "bshd", False, "auto", static.modifiers)
+    wanted = "mod_args['rate']", "mod_args['slope']"
+    backward = BackwardOptions(True, None, "bshd", False, "auto", static.modifiers, wanted)
     given = (dout, q, k, v, out, lse, jnp.asarray(inputs.dlse), *arrays.values())
     gradients = adapter._backward_on_gpu(*given, options=backward, names=tuple(arrays))
     b, h, i, j = np.ogrid[:2, :4, :70, :90]
@@ -100,9 +79,31 @@ def test_formulas_reach_the_kernels_and_are_differentiated(on_gpu):
     standard = standard_results(problem, inputs, {"bias": bias, "mask": shown})
     for name, actual in zip(("out", "lse"), (out, lse), strict=True):
         assert_within_contract(np.asarray(actual), getattr(expected, name), getattr(standard, name), name)
-    for name, actual in zip(("dq", "dk", "dv"), gradients, strict=True):
+    for name, actual in zip(("dq", "dk", "dv"), gradients[:3], strict=True):
         arguments = np.asarray(actual), getattr(expected, name), getattr(standard, name), name
         assert_gradient_within_contract(*arguments)
+    rounded = with_rounded_out(inputs, expected.out)
+    stored = reference_results(problem, rounded, {"bias": bias, "mask": shown})
+    of_slope, rounded_slope = ((x.dbias * (j - i) * 2.0).sum((0, 2, 3)) for x in (expected, stored))
+    allowed = 2 * np.abs(of_slope - rounded_slope).max()
+    np.testing.assert_allclose(np.asarray(gradients[4]), of_slope, rtol=0.02, atol=allowed)
+    of_rate = (of_slope * np.asarray(slope)).sum() / 2
+    np.testing.assert_allclose(np.asarray(gradients[3]), of_rate, rtol=0.02, atol=allowed)
+
+
+@pytest.mark.parametrize("wrt", ["q", "slope", "rate"])
+def test_jax_grad_asks_for_the_gradients_of_arguments_that_it_differentiates_by(wrt):
+    x = jnp.ones((1, 4, 2, 8), jnp.float16)
+    leaves = {"q": x, "slope": jnp.ones(2), "rate": 2.0}
+
+    def loss(leaf):
+        given = leaves | {wrt: leaf}
+        args = {"slope": given["slope"], "rate": given["rate"]}
+        return cuflash.attention(given["q"], x, x, score_mod="score * slope[h] * rate", mod_args=args).sum()
+
+    traced = str(jax.make_jaxpr(jax.grad(loss))(leaves[wrt]))
+    wanted = () if wrt == "q" else (f"mod_args['{wrt}']",)
+    assert f"wanted={wanted!r}" in traced
 
 
 def test_without_keys_the_sink_and_its_gradient_remain(on_gpu):

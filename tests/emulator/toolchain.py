@@ -111,6 +111,12 @@ def compile_kernel(stub: str, entry: str, edits: Mapping[str, str]) -> Path:
     return target
 
 
+def cluster_blocks(stub: str, edits: Mapping[str, str]) -> int:
+    """Thread blocks of a cluster, as the kernel of ``stub`` states them: g++ knows no such attribute."""
+    stated = re.search(r"__cluster_dims__\((\d+), 1, 1\)", "".join([stub, *_included(stub, edits)]))
+    return int(stated[1]) if stated else 1
+
+
 def _included(text: str, edits: Mapping[str, str], found: dict[str, str] | None = None) -> list[str]:
     """The texts of all files ``text`` includes in quotes, directly or not, as the compiler will find them."""
     found = {} if found is None else found

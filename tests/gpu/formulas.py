@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from arrays import to_numpy
-from modified import sinks_allowance
+from modified import delta_deviation, rounding_allowance, sinks_allowance
 from numerics import (
     AllResults,
+    Inputs,
     assert_gradient_within_contract,
     assert_within_contract,
     random_inputs,
     random_operands,
+    with_rounded_out,
 )
 
 import cuflash
@@ -30,6 +32,15 @@ class Case(NamedTuple):
     score: Callable[..., Any] | None = None  # (score, b, h, q, kv, **args)
     mask_mod: str | None = None
     mask: Callable[..., Any] | None = None  # (b, h, q, kv, **args)
+    # Of arguments of score_mod: (∂loss/∂result, score, b, h, q, kv, **args) → the gradient.
+    gradients: Mapping[str, Callable[..., Any]] = {}
+
+
+def _added(shape: tuple[int, ...], terms: Any, *index: Any) -> Any:
+    """Zeros to which ``terms`` are added, each at its ``index``."""
+    total = np.zeros(shape, np.float64)
+    np.add.at(total, np.broadcast_arrays(*index, terms)[:-1], terms)
+    return total
 
 
 def _documents(batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
@@ -46,11 +57,17 @@ def _table(batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> dict[str, An
     return {"table": table, "offset": seqlen_q - 1}
 
 
+def _gates(batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
+    gate = np.random.default_rng(4).uniform(-1, 1, (batch, max(seqlen_q, seqlen_k)))
+    return {"gate": gate.astype(np.float32), "shift": np.asarray(0.3)}
+
+
 CASES = {
     "ALiBi": Case(
         _slopes,
         "score + slope[h] * (kv - q)",
         lambda score, b, h, q, kv, slope: score + slope[h] * (kv - q),
+        gradients={"slope": lambda dscore, score, b, h, q, kv, slope: (dscore * (kv - q)).sum((0, 2, 3))},
     ),
     "soft cap": Case(
         lambda *_: {"cap": 2.0},
@@ -71,6 +88,27 @@ CASES = {
         _table,
         "score + table[h, kv - q\n  + offset]",
         lambda score, b, h, q, kv, table, offset: score + table[h, kv - q + offset].astype(np.float64),
+        gradients={
+            "table": lambda dscore, score, b, h, q, kv, table, offset: _added(
+                table.shape, dscore, h, kv - q + offset
+            )
+        },
+    ),
+    "gates, each read twice": Case(
+        _gates,
+        "gate[b, q] * score\n  * gate[b, kv] + (kv > q ? shift : tanh(shift * score))",
+        lambda score, b, h, q, kv, gate, shift: (
+            gate[b, q] * score * gate[b, kv] + np.where(kv > q, shift, np.tanh(shift * score))
+        ),
+        gradients={
+            "shift": lambda dscore, score, b, h, q, kv, gate, shift: np.sum(
+                dscore * np.where(kv > q, 1, score * (1 - np.tanh(shift * score) ** 2))
+            ),
+            "gate": lambda dscore, score, b, h, q, kv, gate, shift: (
+                _added(gate.shape, dscore * score * gate[b, kv], b, q)
+                + _added(gate.shape, dscore * score * gate[b, q], b, kv)
+            ),
+        },
     ),
     "a slope of either sign": Case(
         lambda *_: {},
@@ -79,12 +117,37 @@ CASES = {
     ),
     "both": Case(
         lambda *sizes: _slopes(*sizes) | _documents(*sizes),
-        "exp(-fabs(score)) + slope[h] * score",
-        lambda score, b, h, q, kv, slope, doc: np.exp(-np.abs(score)) + slope[h] * score,
+        "exp(-0.125f * score * score) + slope[h] * score",  # smooth: of many scores some would meet a kink
+        lambda score, b, h, q, kv, slope, doc: np.exp(-0.125 * score * score) + slope[h] * score,
         "doc[b, q] >= doc[b, kv] && (kv + h) % 7 != 0",
         lambda b, h, q, kv, slope, doc: (doc[b, q] >= doc[b, kv]) & ((kv + h) % 7 != 0),
+        {"slope": lambda dscore, score, b, h, q, kv, slope, doc: (dscore * score).sum((0, 2, 3))},
     ),
 }
+
+
+def _allowances(
+    inputs: Inputs, results: AllResults, names: Iterable[str], where: dict[str, Any]
+) -> dict[str, float]:
+    """Four standard deviations of what rounding out does to gradients of arguments.
+
+    As for sinks: they are few sums of many terms that cancel, and standard attention may be lucky in all.
+    The deviations are those of three random roundings.
+    """
+    names = tuple(names)
+    if not names:
+        return {}
+    rng = np.random.default_rng(0)
+    deviation = delta_deviation(inputs, results.out)
+    samples = []
+    for _ in range(3):
+        dlse = inputs.dlse - deviation * rng.standard_normal(deviation.shape)
+        samples.append(reference.attention_backward(inputs.dout, *inputs[:3], dlse=dlse, **where))
+    exact = reference.attention_backward(inputs.dout, *inputs[:3], dlse=inputs.dlse, **where)
+    return {
+        name: 4 * float(np.sqrt(np.mean([np.abs(sample[i] - exact[i]).max() ** 2 for sample in samples])))
+        for i, name in zip(range(-len(names), 0), names, strict=True)
+    }
 
 
 def check_formulas(
@@ -125,6 +188,8 @@ def check_formulas(
     formulas["mod_args"] = {
         name: x if isinstance(x, int | float) else of_args(cp.asarray(x)) for name, x in args.items()
     }
+    # Sums by atomics are not deterministic.
+    gradients_of = {} if deterministic else case.gradients
     q, k, v, dout = (cp.asarray(x) for x in inputs[:4])
     out, lse = cuflash.attention(q, k, v, return_lse=True, **options, **on_device, **formulas)
     gradients = cuflash.attention_backward(
@@ -132,6 +197,7 @@ def check_formulas(
         dlse=cp.asarray(inputs.dlse),
         deterministic=deterministic,
         **options,
+        mod_args_grad=tuple(gradients_of),
         **on_device,
         **formulas,
     )
@@ -143,7 +209,10 @@ def check_formulas(
         extras = extras._replace(mask=shown if extras.mask is None else extras.mask & shown)
     if case.score is not None:
         of_score = case.score
-        extras = extras._replace(score_mod=lambda score: of_score(score, *grid, **args))
+        extras = extras._replace(
+            score_mod=lambda score: of_score(score, *grid, **args),
+            score_mod_args=lambda *of: tuple(f(*of, *grid, **args) for f in gradients_of.values()),
+        )
     where = {"causal_offset": problem.causal_offset, "scale": problem.scale, "extras": extras}
     expected = (
         *reference.attention(*inputs[:3], **where),
@@ -154,11 +223,22 @@ def check_formulas(
         *reference.standard_attention_backward(inputs.dout, *inputs[:3], dlse=inputs.dlse, **where),
     )
     results = AllResults(*expected[:5])
-    names = ("out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in differentiable(operands)))
-    for name, actual, want, allowed in zip(names, (out, lse, *gradients), expected, standard, strict=True):
-        if name == "dsinks":
-            allowance = sinks_allowance(inputs, operands, results)
-            assert_within_contract(to_numpy(actual), want, allowed, name, allowance)
-            continue
-        hold = assert_within_contract if name in ("out", "lse") else assert_gradient_within_contract
-        hold(to_numpy(actual), want, allowed, name)
+    rounded = with_rounded_out(inputs, results.out)
+    stored = reference.attention_backward(inputs.dout, *inputs[:3], dlse=rounded.dlse, **where)
+    allowances = _allowances(inputs, results, gradients_of, where)
+    others = *differentiable(operands), *gradients_of
+    names = ("out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in others))
+    actual = map(to_numpy, (out, lse, *gradients))
+    for name, got, want, allowed, kept in zip(
+        names, actual, expected, standard, (*expected[:2], *stored), strict=True
+    ):
+        if name in ("out", "lse"):
+            assert_within_contract(got, want, allowed, name)
+        elif name == "dsinks":
+            assert_within_contract(got, want, allowed, name, sinks_allowance(inputs, operands, results))
+        elif name[1:] in gradients_of:
+            assert got.dtype == args[name[1:]].dtype
+            assert_within_contract(got, want, allowed, name, allowances[name[1:]])
+        else:
+            allowance = rounding_allowance(problem, want, kept)
+            assert_gradient_within_contract(got, want, allowed, name, allowance)

@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 from arrays import VIEWS, make_inputs, to_numpy
-from conftest import hopper_or_skip, skip_if_not_captured, skip_if_standard
 from hypothesis import assume, currently_in_test_context, example, given
 from hypothesis import strategies as st
 from numerics import assert_gradient_within_contract
@@ -16,6 +15,7 @@ from numerics import assert_gradient_within_contract
 import cuflash
 from cuflash import config_fa1, config_hopper_backward, reference
 from cuflash.problem import make_problem
+from gpu.conftest import hopper_or_skip, skip_if_not_captured, skip_if_standard
 
 cp = pytest.importorskip("cupy")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from arrays import VIEWS, check_extreme_logits, check_forward, make_inputs, to_numpy
-from conftest import hopper_or_skip, skip_if_standard, skip_past_head_dim_of
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import assert_within_contract
 
 import cuflash
 from cuflash import reference
+from gpu.conftest import hopper_or_skip, skip_if_standard, skip_past_head_dim_of
 
 cp = pytest.importorskip("cupy")
 

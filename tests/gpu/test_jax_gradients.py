@@ -6,7 +6,8 @@ import os
 
 import numpy as np
 import pytest
-from conftest import hopper_or_skip
+
+from gpu.conftest import hopper_or_skip
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other tests need GPU memory too
 jax = pytest.importorskip("jax")
@@ -212,3 +213,30 @@ def test_float32_is_refused_when_compiling_for_the_gpu_and_taken_on_the_cpu():
     cpu = jax.devices("cpu")[0]
     on_cpu = [jax.device_put(x, cpu) for x in inputs]
     assert_close(jax.jit(cuflash.attention)(*on_cpu), cuflash.attention(*map(np.asarray, inputs)), 1e-5)
+
+
+def test_formulas_are_differentiated_by_inputs_and_arguments():
+    q, k, v = make_arrays()
+    slope, cap = jnp.linspace(0.001, 0.02, 4), jnp.float32(3.0)
+
+    def loss(q, k, v, slope, cap):
+        args = {"slope": slope, "cap": cap}
+        formula = "tanh(score / cap) * cap + slope[h] * (kv - q)"
+        out, lse = cuflash.attention(
+            q, k, v, score_mod=formula, mask_mod="kv <= q", mod_args=args, return_lse=True
+        )
+        return jnp.square(out.astype("float32")).sum() + lse.sum()
+
+    def expected(q, k, v, slope, cap):
+        q, k, v = (x.astype("float32").swapaxes(1, 2) for x in (q, k, v))
+        i, j = jnp.arange(200)[:, None], jnp.arange(200)
+        score = jnp.tanh(q @ k.mT / 8 / cap) * cap + slope[:, None, None] * (j - i)
+        score = jnp.where(j <= i, score, -jnp.inf)
+        return jnp.square(jax.nn.softmax(score) @ v).sum() + jax.nn.logsumexp(score, axis=-1).sum()
+
+    leaves, by = (q, k, v, slope, cap), tuple(range(5))
+    with jax.default_matmul_precision("highest"):
+        wanted = jax.grad(expected, by)(*leaves)
+    for got, want in zip(jax.jit(jax.grad(loss, by))(*leaves), wanted, strict=True):
+        want = np.asarray(want, np.float32)
+        np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.02 * np.abs(want).max())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import skip_if_standard
 from numerics import assert_within_contract
 
 from cuflash import reference
+from gpu.conftest import skip_if_standard
 
 cp = pytest.importorskip("cupy")
 

@@ -238,6 +238,30 @@ def test_a_cuda_graph_draws_a_fresh_mask_at_every_replay_of_a_seed_on_the_device
     assert not torch.equal(seen[0], seen[1])
 
 
+def test_a_cuda_graph_captures_a_seed_that_is_a_number_and_nothing_waits_for_the_device():
+    torch, (q, k, v) = torch_inputs()
+
+    def step():
+        out = cuflash.attention(q, k, v, dropout_p=0.5, seed=5)
+        return out, *torch.autograd.grad(out.float().sum(), (q, k, v))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(results[0], expected[0])
+
+
 def test_without_a_seed_torchs_generator_draws_one():
     torch, (q, k, v) = torch_inputs()
     outs = []

@@ -7,9 +7,9 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import skip_if_not_captured
 
 import cuflash
+from gpu.conftest import skip_if_not_captured
 
 cp = pytest.importorskip("cupy")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import hopper_or_skip
 
 import cuflash
+from gpu.conftest import hopper_or_skip
 
 torch = pytest.importorskip("torch")
 cp = pytest.importorskip("cupy")

@@ -17,18 +17,18 @@ static std::map<const void*, Clock> messages;  // left at an address by fenced t
 
 void forget_messages() { messages.clear(); }
 
-// What `thread` knows, for threads of any block: steps of its own block travel under the block's serial number.
+// What `thread` knows, for threads of any block: steps of its own cluster travel under the cluster's serial number.
 static Clock outgoing(Thread& thread) {
   Clock known;
   known.others = thread.clock.others;
-  known.others[thread.block->serial].join(thread.clock.seen);
-  thread.clock.seen.raise(thread.id, thread.clock.seen[thread.id] + 1);
+  known.others[thread.block->cluster->serial].join(thread.clock.seen);
+  thread.clock.seen.raise(thread.actor, thread.clock.seen[thread.actor] + 1);
   return known;
 }
 
 static void learn(Thread& thread, const Clock& message) {
   thread.clock.join(message);
-  const auto own = message.others.find(thread.block->serial);
+  const auto own = message.others.find(thread.block->cluster->serial);
   if (own != message.others.end()) thread.clock.seen.join(own->second);
 }
 

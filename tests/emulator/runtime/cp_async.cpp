@@ -13,6 +13,7 @@ void cp_async(uint32_t target, const void* source, int bytes, int source_bytes) 
   const Site site = __builtin_return_address(0);
   Thread& thread = *current();
   CopyQueue& queue = thread.copies;
+  target = own_address(*thread.block, target, site);
   if (queue.actor < 0) queue.actor = new_actor(*thread.block, format("cp.async of thread %d", thread.id));
   if (source_bytes < 0 || source_bytes > bytes) {
     fault(kLaunch, format("cp.async of %d bytes with %d source bytes %s", bytes, source_bytes, at(site).c_str()));

@@ -71,6 +71,7 @@ EMU_ENTRY void fence_proxy_async();
 EMU_ENTRY void tma_load(uint32_t target, const void* map, uint32_t mbarrier, const int* coordinates, int rank);
 EMU_ENTRY void bulk_load(uint32_t target, const void* source, int bytes, uint32_t mbarrier);
 EMU_ENTRY void tma_store(const void* map, uint32_t source, const int* coordinates, int rank);
+EMU_ENTRY void bulk_copy(uint32_t target, uint32_t source, int bytes, uint32_t mbarrier);  // target, mbarrier: mapped
 EMU_ENTRY void bulk_commit();
 EMU_ENTRY void bulk_wait(int pending, bool reads_only);
 EMU_ENTRY void set_max_registers(int registers);
@@ -87,6 +88,13 @@ EMU_ENTRY void wgmma(const WgmmaOperands& operands);
 EMU_ENTRY void wgmma_fence();
 EMU_ENTRY void wgmma_commit();
 EMU_ENTRY void wgmma_wait(int pending);
+
+// Clusters.
+EMU_ENTRY uint32_t cluster_rank();
+EMU_ENTRY uint32_t map_shared(uint32_t address, uint32_t rank);
+EMU_ENTRY void cluster_arrive_relaxed();
+EMU_ENTRY void cluster_wait();
+EMU_ENTRY void mbarrier_arrive_mapped(uint32_t address);
 
 // Conversions with the hardware's rounding.
 EMU_ENTRY uint16_t to_fp16(float x);

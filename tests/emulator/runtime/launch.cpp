@@ -1,5 +1,7 @@
 #include "launch.h"
 
+#include <algorithm>
+
 #include "atomics.h"
 #include "deadlock.h"
 #include "machine.h"
@@ -49,12 +51,15 @@ static void run_thread() {
   check_no_copies_pending(*current());
   check_no_stores_pending(*current());
   check_no_products_pending(*current());
+  if (options.check_races) current()->block->at_exit.join(current()->clock);
+  leave_cluster(*current());
   exit_thread();
 }
 
-static void start_block(int slot) {
+static void start_block(int slot, const std::shared_ptr<Cluster>& cluster) {
   resident[slot] = std::make_unique<Block>();
   Block& block = *resident[slot];
+  cluster->blocks.push_back(&block);
   const uint64_t index = launch.started++;
   block.block_index = {static_cast<unsigned>(index % launch.grid.x),
                        static_cast<unsigned>(index / launch.grid.x % launch.grid.y),
@@ -63,14 +68,20 @@ static void start_block(int slot) {
   block.grid_dim = launch.grid;
   block.shared = shared_window(slot);
   block.shared_bytes = launch.shared_bytes;
-  block.serial = next_serial++;
   block.slot = slot;
+  block.cluster = cluster;
+  block.rank = static_cast<uint32_t>(cluster->blocks.size()) - 1;
   prepare_shared(block.shared, block.shared_bytes);
   block.shadow.reset(block.shared_bytes);
 
   const Dim3& dim = launch.block_dim;
   block.live = static_cast<int>(dim.x * dim.y * dim.z);
+  cluster->live += block.live;
   block.warps.resize((block.live + kWarpLanes - 1) / kWarpLanes);
+}
+
+static void start_threads(Block& block) {
+  const Dim3& dim = launch.block_dim;
   for (int id = 0; id < block.live; ++id) {
     auto thread = std::make_unique<Thread>();
     thread->view = &block;
@@ -79,31 +90,47 @@ static void start_block(int slot) {
     thread->id = id;
     thread->lane = id % kWarpLanes;
     thread->warp = id / kWarpLanes;
-    thread->clock.seen.raise(id, 1);
+    thread->actor = new_actor(block, format("thread %d", id));
+    thread->clock.seen.raise(thread->actor, 1);
     block.warps[thread->warp].lanes |= 1u << thread->lane;
-    new_actor(block, format("thread %d", id));
-    start_fibre(thread->fibre, slot * static_cast<int>(kMostThreads) + id, run_thread);
+    start_fibre(thread->fibre, block.slot * static_cast<int>(kMostThreads) + id, run_thread);
     make_ready(*thread);
     block.threads.push_back(std::move(thread));
   }
 }
 
-static void finish_block(std::unique_ptr<Block>& block) {
-  check_shared_guards(*block);
-  end_transfers(*block);
-  for (Warp& warp : block->warps) flush_banks(warp.bank_requests);
-  block.reset();
+// The next cluster, in slots from `first` on: all of its blocks start together.
+static void start_cluster(int first) {
+  const auto cluster = std::make_shared<Cluster>();
+  cluster->serial = next_serial++;
+  for (int slot = first; slot < first + options.cluster_blocks; ++slot) start_block(slot, cluster);
+  for (Block* block : cluster->blocks) start_threads(*block);
+}
+
+static void finish_block(Block& block) {
+  check_shared_guards(block);
+  end_transfers(block);
+  check_nobody_reaches_into(block);
+  for (Warp& warp : block.warps) flush_banks(warp.bank_requests);
+  block.ended = true;
 }
 
 static void run_launch() {
   const uint64_t blocks = static_cast<uint64_t>(launch.grid.x) * launch.grid.y * launch.grid.z;
-  const int slots = std::min(options.resident_blocks, kMostResident);
+  const int together = options.cluster_blocks;
+  const int clusters = std::max(1, std::min(options.resident_blocks, kMostResident) / together);
   for (;;) {
     bool any = false;
-    for (int slot = 0; slot < slots; ++slot) {
-      if (resident[slot] && resident[slot]->live == 0) finish_block(resident[slot]);
-      if (!resident[slot] && launch.started < blocks) start_block(slot);
-      any |= resident[slot] != nullptr;
+    for (int first = 0; first < clusters * together; first += together) {
+      const auto begin = resident + first, end = begin + together;
+      for (auto block = begin; block < end; ++block) {
+        if (*block && !(*block)->ended && (*block)->live == 0) finish_block(**block);
+      }
+      if (std::all_of(begin, end, [](const auto& block) { return block && block->ended; })) {
+        std::for_each(begin, end, [](auto& block) { block.reset(); });
+      }
+      if (!*begin && launch.started < blocks) start_cluster(first);
+      any |= *begin != nullptr;
     }
     if (!any) return;
     if (!run_threads()) fault(kDeadlock, describe_deadlock());
@@ -148,6 +175,9 @@ EMU_ENTRY void emu_launch(void (*invoke)(void**), void** arguments, const unsign
     if (shared_bytes > kMostShared || block[0] * block[1] * block[2] > kMostThreads) {
       fault(kLaunch, format("%u × %u × %u threads with %zu bytes of shared memory do not fit a multiprocessor",
                             block[0], block[1], block[2], shared_bytes));
+    }
+    if (options.cluster_blocks > kMostResident || grid[0] % options.cluster_blocks) {
+      fault(kLaunch, format("a grid of %u blocks is not made of clusters of %d", grid[0], options.cluster_blocks));
     }
     run_launch();
   } catch (const LaunchAbandoned&) {

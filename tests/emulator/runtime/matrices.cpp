@@ -33,13 +33,15 @@ static void set_fragment(Matrix& matrix, int lane, bool transposed, uint32_t bit
 static unsigned char* matrix_row(const Lanes& lanes, int m, int i, bool write) {
   const int lane = m * 8 + i;
   const Access access = access_by(lanes.thread(lane), write, lanes.site);
-  return shared_at(access, lanes.of<MatrixArgument>(lane).address, 16, 16);
+  return shared_at(access, own_address(lanes.block, lanes.of<MatrixArgument>(lane).address, lanes.site), 16, 16);
 }
 
 static void count_rows(const Lanes& lanes, int m, bool write) {
   if (!options.count_banks) return;
   uint32_t offsets[8];
-  for (int i = 0; i < 8; ++i) offsets[i] = lanes.of<MatrixArgument>(m * 8 + i).address - kSharedBase;
+  for (int i = 0; i < 8; ++i) {
+    offsets[i] = own_address(lanes.block, lanes.of<MatrixArgument>(m * 8 + i).address, lanes.site) - kSharedBase;
+  }
   count_matrix_rows(offsets, write, lanes.site);
 }
 

@@ -22,9 +22,9 @@ Mbarrier& mbarrier_at(Block& block, uint32_t address, Site site) {
   Mbarrier& mbarrier = found->second;
   const Thread& thread = *current();
   if (options.check_races && mbarrier.initialiser != &thread &&
-      thread.clock.seen[mbarrier.initialiser->id] < mbarrier.initialised_at && first_time(kRace, site)) {
-    finding(kRace, format("%s used by thread %d %s before its initialisation is visible there",
-                          name_of(mbarrier).c_str(), thread.id, at(site).c_str()));
+      thread.clock.seen[mbarrier.initialiser->actor] < mbarrier.initialised_at && first_time(kRace, site)) {
+    finding(kRace, format("%s used by %s %s before its initialisation is visible there",
+                          name_of(mbarrier).c_str(), name_of(thread).c_str(), at(site).c_str()));
   }
   return mbarrier;
 }
@@ -32,6 +32,7 @@ Mbarrier& mbarrier_at(Block& block, uint32_t address, Site site) {
 void mbarrier_init(uint32_t address, int arrivals) {
   const Site site = __builtin_return_address(0);
   Thread& thread = *current();
+  address = own_address(*thread.block, address, site);
   shared_at(access_by(thread, true, site), address, kMbarrierBytes, kMbarrierBytes);
   if (options.check_races) thread.block->shadow.reserve(address - kSharedBase, kMbarrierBytes);
   Mbarrier& mbarrier = thread.block->mbarriers[address];
@@ -39,12 +40,19 @@ void mbarrier_init(uint32_t address, int arrivals) {
   mbarrier.address = address;
   mbarrier.arrivals = mbarrier.pending = arrivals;
   mbarrier.initialiser = &thread;
-  mbarrier.initialised_at = thread.clock.seen[thread.id];
+  mbarrier.initialised_at = thread.clock.seen[thread.actor];
+}
+
+static void tell_tma(const Thread& thread) {
+  for (auto& [address, mbarrier] : thread.block->mbarriers) {
+    if (mbarrier.initialiser == &thread && !mbarrier.fenced_at) mbarrier.fenced_at = thread.clock.seen[thread.actor];
+  }
 }
 
 void fence_mbarrier_init() {
   Thread& thread = *current();
-  for (auto& [address, mbarrier] : thread.block->mbarriers) mbarrier.fenced |= mbarrier.initialiser == &thread;
+  tell_tma(thread);
+  if (options.check_races) release(thread, thread.fenced_initialisations);
 }
 
 void complete_if_done(Mbarrier& mbarrier) {
@@ -61,10 +69,9 @@ void complete_if_done(Mbarrier& mbarrier) {
   }
 }
 
-void mbarrier_arrive(uint32_t address, int expected_bytes) {
-  const Site site = __builtin_return_address(0);
+static void arrive(Block& block, uint32_t address, int expected_bytes, Site site) {
   Thread& thread = *current();
-  Mbarrier& mbarrier = mbarrier_at(*thread.block, address, site);
+  Mbarrier& mbarrier = mbarrier_at(block, address, site);
   if (mbarrier.pending == 0) {
     fault(kBarrier, format("more than %d arrivals at %s in phase %u, %s", mbarrier.arrivals,
                            name_of(mbarrier).c_str(), mbarrier.phase, at(site).c_str()));
@@ -75,10 +82,24 @@ void mbarrier_arrive(uint32_t address, int expected_bytes) {
   complete_if_done(mbarrier);
 }
 
+void mbarrier_arrive(uint32_t address, int expected_bytes) {
+  const Site site = __builtin_return_address(0);
+  Block& block = *current()->block;
+  arrive(block, own_address(block, address, site), expected_bytes, site);
+}
+
+void mbarrier_arrive_mapped(uint32_t address) {
+  const Site site = __builtin_return_address(0);
+  Thread& thread = *current();
+  Block& block = block_of(thread, address, site);
+  if (&block != thread.block) reach_into(block, thread.actor, thread.clock.seen[thread.actor]);
+  arrive(block, own_address(block, address, site), 0, site);
+}
+
 void land_bytes(Mbarrier& mbarrier, uint32_t phase, int64_t bytes, Site load) {
   mbarrier.bytes -= bytes;
   if (mbarrier.phase != phase || (mbarrier.pending == 0 && mbarrier.bytes < 0)) {
-    fault(kBarrier, format("the TMA load %s brings more bytes than phase %u of %s expects", at(load).c_str(), phase,
+    fault(kBarrier, format("the copy %s brings more bytes than phase %u of %s expects", at(load).c_str(), phase,
                            name_of(mbarrier).c_str()));
   }
 }
@@ -94,6 +115,7 @@ static std::string missing(const Block& block, uint32_t address) {
 bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
   const Site site = __builtin_return_address(0);
   Thread& thread = *current();
+  address = own_address(*thread.block, address, site);
   Mbarrier& mbarrier = mbarrier_at(*thread.block, address, site);
   if (!has_completed(mbarrier, parity)) {
     poll({"mbarrier.try_wait", site, missing, address});
@@ -106,6 +128,7 @@ bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
 void mbarrier_wait(uint32_t address, uint32_t parity) {
   const Site site = __builtin_return_address(0);
   Thread& thread = *current();
+  address = own_address(*thread.block, address, site);
   Mbarrier& mbarrier = mbarrier_at(*thread.block, address, site);
   // A waiter that sleeps through a whole phase finds the parity it asks for only two phases later, as on hardware.
   while (!has_completed(mbarrier, parity)) {
@@ -117,9 +140,9 @@ void mbarrier_wait(uint32_t address, uint32_t parity) {
 
 void fence_proxy_async() {
   Thread& thread = *current();
-  fence_mbarrier_init();
+  tell_tma(thread);
   thread.clock.fenced.join(thread.clock.seen);
-  thread.clock.seen.raise(thread.id, thread.clock.seen[thread.id] + 1);
+  thread.clock.seen.raise(thread.actor, thread.clock.seen[thread.actor] + 1);
 }
 
 }  // namespace emu

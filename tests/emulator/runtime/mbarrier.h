@@ -21,7 +21,7 @@ struct Mbarrier {
   uint32_t loads = 0;
   Thread* initialiser = nullptr;
   uint32_t initialised_at = 0;    // its step
-  bool fenced = false;            // TMA knows of the initialisation
+  uint32_t fenced_at = 0;         // and that of its fence, 0 for none: whoever knows of it may tell TMA
   std::vector<Thread*> waiting;
   Clock arriving, completed;  // of this phase; of all before
 };

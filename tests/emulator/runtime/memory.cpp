@@ -97,12 +97,13 @@ uint32_t shared_address(const void* pointer) {
     fault(kBounds, "conversion of a pointer that is not into the block's shared memory " +
                        at(__builtin_return_address(0)));
   }
-  return static_cast<uint32_t>(offset) + kSharedBase;
+  return (static_cast<uint32_t>(offset) + kSharedBase) | block.rank << kRankShift;
 }
 
 void* shared_access(uint32_t address, int bytes, bool write) {
   Thread& thread = *current();
   const Site site = __builtin_return_address(0);
+  address = own_address(*thread.block, address, site);
   void* const pointer = shared_at(access_by(thread, write, site), address, bytes, bytes);
   if (options.count_banks) count_bank_access(thread, address - kSharedBase, bytes, write, site);
   return pointer;

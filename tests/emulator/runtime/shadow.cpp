@@ -7,11 +7,11 @@
 namespace emu {
 
 Access access_by(const Thread& thread, bool write, Site site) {
-  return {thread.block, thread.id, thread.clock.seen[thread.id], &thread.clock, write, false, false, site};
+  return {thread.block, thread.actor, thread.clock.seen[thread.actor], &thread.clock, write, false, false, site};
 }
 
 static std::string described(const Access& access) {
-  return format("%s by %s %s", access.write ? "write" : "read", access.block->actors[access.actor].c_str(),
+  return format("%s by %s %s", access.write ? "write" : "read", access.block->cluster->actors[access.actor].c_str(),
                 at(access.site).c_str());
 }
 
@@ -65,13 +65,13 @@ void SharedShadow::check_write_before(const Access& access, Cell& cell, uint32_t
     if (first_time(kRace, access.site, cell.write_site)) {
       finding(kRace, format("shared memory +%u of %s: %s is not ordered after the write by %s %s", offset,
                             name_of(*access.block).c_str(), described(access).c_str(),
-                            access.block->actors[cell.writer].c_str(), at(cell.write_site).c_str()));
+                            access.block->cluster->actors[cell.writer].c_str(), at(cell.write_site).c_str()));
     }
   } else if (access.proxy && !cell.written_by_proxy && cell.write_step > access.clock->fenced[cell.writer]) {
     if (first_time(kProxy, access.site, cell.write_site)) {
       finding(kProxy, format("shared memory +%u of %s: %s follows an ordinary write by %s %s without "
                              "fence.proxy.async", offset, name_of(*access.block).c_str(), described(access).c_str(),
-                             access.block->actors[cell.writer].c_str(), at(cell.write_site).c_str()));
+                             access.block->cluster->actors[cell.writer].c_str(), at(cell.write_site).c_str()));
     }
   }
 }
@@ -91,7 +91,7 @@ void SharedShadow::check_reads_before(const Access& access, Cell& cell, uint32_t
   if (unordered >= 0 && first_time(kRace, access.site, cell.read_site)) {
     finding(kRace, format("shared memory +%u of %s: %s is not ordered after a read by %s (the last read %s)", offset,
                           name_of(*access.block).c_str(), described(access).c_str(),
-                          access.block->actors[unordered].c_str(), at(cell.read_site).c_str()));
+                          access.block->cluster->actors[unordered].c_str(), at(cell.read_site).c_str()));
   }
 }
 
@@ -168,7 +168,7 @@ void SharedShadow::check(const Access& access, uint32_t offset, uint32_t bytes) 
 // ---- global memory
 
 static bool before(const Access& access, uint32_t block, int actor, uint32_t step) {
-  if (block == access.block->serial) return before(access, actor, step);
+  if (block == access.block->cluster->serial) return before(access, actor, step);
   const auto known = access.clock->others.find(block);
   return known != access.clock->others.end() && step <= known->second[actor];
 }
@@ -178,7 +178,7 @@ void GlobalShadow::check(const Access& access, size_t offset, size_t bytes, size
   const auto unordered = [&](const Mark& mark) {  // a mark of an earlier launch is over
     return mark.block >= first_serial && !before(access, mark.block, mark.actor, mark.step);
   };
-  const Mark mine{access.block->serial, access.step, static_cast<uint16_t>(access.actor), access.site};
+  const Mark mine{access.block->cluster->serial, access.step, static_cast<uint16_t>(access.actor), access.site};
   for (size_t i = offset / kGranule; i < (offset + bytes + kGranule - 1) / kGranule; ++i) {
     Cell& cell = cells_[i];
     const Mark* conflict = unordered(cell.write) ? &cell.write : nullptr;
@@ -186,7 +186,7 @@ void GlobalShadow::check(const Access& access, size_t offset, size_t bytes, size
       conflict = unordered(cell.read) ? &cell.read : unordered(cell.other_read) ? &cell.other_read : nullptr;
     }
     if (conflict && first_time(kRace, access.site, conflict->site)) {
-      const std::string who = conflict->block == access.block->serial ? access.block->actors[conflict->actor]
+      const std::string who = conflict->block == access.block->cluster->serial ? access.block->cluster->actors[conflict->actor]
                                                                       : std::string("another block");
       finding(kRace, format("global memory, byte %zu of a buffer of %zu: %s in %s is not ordered after the %s by %s %s",
                             i * kGranule, size, described(access).c_str(), name_of(*access.block).c_str(),

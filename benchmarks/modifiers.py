@@ -1,0 +1,326 @@
+"""What modifiers cost: against the kernel without them, and against PyTorch's FlexAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+import cuflash
+from benchmarks import timing
+from benchmarks.peers import Inputs, Run, in_direction, prepare_peer, require_agreement
+from benchmarks.results import Row, significant
+from benchmarks.speed import new_memory_is_nan, random_inputs
+from benchmarks.timing import Timer
+from benchmarks.workload import Workload, grid_point
+
+TOPIC = "modifiers"
+METHOD = (
+    f"{timing.METHOD} ms: cuflash with the modifier; plain_ms: without it, with the same causal mask; peers: "
+    "ms of compiled flex_attention (dynamic=False) with the same mask and formula. Forwards also give lse, "
+    "as in training. A backward is cuflash.attention_backward with all its kernels; FlexAttention's is "
+    "torch.autograd.grad through a forward that ran before. FlexAttention's block mask is made before, and "
+    "so is the mask summary of cuflash, but where the row says otherwise. All must agree with a plain "
+    "computation in float32 of one batch element and two of its heads."
+)
+PASSES = ("forward", "backward")
+
+ScoreMod = Callable[..., Any]  # FlexAttention's: (score, b, h, q, kv)
+MaskMod = Callable[..., Any]  # (b, h, q, kv)
+
+
+@dataclass(frozen=True)
+class Mods:
+    """One modifier, as each library is given it."""
+
+    ours: dict[str, dict[str, Any]]  # how it is given → the options of ``cuflash.attention``
+    score_mod: ScoreMod | None = None
+    mask_mod: MaskMod | None = None
+    by_batch: bool = False  # mask_mod depends on b
+    sinks: Any = None  # which FlexAttention has not
+    plain: dict[str, Any] = field(default_factory=dict)  # the options without the modifier
+
+
+@dataclass(frozen=True)
+class Point:
+    """One modifier at one shape."""
+
+    case: str
+    workload: Workload
+
+    def __str__(self) -> str:
+        return f"modifiers-{self.case}-d{self.workload.head_dim}-s{self.workload.seqlen}"
+
+
+def points(cases: Iterable[str], shapes: Iterable[tuple[int, int]]) -> list[Point]:
+    """Of (head_dim, seqlen) ``shapes``."""
+    return [
+        Point(case, grid_point(head_dim, seqlen, CASES[case].causal, direction="backward"))
+        for (head_dim, seqlen), case in product(shapes, cases)
+    ]
+
+
+# --- the cases ----------------------------------------------------------------------------------------------
+
+
+def _is_causal(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return kv <= q
+
+
+def _causal(w: Workload, device: Any) -> Mods:
+    return Mods({"causal": {"causal": True}}, mask_mod=_is_causal)
+
+
+def _window(w: Workload, device: Any) -> Mods:
+    left = w.seqlen // 8
+    return Mods(
+        {"window": {"causal": True, "window": (left, None)}},
+        mask_mod=lambda b, h, q, kv: (kv <= q) & (q - kv <= left),
+        plain={"causal": True},
+    )
+
+
+def _document(w: Workload, device: Any) -> Mods:
+    """Eight documents of unequal length to a sequence, packed."""
+    generator = torch.Generator().manual_seed(1)
+    ends = torch.rand(w.batch, 7, generator=generator).mul(w.seqlen).int().sort(1).values
+    doc = torch.searchsorted(ends, torch.arange(w.seqlen).int().expand(w.batch, -1).contiguous(), right=True)
+    doc = doc.int().to(device)
+    given = {"causal": True, "mask_mod": "doc[b, q] == doc[b, kv]", "mod_args": {"doc": doc}}
+    return Mods(
+        {
+            "mask_mod": {**given, "mask_summary": cuflash.MaskSummary()},
+            "mask_mod, looked through in each call": given,
+        },
+        mask_mod=lambda b, h, q, kv: (kv <= q) & (doc[b, q] == doc[b, kv]),
+        by_batch=True,
+        plain={"causal": True},
+    )
+
+
+def _prefix(w: Workload, device: Any) -> Mods:
+    prefix = torch.arange(1, w.batch + 1, device=device, dtype=torch.int32) * (w.seqlen // (2 * w.batch))
+    given = {"mask_mod": "kv <= q || kv < prefix[b]", "mod_args": {"prefix": prefix}}
+    return Mods(
+        {"mask_mod": {**given, "mask_summary": cuflash.MaskSummary()}},
+        mask_mod=lambda b, h, q, kv: (kv <= q) | (kv < prefix[b]),
+        by_batch=True,
+    )
+
+
+def _alibi(w: Workload, device: Any) -> Mods:
+    slopes = 2.0 ** (-8 * torch.arange(1.0, w.heads_q + 1, device=device) / w.heads_q)
+    formula = {"score_mod": "score + slope[h] * (kv - q)", "mod_args": {"slope": slopes}}
+    return Mods(
+        {"alibi_slopes": {"causal": True, "alibi_slopes": slopes}, "score_mod": {"causal": True, **formula}},
+        score_mod=lambda score, b, h, q, kv: score + slopes[h] * (kv - q),
+        mask_mod=_is_causal,
+        plain={"causal": True},
+    )
+
+
+def _softcap(w: Workload, device: Any) -> Mods:
+    cap = 30.0
+    formula = {"score_mod": "cap * tanh(score / cap)", "mod_args": {"cap": cap}}
+    return Mods(
+        {"softcap": {"causal": True, "softcap": cap}, "score_mod": {"causal": True, **formula}},
+        score_mod=lambda score, b, h, q, kv: cap * torch.tanh(score / cap),
+        mask_mod=_is_causal,
+        plain={"causal": True},
+    )
+
+
+def _bias(w: Workload, device: Any) -> Mods:
+    """One for all batch elements. FlexAttention computes no gradient of it here: it does not require one."""
+    generator = torch.Generator(device).manual_seed(2)
+    shape = (1, w.heads_q, w.seqlen, w.seqlen)
+    bias = torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, w.dtype))
+    return Mods(
+        {"bias, with its gradient": {"bias": bias}},
+        score_mod=lambda score, b, h, q, kv: score + bias[0, h, q, kv],
+    )
+
+
+def _padding(w: Workload, device: Any) -> Mods:
+    """Sequences of all lengths up to the longest, which is the one that results are compared of."""
+    lengths = torch.arange(1, w.batch + 1, device=device, dtype=torch.int32) * w.seqlen // w.batch
+    return Mods(
+        {"key_padding and query_padding": {"key_padding": lengths, "query_padding": lengths}},
+        mask_mod=lambda b, h, q, kv: (kv < lengths[b]) & (q < lengths[b]),
+        by_batch=True,
+    )
+
+
+def _sinks(w: Workload, device: Any) -> Mods:
+    sinks = torch.linspace(-1, 1, w.heads_q, device=device)
+    return Mods(
+        {"sinks": {"causal": True, "sinks": sinks}}, mask_mod=_is_causal, sinks=sinks, plain={"causal": True}
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[Workload, Any], Mods]
+    causal: bool
+
+
+CASES = {
+    "causal": Case(_causal, True),
+    "window": Case(_window, True),
+    "document": Case(_document, True),
+    "prefix-LM": Case(_prefix, False),
+    "ALiBi": Case(_alibi, True),
+    "softcap": Case(_softcap, True),
+    "bias": Case(_bias, False),
+    "padding": Case(_padding, False),
+    "sinks": Case(_sinks, True),
+}
+
+
+# --- what is right ------------------------------------------------------------------------------------------
+
+
+def reference(inputs: Inputs, mods: Mods) -> tuple[Any, tuple[Any, ...]]:
+    """Out and the gradients of q, k and v, in float32, of what ``_slice`` takes."""
+    q, k, v, dout = (_slice(x).float() for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
+    batch, seqlen = inputs.q.shape[0] - 1, q.shape[1]
+    positions = torch.arange(seqlen, device=q.device)
+    index = positions[:, None], positions
+    outs, gradients = [], []
+    for i, head in enumerate(_heads(inputs.q)):
+        leaves = [x[0, :, i].detach().requires_grad_() for x in (q, k, v)]
+        score = leaves[0] @ leaves[1].mT * q.shape[-1] ** -0.5
+        if mods.score_mod is not None:
+            score = mods.score_mod(score, batch, head, *index)
+        if mods.mask_mod is not None:
+            score = score.masked_fill(~mods.mask_mod(batch, head, *index), float("-inf"))
+        if mods.sinks is not None:
+            score = torch.cat([score, mods.sinks[head].expand(seqlen, 1)], 1)
+        out = score.softmax(1)[:, :seqlen] @ leaves[2]
+        outs.append(out.detach())
+        gradients.append(torch.autograd.grad(out, leaves, dout[0, :, i]))
+    of_heads = zip(*gradients, strict=True)
+    return torch.stack(outs, 1)[None], tuple(torch.stack(x, 1)[None] for x in of_heads)
+
+
+def _heads(x: Any) -> list[int]:
+    return [0, x.shape[2] - 1]
+
+
+def _slice(x: Any) -> Any:
+    """The last batch element's first and last head: a score matrix of all would not fit."""
+    return x[-1:, :, _heads(x)].detach()
+
+
+def _require(name: str, result: Any, expected: Any) -> float:
+    if isinstance(expected, tuple):
+        return require_agreement(name, tuple(_slice(x) for x in result[:3]), expected)
+    return require_agreement(name, _slice(result), expected)
+
+
+# --- what takes turns ---------------------------------------------------------------------------------------
+
+
+def measure(point: Point, algorithm: str, *, budget_ms: float) -> list[Row]:
+    """A results row for each pass and way of giving the modifier; raises if cuflash is wrong."""
+    inputs = random_inputs(point.workload)
+    mods = CASES[point.case].make(point.workload, inputs.q.device)
+    expected = dict(zip(PASSES, reference(inputs, mods), strict=True))
+    theirs, errors = _flex_runs(inputs, mods, expected)
+    rows = []
+    for name in PASSES:
+        runs = {label: _our_run(inputs, options, algorithm, name) for label, options in mods.ours.items()}
+        row_errors = {}
+        for label, run in runs.items():
+            with new_memory_is_nan():
+                row_errors[label] = _require(f"cuflash {label}", run(), expected[name])
+        plain = _our_run(inputs, mods.plain, algorithm, name)
+        plain()
+        peers = {"flex": theirs[name]} if name in theirs else {}
+        free_memory()
+        ms = Timer().sustained({"plain": plain, **runs, **peers}, budget_ms)
+        rows += [
+            {
+                "family": _family(inputs, options, algorithm, name),
+                "direction": "modifiers",
+                **point.workload.fields(),
+                "features": {"modifier": point.case, "given as": label, "pass": name},
+                "ms": significant(ms[label]),
+                "plain_ms": significant(ms["plain"]),
+                "peers": {peer: significant(ms[peer]) for peer in peers},
+                "peer_errors": {} if peers else {"flex": errors[name]},
+                "row_error": significant(row_errors[label]),
+            }
+            for label, options in mods.ours.items()
+        ]
+    return rows
+
+
+def free_memory() -> None:
+    """What the reference and compilers leave in PyTorch's pool."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _our_run(inputs: Inputs, options: dict[str, Any], algorithm: str, name: str) -> Run:
+    q, k, v = inputs.q, inputs.k, inputs.v
+    given = {**options, "algorithm": algorithm}
+    if name == "forward":
+        return lambda: cuflash.attention(q, k, v, return_lse=True, **given)[0]
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **given)
+    return lambda: cuflash.attention_backward(inputs.dout, q, k, v, out, lse, **given)
+
+
+def _family(inputs: Inputs, options: dict[str, Any], algorithm: str, name: str) -> str:
+    explanation = cuflash.explain(inputs.q, inputs.k, inputs.v, algorithm=algorithm, **options)
+    return explanation.family if name == "forward" else explanation.backward.split()[0]
+
+
+def _flex_runs(inputs: Inputs, mods: Mods, expected: dict[str, Any]) -> tuple[dict[str, Run], dict[str, str]]:
+    """FlexAttention's runs by pass, and why there is none. One compilation serves both passes."""
+    if mods.sinks is not None:
+        return {}, dict.fromkeys(PASSES, "FlexAttention has no sinks")
+    runs: dict[str, Run] = {}
+    errors: dict[str, str] = {}
+    attempt = _flex(inputs, mods)
+    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    for name in PASSES:
+        of_pass = inputs if name == "backward" else replace(inputs, q=q, k=k, v=v, dout=None)
+        require = partial(_require, "flex", expected=expected[name])
+        made = prepare_peer(partial(in_direction, attempt, of_pass), require)
+        if isinstance(made, str):
+            errors[name] = made
+        else:
+            runs[name] = made
+    return runs, errors
+
+
+def _flex(inputs: Inputs, mods: Mods) -> Callable[[Inputs], Run]:
+    made: list[Any] = []  # the compiled function and the block mask, which both passes share
+
+    def prepare(of_pass: Inputs) -> Run:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        if not made:
+            torch._dynamo.reset()  # of one function few specialisations are kept
+            block_mask = None
+            if mods.mask_mod is not None:
+                batch, seqlen, *_ = inputs.q.shape
+                size = batch if mods.by_batch else None
+                block_mask = create_block_mask(
+                    mods.mask_mod, size, None, seqlen, seqlen, device=inputs.q.device
+                )
+            made[:] = torch.compile(flex_attention, dynamic=False), block_mask
+        attend, block_mask = made
+
+        def run() -> Any:
+            out = attend(*of_pass.bhsd(), score_mod=mods.score_mod, block_mask=block_mask)
+            return out.transpose(1, 2)
+
+        return run
+
+    return prepare

@@ -1,0 +1,212 @@
+"""Which decode kernel, with which tiles and how many splits. Pure Python, as ``cuflash.config``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cuflash.problem import Problem
+from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
+from cuflash.stub import translation_unit
+
+SLAB_ROWS = 16  # keys that a warp copies at once, from one page: kSlabRows in kernels_cu/decode/load_keys.cuh
+APPEND_ROWS = 16  # of a block of decode_append
+MAX_SPLITS = 256
+
+
+class DecodeFeatures(NamedTuple):
+    """What a call asks of the kernels beside sizes: constants of their programs."""
+
+    causal: bool  # bounded on the right, by the mask or by a window
+    window: bool  # bounded on the left
+    positions: bool  # queries are rotated by the position of their own keys
+    rotary: bool
+    interleaved: bool
+    page_keys: int  # 0: no pages; SLAB_ROWS: pages of a multiple of as many keys; 1: of any other size
+    aligned: bool  # every row of every array is contiguous and starts at a multiple of 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Compile-time constants of ``kernels_cu/decode/attention.cu``."""
+
+    dtype: str
+    head_dim: int  # of Q and K, padded to a multiple of 16
+    head_dim_v: int  # of V and O, padded likewise
+    group: int  # query heads for each key/value head
+    m_tiles: int  # of 16 rows, of a warp
+    warps_m: int  # that share keys
+    warps_n: int  # groups of them, each with keys of its own
+    tile_keys: int  # of a group, at a time
+    stages: int  # tiles in a group's ring
+    min_blocks_per_sm: int  # __launch_bounds__: caps the registers
+    appends: bool  # blocks write the new keys and values that they read
+    split: bool  # a sequence's keys are spread over blocks
+    negative_scale: bool
+    causal: bool
+    window: bool
+    positions: bool
+    rotary: bool
+    interleaved: bool
+    page_keys: int
+    aligned: bool
+    spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "decode/attention.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "decode_attention"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def block_m(self) -> int:
+        """Rows, queries × group, of a thread block."""
+        return 16 * self.m_tiles * self.warps_m
+
+    @property
+    def round_keys(self) -> int:
+        """Keys that a thread block takes in one turn of its groups."""
+        return self.tile_keys * self.warps_n
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        return translation_unit(self, self.kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class AppendConfig:
+    """Compile-time constants of ``kernels_cu/decode/append.cu``."""
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    rotary: bool
+    interleaved: bool
+    page_keys: int
+    aligned: bool
+    append_rows: int = APPEND_ROWS
+    threads: int = 128
+
+    @property
+    def kernel(self) -> str:
+        """Path of the source below ``kernels_cu/``."""
+        return "decode/append.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the ``extern "C"`` kernel."""
+        return "decode_append"
+
+    def stub(self) -> str:
+        """The translation unit given to NVRTC."""
+        return translation_unit(self, self.kernel)
+
+
+def shared_bytes(config: DecodeConfig) -> int:
+    """Dynamic shared memory of one thread block: Q and the rings, then what the groups leave."""
+    groups = config.warps_n
+    slot = config.tile_keys * (config.head_dim + config.head_dim_v) * ELEMENT_BYTES
+    loop = config.block_m * config.head_dim * ELEMENT_BYTES + groups * config.stages * slot
+    exchange = groups * config.block_m * ((config.head_dim_v + 8) * 4 + 8) + 4
+    return max(loop, exchange)
+
+
+class Shape(NamedTuple):
+    """How the warps of a block share rows and keys; the fields mean what they do in ``DecodeConfig``."""
+
+    m_tiles: int
+    warps_m: int
+    warps_n: int
+    tile_keys: int
+    spill_bytes: int = 0
+
+
+def _shapes(rows: int, widest: int) -> tuple[Shape, ...]:
+    """Shapes for so many rows (queries × group), the best first: others where shared memory is too small."""
+    if rows <= 16:  # every warp has keys of its own
+        keys = 32 if widest <= 64 else 16
+        return Shape(1, 1, 4, keys), Shape(1, 1, 2, keys)
+    if rows <= 32 and widest <= 128:
+        return (Shape(2, 1, 4, 16),)
+    if rows <= 32:  # 32 rows of O do not fit a warp's registers
+        return Shape(1, 2, 2, 32, 8), Shape(1, 2, 1, 32, 8)
+    if rows <= 64 or widest > 128:
+        return Shape(1, 4, 1, 64), Shape(1, 2, 1, 32, 8)
+    # Products matter as much as memory here: with 32 rows a warp uses each K/V fragment twice.
+    return (Shape(2, 4, 1, 64, 112 if widest > 64 else 0),)
+
+
+# (stages, blocks on a multiprocessor). Two blocks, so that one streams while the other starts or ends; else
+# one that has as much in flight as fits.
+_RINGS = ((3, 2), (2, 2), (4, 1), (3, 1), (2, 1))
+
+
+def choose(
+    problem: Problem, capability: tuple[int, int], features: DecodeFeatures, *, appends: bool = False
+) -> DecodeConfig:
+    """The Config, without splits, of a problem that is not empty."""
+    head_dim, head_dim_v = (-(-size // 16) * 16 for size in (problem.head_dim, problem.head_dim_v))
+    per_block = shared_memory_per_block(capability)
+    configs = (
+        DecodeConfig(
+            dtype=problem.dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            group=problem.group_size,
+            **shape._asdict(),
+            stages=stages,
+            min_blocks_per_sm=blocks,
+            appends=appends,
+            split=False,
+            negative_scale=problem.scale < 0,
+            **features._asdict(),
+        )
+        for shape in _shapes(problem.seqlen_q * problem.group_size, max(head_dim, head_dim_v))
+        for stages, blocks in _RINGS
+    )
+    # What a block reserves for the system comes on top of its own.
+    return next(c for c in configs if c.min_blocks_per_sm * (shared_bytes(c) + 1024) <= per_block + 1024)
+
+
+# In bytes a cycle, of an H100: what each multiprocessor gets of its memory if all read, what one block can
+# take at most, and what a block that merges reads out of L2. A merge costs some cycles more for its start.
+_SHARED_RATE = 15
+_BLOCK_RATE = 17
+_MERGE_RATE = 50
+_MERGE_CYCLES = 1500
+
+
+def choose_splits(
+    config: DecodeConfig, *, row_blocks: int, rows: int, keys: int, multiprocessors: int, asked: int = 0
+) -> int:
+    """In how many parts each sequence's keys are spread over thread blocks; ``asked``, if it is not 0.
+
+    ``row_blocks`` blocks are needed without splits, each for at most ``rows`` rows and ``keys`` keys. No more
+    parts are made than a sequence has turns of a block's groups. The estimate: all keys take at least as
+    long as memory does, and every wave of blocks as long as a block does; merging takes longer with every
+    part. The fewest parts of those that are fastest by it.
+    """
+    rounds = max(1, -(-keys // config.round_keys))
+    most = min(MAX_SPLITS, rounds)
+    if asked:
+        return min(asked, most)
+    round_bytes = config.round_keys * (config.head_dim + config.head_dim_v) * ELEMENT_BYTES
+    shared = row_blocks * rounds * round_bytes / (multiprocessors * _SHARED_RATE)
+    resident = multiprocessors * config.min_blocks_per_sm
+
+    def cycles(splits: int) -> float:
+        waves = -(-row_blocks * splits // resident)
+        alone = waves * -(-rounds // splits) * round_bytes / _BLOCK_RATE
+        part_bytes = min(rows, config.block_m) * config.head_dim_v * 4
+        merge = _MERGE_CYCLES + splits * part_bytes / _MERGE_RATE if splits > 1 else 0
+        return max(shared, alone) + merge
+
+    return min(range(1, most + 1), key=cycles)

@@ -1,0 +1,64 @@
+// Sequences packed one after the other in one tensor (docs/packed.md): the one that a thread block works on.
+#pragma once
+
+// One of them, as packed/blocks.cu describes it. The rows past the last make up one more, of which none is in use.
+struct Sequence {
+  long long first_query, first_key;  // its first rows of the packed tensors
+  int query_rows, key_rows;          // how many it has
+  int queries;                       // those in use, of which …
+  int sees_begin, sees_end;          // … queries [sees_begin, sees_end) see a key
+  int keys;                          // those that a query sees: none from here on
+  int diagonal;                      // query i is at the position of key i + diagonal
+  int first_block;                   // its first block of queries, among those of all sequences
+};
+
+// A block of queries, or of keys, of one sequence. Lists of them end with some of no sequence, −1; after those that there
+// can be at most, one more has in `block` how many are of sequences.
+struct PackedBlock {
+  int sequence, block;
+};
+
+template <bool kVarlen>
+struct PackedArrays {};
+template <>
+struct PackedArrays<true> {
+  const Sequence* sequences;  // (batch + 1,)
+  const PackedBlock* blocks;  // those that the kernel's thread blocks work on, the longest sequences' first
+};
+
+// Block `block` of all becomes that of sequence `batch`, which is returned: one without rows if there is none. What is past
+// the last sequence has no slope or sink of its own, and needs none: it counts as the first.
+template <class Params>
+__device__ __forceinline__ Sequence find_sequence(const Params& call, int& block, int& batch) {
+  const PackedBlock found = call.blocks[block];
+  if (found.sequence < 0) return {};
+  block = found.block;
+  const Sequence sequence = call.sequences[found.sequence];
+  batch = sequence.queries == 0 ? 0 : found.sequence;
+  return sequence;
+}
+
+// What a kernel takes for its parameters: those of the call or, with kVarlen, a copy that `restrict_to` makes those of one
+// sequence. A plain kernel has no copy, and no function returns it a reference either: its code stays what it is.
+template <bool kVarlen, class Params>
+struct ChosenParamsOf {
+  using Type = const Params&;
+};
+template <class Params>
+struct ChosenParamsOf<true, Params> {
+  using Type = Params;
+};
+template <class Params>
+using ParamsOf = typename ChosenParamsOf<Config::kVarlen, Params>::Type;
+
+// For the first `queries` of the sequence.
+template <class Params>
+__device__ __forceinline__ void restrict_to(Params& params, const Sequence& sequence, int queries) {
+  params.seqlen_q = queries;
+  params.seqlen_k_visible = sequence.keys;
+  params.causal_offset += sequence.diagonal;
+  params.window_offset += sequence.diagonal;
+  params.diagonal = sequence.diagonal;
+  params.first_key = max(0, params.window_offset);
+  params.blind_rows = sequence.sees_begin;
+}

@@ -1,0 +1,58 @@
+"""The programs of packed sequences compile for every target, within the resources their Configs state."""
+
+from __future__ import annotations
+
+import pytest
+from test_compile import CAPABILITIES
+
+from cuflash import config, config_backward, config_hopper, jit
+from cuflash.config_modifiers import ModifierFlags
+from cuflash.config_packed import BlocksConfig
+from cuflash.problem import make_problem
+
+PACKED = ModifierFlags(varlen=True)
+MORE_SPILLS = 48  # bytes, beyond those that the table allows a plain program: the lengths are not constants
+
+
+def compile_(made, capability, blocks=1, spill_bytes=0):
+    try:
+        arch = jit.architecture(capability)
+    except jit.CompileError as error:
+        pytest.skip(f"the installed NVRTC has no target for {capability}: {error}")
+    program = jit.compile(made, arch)
+    assert program.warnings == ()
+    assert program.registers <= min(255, 65536 // (made.threads * blocks) // 8 * 8)
+    assert program.spill_stores <= spill_bytes
+    assert program.static_shared_bytes == 0
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_kernels_spill_hardly_more_than_plain_ones(capability, head_dim, causal):
+    shape = (1, 1000, 2, head_dim)
+    problem = make_problem(shape, shape, shape, "bfloat16", causal=causal)
+    plain = config.choose(problem, capability, vector_out=True)
+    made = config.choose(problem, capability, vector_out=True, modifiers=PACKED)
+    compile_(made, capability, made.min_blocks_per_sm, plain.spill_bytes + MORE_SPILLS)
+    for deterministic in (False, True):
+        options = {"deterministic": deterministic, "vector_out": True}
+        allowed = config_backward.choose(problem, capability, **options).main.spill_bytes
+        pre, main, post = config_backward.choose(problem, capability, **options, modifiers=PACKED)
+        compile_(main, capability, main.min_blocks_per_sm, allowed + MORE_SPILLS)
+        compile_(pre, capability)
+        compile_(post, capability)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("tile", config_hopper.TILES, ids=str)
+def test_hopper_forward_compiles_without_serialised_wgmma_or_spills(tile, causal):
+    made = config_hopper.make_config(tile, dtype="bfloat16", causal=causal, dynamic_tiles=True, varlen=True)
+    compile_(made, (9, 0), made.blocks_per_sm, made.spill_bytes)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_the_pass_that_lists_blocks_compiles_without_spills(capability):
+    for causal in (False, True):
+        for window in (False, True):
+            compile_(BlocksConfig(128, 64, causal, ModifierFlags(varlen=True, window=window)), capability)

@@ -1,0 +1,36 @@
+"""The examples of docs/packed.md and docs/decoding.md run, and their tables name every argument there is."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import cuflash
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize(("page", "examples"), [("packed.md", 5), ("decoding.md", 6)])
+def test_examples_run(page: str, examples: int) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+    assert len(blocks) == examples
+    exec("\n".join(blocks), {})
+
+
+@pytest.mark.parametrize(
+    ("page", "function"),
+    [
+        ("packed.md", cuflash.attention_varlen),
+        ("decoding.md", cuflash.attention_kv_cache),
+        ("decoding.md", cuflash.merge_attention),
+    ],
+)
+def test_tables_name_every_argument(page: str, function: object) -> None:
+    rows = re.findall(r"^\|(.*?)\|", (DOCS / page).read_text(), flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert set(inspect.signature(function).parameters) <= named  # type: ignore[arg-type]

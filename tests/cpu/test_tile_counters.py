@@ -1,0 +1,59 @@
+"""Counters are never shared by launches that may run at once, and a capture finds some to take."""
+
+from __future__ import annotations
+
+import itertools
+import types
+
+import pytest
+
+from cuflash import tile_counters
+
+
+@pytest.fixture
+def allocated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all blocks of counters that were allocated, of a GPU without memory."""
+    sizes: list[int] = []
+
+    def new_zeros(count: int) -> object:
+        sizes.append(count)
+        return types.SimpleNamespace(data=types.SimpleNamespace(ptr=len(sizes) << 32))
+
+    monkeypatch.setattr(tile_counters, "new_zeros", new_zeros)
+    for name, empty in (("_of_stream", {}), ("_unused", {}), ("_blocks", [])):
+        monkeypatch.setattr(tile_counters, name, empty)
+    return sizes
+
+
+def test_a_stream_keeps_its_counters_and_shares_them_with_nobody(allocated: list[int]) -> None:
+    a = tile_counters.address(0, 1, False, 100)
+    b = tile_counters.address(0, 2, False, 100)
+    assert abs(a - b) >= 400
+    assert tile_counters.address(0, 1, False, 7) == a
+    more = tile_counters.address(0, 1, False, 101)
+    assert min(abs(more - a), abs(more - b)) >= 400
+    assert tile_counters.address(0, 1, False) == more
+    assert tile_counters.address(1, 1, False) >> 32 != a >> 32, "another device"
+
+
+def test_every_captured_launch_has_counters_of_its_own(allocated: list[int]) -> None:
+    tile_counters.prepare(0)
+    taken = sorted(tile_counters.address(0, 1, True, 512) for _ in range(64))
+    assert all(second - first >= 2048 for first, second in itertools.pairwise(taken))
+    assert len(allocated) == 1, "a capture must not allocate"
+
+
+def test_a_call_between_captures_refills_what_they_took(allocated: list[int]) -> None:
+    for _ in range(20):
+        tile_counters.address(0, 1, False, 8)
+        before = len(allocated)
+        for _ in range(64):
+            tile_counters.address(0, 1, True, 512)
+        assert len(allocated) == before
+
+
+def test_more_counters_than_a_block_has_are_allocated_at_once(allocated: list[int]) -> None:
+    tile_counters.prepare(0, 1 << 20)
+    assert allocated == [1 << 20]
+    tile_counters.address(0, 1, True, 1 << 20)
+    assert len(allocated) == 1
