@@ -7,7 +7,16 @@ import pytest
 from arrays import VIEWS, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from modified import CHOICES, PAIRS, check_modified, make_modified, on_device, options_of
+from modified import (
+    BLIND,
+    CHOICES,
+    PAIRS,
+    check_blind_rows,
+    check_modified,
+    make_modified,
+    on_device,
+    options_of,
+)
 
 import cuflash
 
@@ -132,6 +141,12 @@ def test_nan_that_no_query_sees_stays_invisible(family):
         out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
         gradients = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
         assert all(np.isfinite(to_numpy(x).astype(np.float32)).all() for x in (out, *gradients))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", BLIND)
+def test_rows_that_see_no_key_have_no_gradient_whatever_they_are_given(family, name, head_dim):
+    check_blind_rows(cp, name, head_dim, family)
 
 
 def test_thirty_deterministic_backwards_agree_bit_for_bit(family):
