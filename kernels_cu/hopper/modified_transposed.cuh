@@ -13,10 +13,10 @@ __device__ __forceinline__ void probabilities_of_visit(float (&acc_s)[1][kNTiles
                                                        const Params& params, unsigned char* fragments) {
   const Visible<Params> visible = visible_in(params, keys.batch, params.first_row);
   const int head = keys.head * params.group_size + at.head;
-  modified_probabilities<Element>(acc_s, lse_log2, visible, keys.batch, head, key, at.m_block * kBlockM, masked,
-                                  [&](const unsigned (&a)[4], int, int k) {
-                                    OperandFragments<kNTiles / 2>::store(fragments, a, k);
-                                  });
+  modified_probabilities<Element, 2>(acc_s, lse_log2, visible, keys.batch, head, key, at.m_block * kBlockM, masked,
+                                     [&](const unsigned (&a)[4], int, int k) {
+                                       OperandFragments<kNTiles / 2>::store(fragments, a, k);
+                                     });
 }
 
 // dP becomes dS = P ∘ (dP − delta), where P is what makes dS.
