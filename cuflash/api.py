@@ -35,8 +35,9 @@ def attention(
 ) -> Any:
     """Exact attention: ``out = softmax(scale · q kᵀ + mask) v``, without ever storing the score matrix.
 
-    docs/modifiers.md has an example of each modifier, from ``window`` to ``mod_args``. The fa2 kernels take
-    all of them, arrays in host memory all but formulas; another family that is asked for by name raises.
+    docs/modifiers.md has an example of each modifier, from ``window`` to ``mod_args``. The hopper
+    and fa2 kernels take all of them, arrays in host memory all but formulas; another family that is asked for
+    by name raises.
 
     On a GPU the FlashAttention-2 forward pass (Dao, arXiv 2307.08691, Algorithm 1, sections 3.1 to 3.3) as a
     CUDA kernel, compiled for the call at its first use and cached on disk; on Hopper one with the ideas of

@@ -64,9 +64,7 @@ class BackwardConfig:
         lse_and_delta = 2 * self.block_m * 4
         plain = k_and_v + _STAGES * (q_and_dout + lse_and_delta) + p_and_ds
         # With warps along the columns, dS takes another P than dV where a slope or dropout make it one.
-        flags = self.modifiers
-        makes_two = bool(flags.score_mod) or flags.softcap or flags.dropout
-        is_split = self.warps > 2 * self.key_warps and makes_two
+        is_split = self.warps > 2 * self.key_warps and self.modifiers.makes_two_ps
         return plain + is_split * self.block_m * self.block_n * ELEMENT_BYTES
 
     def stub(self) -> str:

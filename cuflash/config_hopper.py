@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cuflash.config_modifiers import PLAIN, ModifierFlags
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
-from cuflash.stub import translation_unit
 from cuflash.tensor_map import PANEL_COLUMNS
 
 CAPABILITY = (9, 0)  # wgmma and setmaxnreg exist in sm_90a only
@@ -48,6 +48,7 @@ class HopperConfig:
     causal: bool
     negative_scale: bool
     varlen: bool = False  # sequences are packed one after the other
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -70,12 +71,15 @@ class HopperConfig:
         k, v = self._tile_bytes(self.block_n, self.head_dim), self._tile_bytes(self.block_n, self.head_dim_v)
         tiles = self.q_stages * q + self.stages * (k + v) + (o if self.q_stages == 2 else 0)
         barriers = _BARRIER_BYTES * (2 * (self.q_stages + 2 * self.stages) + 1)
+        # Where V is not ready when TMA is done, another barrier, and which block it is.
+        landed = self.stages * (_BARRIER_BYTES + _TILE_SLOT_BYTES) if self.modifiers.hides_keys else 0
         slot = _PACKED_TILE_SLOT_BYTES if self.varlen else _TILE_SLOT_BYTES
-        return tiles + slot * self.q_stages + barriers
+        return tiles + slot * self.q_stages + barriers + landed
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return translation_unit(self, self.kernel, {"shared_bytes": self.shared_bytes})
+        derived = {"varlen": self.varlen, "shared_bytes": self.shared_bytes}
+        return self.modifiers.stub(self, self.kernel, derived)
 
     @staticmethod
     def _tile_bytes(rows: int, columns: int) -> int:
@@ -114,9 +118,20 @@ TILES = (
     Tile(256, 256, warpgroups=2, block_n=80, q_stages=1),
 )
 
+# With modifiers, whose arithmetic takes registers beside S, P and O (docs/modifiers.md; not measured).
+MODIFIED_TILES = (
+    Tile(64, 64, warpgroups=2, block_n=128, q_stages=2),
+    Tile(96, 96, warpgroups=2, block_n=128, q_stages=2),
+    Tile(128, 128, warpgroups=2, block_n=128, q_stages=2),
+    Tile(192, 128, warpgroups=2, block_n=128, q_stages=1),
+    Tile(192, 192, warpgroups=2, block_n=112, q_stages=1),
+    Tile(256, 256, warpgroups=2, block_n=64, q_stages=1),
+)
+MODIFIED_SPILL_BYTES = 512  # of programs with modifiers, all at once; one alone spills little if anything
+
 _PRODUCER_REGISTERS = 32  # as few as it needs without spilling
-# Of packed sequences, whose tiles it has to look up: more only where consumers need not give them.
-_PACKED_PRODUCER_REGISTERS = 40
+# Where it has more to look up: modifiers, and packed sequences if consumers need not give the registers.
+_BUSY_PRODUCER_REGISTERS = 40
 _PACKED_SPILL_BYTES = 24  # once a tile, where they would
 _MAX_CONSUMER_REGISTERS = 240
 
@@ -132,15 +147,21 @@ def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
     return None
 
 
-def choose_hopper(problem: Problem, multiprocessors: int = 132) -> HopperConfig:
-    """The Config for a problem that ``why_not`` has no objection to, on so many SMs: those of an H100."""
-    tile = next(tile for tile in TILES if tile.takes(problem))
+def choose_hopper(
+    problem: Problem, multiprocessors: int = 132, modifiers: ModifierFlags = PLAIN
+) -> HopperConfig:
+    """The Config for a problem that ``why_not`` has no objection to, on so many SMs: those of an H100.
+
+    Only plain programs pack heads: modifiers take the rows of a tile for queries of one head.
+    """
+    tile = next(tile for tile in (MODIFIED_TILES if modifiers else TILES) if tile.takes(problem))
     return make_config(
         tile,
         dtype=problem.dtype,
         causal=problem.is_causal,
         negative_scale=problem.scale < 0,
-        packed_heads=choose_packed_heads(problem, tile, multiprocessors),
+        packed_heads=1 if modifiers else choose_packed_heads(problem, tile, multiprocessors),
+        modifiers=modifiers,
     )
 
 
@@ -174,16 +195,24 @@ def make_config(
     ping_pong: bool = True,
     dynamic_tiles: bool | None = None,
     varlen: bool = False,
+    modifiers: ModifierFlags = PLAIN,
 ) -> HopperConfig:
     """``tile`` as a Config.
 
-    Under a causal mask tiles differ in length, so by default thread blocks take the next as they finish one.
+    Where keys are hidden, tiles differ in length, so by default thread blocks take the next as they finish
+    one.
     """
+    if dynamic_tiles is None:
+        dynamic_tiles = causal or modifiers.hides_keys
     producer = _PRODUCER_REGISTERS
     consumer = _consumer_registers(tile, producer)
     spill_bytes = tile.spill_bytes
-    if varlen and _consumer_registers(tile, _PACKED_PRODUCER_REGISTERS) == consumer:
-        producer = _PACKED_PRODUCER_REGISTERS
+    if modifiers:
+        producer = _BUSY_PRODUCER_REGISTERS
+        consumer = _consumer_registers(tile, producer)
+        spill_bytes = MODIFIED_SPILL_BYTES
+    elif varlen and _consumer_registers(tile, _BUSY_PRODUCER_REGISTERS) == consumer:
+        producer = _BUSY_PRODUCER_REGISTERS
     elif varlen:
         spill_bytes += _PACKED_SPILL_BYTES
     return HopperConfig(
@@ -201,10 +230,11 @@ def make_config(
         consumer_registers=consumer,
         spill_bytes=spill_bytes,
         ping_pong=ping_pong and tile.warpgroups > 1,
-        dynamic_tiles=causal if dynamic_tiles is None else dynamic_tiles,
+        dynamic_tiles=dynamic_tiles,
         causal=causal,
         negative_scale=negative_scale,
         varlen=varlen,
+        modifiers=modifiers,
     )
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from cuflash import config_hopper
 from cuflash.config_backward import PostprocessConfig, PreprocessConfig
+from cuflash.config_modifiers import PLAIN, ModifierFlags
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
-from cuflash.stub import translation_unit
 from cuflash.tensor_map import PANEL_COLUMNS
 
 MAIN_ROWS = 64  # keys of a warpgroup that owns dK or dV: wgmma's M
@@ -45,6 +45,7 @@ class HopperBackwardConfig:
     dynamic_blocks: bool  # if persistent: key blocks are taken from an atomic counter, not every grid-th
     causal: bool
     deterministic: bool  # dQ is summed in a fixed order
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -83,11 +84,12 @@ class HopperBackwardConfig:
         barriers = _BARRIER_BYTES * (3 * self.stages + 2 * _DS_STAGES + 2)  # q, dout, ds; k and v
         # Persistent, K is also emptied, and its slot says which key block it is of.
         next_block = _BARRIER_BYTES + _BLOCK_SLOT_BYTES if self.is_persistent else 0
-        return _streamed_bytes(self) + _DS_STAGES * ds + barriers + next_block
+        second_p = ds if self.modifiers.makes_two_ps else 0  # what makes dS, as fragments
+        return _streamed_bytes(self) + _DS_STAGES * ds + second_p + barriers + next_block
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return translation_unit(self, self.kernel, {"shared_bytes": self.shared_bytes})
+        return self.modifiers.stub(self, self.kernel, {"shared_bytes": self.shared_bytes})
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class HopperWideBackwardConfig:
     spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack
     causal: bool
     deterministic: bool  # dQ is summed in a fixed order
+    modifiers: ModifierFlags = field(default=PLAIN, metadata={"in_stub": False})
 
     @property
     def kernel(self) -> str:
@@ -147,7 +150,7 @@ class HopperWideBackwardConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return translation_unit(self, self.kernel, {"shared_bytes": self.shared_bytes})
+        return self.modifiers.stub(self, self.kernel, {"shared_bytes": self.shared_bytes})
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,11 @@ class HopperPairBackwardConfig:
     def entry(self) -> str:
         """Name of the ``extern "C"`` kernel."""
         return "hopper_backward_pair"
+
+    @property
+    def modifiers(self) -> ModifierFlags:
+        """It has none."""
+        return PLAIN
 
     @property
     def is_persistent(self) -> bool:
@@ -206,7 +214,7 @@ class HopperPairBackwardConfig:
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
-        return translation_unit(self, self.kernel, {"shared_bytes": self.shared_bytes})
+        return PLAIN.stub(self, self.kernel, {"shared_bytes": self.shared_bytes})
 
 
 MainConfig = HopperBackwardConfig | HopperWideBackwardConfig | HopperPairBackwardConfig
@@ -293,6 +301,15 @@ WIDE_TILES = (
     WideTile(192, 192, 64, 3, 192, 24, 176, 176, 136),
     WideTile(256, 256, 64, 2, 64, 24, 208, 208, 72),
 )
+# With modifiers, whose arithmetic takes registers beside S, dP, P, dS, dK and dV: none are left for dQ at
+# head_dim 64 either (docs/modifiers.md; not measured).
+MODIFIED_TILES = (
+    Tile(64, 64, 64, 3, True, 64, helper_registers=72, main_registers=216),
+    Tile(96, 96, 64, 3, True, 96, helper_registers=88, main_registers=208),
+    Tile(128, 128, 64, 3, True, 64, helper_registers=72, main_registers=216),
+)
+MODIFIED_WIDE_TILES = WIDE_TILES
+MODIFIED_SPILL_BYTES = 1024  # of programs with modifiers, all at once; one alone spills little if anything
 
 
 def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
@@ -304,23 +321,41 @@ def why_not(problem: Problem, capability: tuple[int, int]) -> str | None:
     return None
 
 
-def choose_hopper(problem: Problem, *, deterministic: bool) -> HopperBackwardConfigs:
+def choose_hopper(
+    problem: Problem, *, deterministic: bool, modifiers: ModifierFlags = PLAIN
+) -> HopperBackwardConfigs:
     """The Configs for the backward of a problem that ``why_not`` has no objection to."""
-    tile = _tile(problem, deterministic)
+    tile = _tile(problem, deterministic, modifiers)
     # What TMA reads has rows that are multiples of 16 bytes; dQ, which it does not write, need not.
     vector_out = problem.head_dim * ELEMENT_BYTES % 16 == 0
-    main = make_config(tile, dtype=problem.dtype, causal=problem.is_causal, deterministic=deterministic)
+    main = make_config(
+        tile,
+        dtype=problem.dtype,
+        causal=problem.is_causal,
+        deterministic=deterministic,
+        modifiers=modifiers,
+    )
     return with_passes(main, vector_out=vector_out)
 
 
-def make_config(tile: AnyTile, *, dtype: str, causal: bool, deterministic: bool = False) -> MainConfig:
+def make_config(
+    tile: AnyTile,
+    *,
+    dtype: str,
+    causal: bool,
+    deterministic: bool = False,
+    modifiers: ModifierFlags = PLAIN,
+) -> MainConfig:
     """``tile`` as a Config."""
+    if modifiers:
+        tile = tile._replace(spill_bytes=MODIFIED_SPILL_BYTES)
     if isinstance(tile, WideTile):
         return HopperWideBackwardConfig(
             dtype=dtype,
             block_n=MAIN_ROWS,
             causal=causal,
             deterministic=deterministic,
+            modifiers=modifiers,
             **tile._asdict(),
         )
     if isinstance(tile, PairTile):
@@ -337,6 +372,7 @@ def make_config(tile: AnyTile, *, dtype: str, causal: bool, deterministic: bool 
         dynamic_blocks=causal and not tile.dq_warpgroup,
         causal=causal,
         deterministic=deterministic,
+        modifiers=modifiers,
         **tile._asdict(),
     )
 
@@ -344,7 +380,12 @@ def make_config(tile: AnyTile, *, dtype: str, causal: bool, deterministic: bool 
 def with_passes(main: MainConfig, *, vector_out: bool = True) -> HopperBackwardConfigs:
     """``main`` and the programs that run before and after it."""
     return HopperBackwardConfigs(
-        PreprocessConfig(main.dtype, main.head_dim, main.block_m),
+        PreprocessConfig(
+            main.dtype,
+            main.head_dim,
+            main.block_m,
+            modifiers=ModifierFlags(query_padding=main.modifiers.query_padding),
+        ),
         main,
         PostprocessConfig(
             main.dtype, main.head_dim, main.block_m, vector_reductions=True, vector_out=vector_out
@@ -364,8 +405,10 @@ def _pairs_pay(problem: Problem, deterministic: bool) -> bool:
     return not problem.is_causal if deterministic else problem.seqlen_k <= 512
 
 
-def _tile(problem: Problem, deterministic: bool) -> AnyTile:
+def _tile(problem: Problem, deterministic: bool, modifiers: ModifierFlags) -> AnyTile:
     tiles: tuple[AnyTile, ...] = (*TILES, *WIDE_TILES)
-    if _pairs_pay(problem, deterministic):
+    if modifiers:
+        tiles = (*MODIFIED_TILES, *MODIFIED_WIDE_TILES)
+    elif _pairs_pay(problem, deterministic):
         tiles = (*TILES[:-1], *TILES_PAIR, *WIDE_TILES)
     return next(t for t in tiles if problem.head_dim <= t.head_dim and problem.head_dim_v <= t.head_dim_v)

@@ -5,8 +5,10 @@ Pure Python without CuPy. Only what changes the code is here: values, shapes and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cuflash import formulas
@@ -57,6 +59,16 @@ class ModifierFlags:
         return self.mask or bool(self.mask_mod)
 
     @property
+    def makes_two_ps(self) -> bool:
+        """In the backward dS takes another P than dV."""
+        return bool(self.score_mod) or self.softcap or self.dropout
+
+    @property
+    def hides_keys(self) -> bool:
+        """Where keys are, that no query sees, is known on the device only."""
+        return self.masks or self.key_padding or self.query_padding
+
+    @property
     def arrays(self) -> tuple[str, ...]:
         """The operands that are arguments of formulas, in the order of their addresses."""
         return tuple(arg.operand for arg in self.mod_args)
@@ -66,21 +78,24 @@ class ModifierFlags:
             field.name: bool(getattr(self, field.name)) for field in fields(self) if field.name != "mod_args"
         }
 
-    def stub(self, config: DataclassInstance, kernel: str) -> str:
-        """The translation unit of ``config``, which has these modifiers, given to NVRTC."""
+    def stub(
+        self, config: DataclassInstance, kernel: str, derived: Mapping[str, int] = MappingProxyType({})
+    ) -> str:
+        """The translation unit of ``config``, which has these modifiers and ``derived`` constants."""
 
         def functions(first_line: int) -> str:
             return formulas.source(self.score_mod, self.mask_mod, self.mod_args, first_line)
 
-        return translation_unit(config, kernel, self.constants(), functions)
+        return translation_unit(config, kernel, self.constants() | dict(derived), functions)
 
 
 PLAIN = ModifierFlags()
+_MASK_SUMMARY_THREADS = 256  # about so many
 _OF_BIAS_AND_MASK = {"bias_float32", "unit_strides", "bias_pairs"}  # how they are read: no modifiers
 
 
 def spill_bytes(plain: int, modifiers: ModifierFlags) -> int:
-    """What ptxas may store to the stack in a main kernel with ``modifiers``, of ``plain`` without any.
+    """What ptxas may store to the stack in a main fa2 kernel with ``modifiers``, of ``plain`` without any.
 
     For sm_90 and head_dims 64 and 128, one modifier that is no formula adds at most 16 bytes, but a bias that
     is read element by element 148; the forward with all at once stores 456.
@@ -137,7 +152,7 @@ class MaskSummaryConfig:
     block_n: int
     causal: bool
     modifiers: ModifierFlags = field(metadata={"in_stub": False})
-    threads: int = 256
+    threads: int = _MASK_SUMMARY_THREADS
 
     @property
     def kernel(self) -> str:
@@ -164,7 +179,10 @@ def mask_summary_config(
         mask_mod=modifiers.mask_mod,
         mod_args=modifiers.mod_args if modifiers.mask_mod else (),
     )
-    return MaskSummaryConfig(block_m, block_n, problem.is_causal, relevant)
+    rows = math.lcm(block_n, 32)  # threads that are whole rows of a tile, and whole warps
+    return MaskSummaryConfig(
+        block_m, block_n, problem.is_causal, relevant, threads=rows * max(1, _MASK_SUMMARY_THREADS // rows)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cuflash import config_fa1, config_hopper, jit, launch, launch_fa1
 from cuflash.checks import Options, Request
@@ -73,7 +73,7 @@ def choose_kernel(request: Request, options: Options) -> Kernel:
     gpu = Gpu.of(request.infos["q"].device)
     plain_only = why_not_modified(request.problem)
     objections = {
-        "hopper": plain_only or _why_not_hopper(request, options, gpu),
+        "hopper": _why_not_hopper(request, options, gpu),
         "fa2": None,
         "fa1": plain_only or config_fa1.why_not(request.problem),
         "standard": plain_only,
@@ -114,7 +114,7 @@ def why_not_modified(problem: Problem) -> str | None:
     A window that is bounded on the right only is a causal mask with another offset.
     """
     names = [name for name in problem.modifiers if name != "window" or problem.window_offset is not None]
-    return f"only fa2 has {' and '.join(names)}" if names else None
+    return f"only hopper and fa2 have {' and '.join(names)}" if names else None
 
 
 def _fa2(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:
@@ -126,16 +126,22 @@ def _fa2(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str])
     flags = flags_of(problem, infos)
     config = choose(problem, gpu.capability, vector_out=layouts.vector_out, modifiers=flags)
     q, k, v, out = (launch.kernel_strides(*operand, ELEMENT_BYTES, options.layout) for operand in layouts[:4])
-    summary = SummaryPass.of(problem, infos, flags, config.block_m, config.block_n)
-    modifiers = None
-    if flags:
-        blocks = summary.blocks if summary else None
-        numbers = modifier_params(problem, infos, launch.kernel_scale(problem), mask_blocks=blocks)
-        modifiers = with_mod_args(numbers, flags.mod_args, infos)
+    summary, modifiers = _modifiers(request, config)
     call = launch.forward_call(problem, config, q, k, v, out, gpu.l2_bytes, modifiers)
     program = jit.compile(config, arch)
     words = summary.words if summary else None
     return Kernel("fa2", not_used, arch, layouts, config, call, program, words, mask_summary=summary)
+
+
+def _modifiers(request: Request, config: Config | HopperConfig) -> tuple[SummaryPass | None, Any]:
+    """The pass over a mask, and what the kernel is told; None where the Config has nothing of that kind."""
+    (problem, infos), flags = request, config.modifiers
+    if not flags:
+        return None, None
+    summary = SummaryPass.of(problem, infos, flags, config.block_m, config.block_n)
+    blocks = summary.blocks if summary else None
+    numbers = modifier_params(problem, infos, launch.kernel_scale(problem), mask_blocks=blocks)
+    return summary, with_mod_args(numbers, flags.mod_args, infos)
 
 
 def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:
@@ -144,7 +150,8 @@ def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, st
     layouts = hopper_layouts(problem, infos, options.layout)
     if problem.is_empty:
         return Kernel("hopper", not_used, arch, layouts)
-    config = config_hopper.choose_hopper(problem, gpu.multiprocessors)
+    config = config_hopper.choose_hopper(problem, gpu.multiprocessors, flags_of(problem, infos))
+    summary, modifiers = _modifiers(request, config)
     call = hopper_forward_call(
         problem,
         config,
@@ -152,8 +159,11 @@ def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, st
         layout=options.layout,
         multiprocessors=gpu.multiprocessors,
         l2_bytes=gpu.l2_bytes,
+        modifiers=modifiers,
     )
-    return Kernel("hopper", not_used, arch, layouts, config, call, jit.compile(config, arch))
+    program = jit.compile(config, arch)
+    words = summary.words if summary else None
+    return Kernel("hopper", not_used, arch, layouts, config, call, program, words, mask_summary=summary)
 
 
 def _fa1(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cuflash import (
     config_backward,
@@ -22,10 +22,10 @@ from cuflash.config_modifiers import flags_of
 from cuflash.families import Gpu, pick, why_not_modified
 from cuflash.flash_backward import FlashSteps, load_flash_steps
 from cuflash.launch import Operand
-from cuflash.launch_backward import BackwardStrides, backward_calls
+from cuflash.launch_backward import BackwardCalls, BackwardStrides, backward_calls
 from cuflash.launch_hopper_backward import hopper_backward_calls
 from cuflash.layouts import Objection, padded, why_not_read, why_not_read_by_cublas
-from cuflash.modified_backward import ModifiedSteps, load_modified_steps, modified_calls
+from cuflash.modified_backward import ModifiedConfigs, ModifiedSteps, load_modified_steps, modified_calls
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.standard_backward import StandardSteps, load_standard_steps
@@ -78,7 +78,7 @@ def _objections(request: Request, options: Options | BackwardOptions, gpu: Gpu) 
     """Why each family cannot compute the backward of ``request``, or "auto" should not take it."""
     plain_only = why_not_modified(request.problem)
     return {
-        "hopper": plain_only or _why_not_hopper(request, options.algorithm, gpu),
+        "hopper": _why_not_hopper(request, options.algorithm, gpu),
         "fa2": None,
         "fa1": plain_only or config_fa1.why_not(request.problem),
         "standard": plain_only,
@@ -103,17 +103,25 @@ _Made = tuple[BackwardLayouts, Callable[[str], Steps]]
 def _hopper(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:
     problem, infos = request
     layouts = hopper_backward_layouts(problem, infos, options.layout)
-    configs = config_hopper_backward.choose_hopper(problem, deterministic=options.deterministic)
-    calls = hopper_backward_calls(
-        problem,
-        configs,
-        layouts.strides,
-        layouts.operands,
-        options.layout,
-        multiprocessors=gpu.multiprocessors,
-        l2_bytes=gpu.l2_bytes,
+    flags = flags_of(problem, infos)
+    configs = config_hopper_backward.choose_hopper(
+        problem, deterministic=options.deterministic, modifiers=flags
     )
-    return layouts, functools.partial(load_flash_steps, configs, calls)
+
+    def calls(modifiers: Any = None, of_preprocess: Any = None) -> BackwardCalls:
+        return hopper_backward_calls(
+            problem,
+            configs,
+            layouts.strides,
+            layouts.operands,
+            options.layout,
+            multiprocessors=gpu.multiprocessors,
+            l2_bytes=gpu.l2_bytes,
+            modifiers=modifiers,
+            of_preprocess=of_preprocess,
+        )
+
+    return layouts, _loader(request, options, gpu, configs, layouts, calls)
 
 
 def _fa2(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:
@@ -127,20 +135,26 @@ def _fa2(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:
         vector_out=layouts.vector_out,
         modifiers=flags,
     )
-    if flags:
-        modified = modified_calls(
-            problem,
-            infos,
-            options,
-            configs,
-            layouts.strides,
-            gpu.capability,
-            gpu.multiprocessors,
-            gpu.l2_bytes,
-        )
-        return layouts, functools.partial(load_modified_steps, configs, modified)
-    calls = backward_calls(problem, configs, layouts.strides, gpu.l2_bytes)
-    return layouts, functools.partial(load_flash_steps, configs, calls)
+    calls = functools.partial(backward_calls, problem, configs, layouts.strides, gpu.l2_bytes)
+    return layouts, _loader(request, options, gpu, configs, layouts, calls)
+
+
+def _loader(
+    request: Request,
+    options: BackwardOptions,
+    gpu: Gpu,
+    configs: ModifiedConfigs,
+    layouts: BackwardLayouts,
+    calls: Callable[..., BackwardCalls],
+) -> Callable[[str], Steps]:
+    """Of ``calls()`` or, with the parameters of modifiers, of ``calls`` and what runs beside them."""
+    problem, infos = request
+    if not configs.main.modifiers:
+        return functools.partial(load_flash_steps, configs, calls())
+    modified = modified_calls(
+        problem, infos, options, configs, layouts.strides, gpu.capability, gpu.multiprocessors, calls
+    )
+    return functools.partial(load_modified_steps, configs, modified)
 
 
 def _fa1(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:

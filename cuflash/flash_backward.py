@@ -24,10 +24,13 @@ def _main_takes(main: BackwardConfig | Fa1BackwardConfig | MainConfig) -> tuple[
         return (*_INPUTS, *_SUMS, "dk", "dv", *_arrays_of(main))
     if isinstance(main, Fa1BackwardConfig):
         return (*_INPUTS, *_SUMS[:3], "dk", "dv")
-    return (*_SUMS, "counter") if main.is_persistent else _SUMS  # the arrays by tensor maps
+    counter = ("counter",) if main.is_persistent else ()
+    return (*_SUMS, *counter, *_arrays_of(main))  # the others by tensor maps
 
 
-def _arrays_of(config: BackwardConfig | PreprocessConfig | PostprocessConfig) -> tuple[str, ...]:
+def _arrays_of(
+    config: BackwardConfig | MainConfig | PreprocessConfig | PostprocessConfig,
+) -> tuple[str, ...]:
     """The arrays of packed sequences and modifiers, at the start of the params of a kernel that has some."""
     blocks = "key_blocks" if isinstance(config, BackwardConfig) else "query_blocks"
     packed = ("sequences", blocks) if config.modifiers.varlen else ()
@@ -78,7 +81,7 @@ def load_flash_steps(configs: FlashConfigs, calls: BackwardCalls, arch: str) -> 
     """Compile and load on the current device."""
     main = configs.main
     main_takes = _main_takes(main)
-    main_arrays = len(_arrays_of(main)) if isinstance(main, BackwardConfig) else 0
+    main_arrays = 0 if isinstance(main, Fa1BackwardConfig) else len(_arrays_of(main))
     of_preprocess = _arrays_of(configs.preprocess)
     preprocess = launcher.load(
         configs.preprocess,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cuflash.config_hopper import WARPGROUP_ROWS, HopperConfig
-from cuflash.launch import LOG2_E, Operand, check_ranges, heads_per_wave, kernel_scale
+from cuflash.launch import LOG2_E, Operand, check_ranges, heads_per_wave, kernel_scale, make_params
 from cuflash.problem import Problem
 from cuflash.tensor_map import TensorMap, tensor_map
 
@@ -16,7 +16,7 @@ from cuflash.tensor_map import TensorMap, tensor_map
 FORWARD_PARAMS = np.dtype(
     [
         ("seqlen_q", np.int32),
-        ("seqlen_k", np.int32),
+        ("seqlen_k_visible", np.int32),
         ("heads_q", np.int32),
         ("group_size", np.int32),
         ("batch_heads", np.int32),
@@ -40,7 +40,8 @@ class HopperCall:
     """One launch, but for the addresses.
 
     The kernel takes four encoded tensor maps (q, k, v, out), the address of lse or null, the address of a
-    zeroed 32-bit counter of the launch's stream, and ``params`` by value.
+    zeroed 32-bit counter of the launch's stream, and ``params`` by value. Each map is of what lies some
+    bytes, its ``offsets``, after the start of its array.
     """
 
     grid: tuple[int]
@@ -48,6 +49,7 @@ class HopperCall:
     shared_bytes: int
     maps: tuple[TensorMap, TensorMap, TensorMap, TensorMap]
     params: np.void
+    offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 def hopper_forward_call(
@@ -61,10 +63,12 @@ def hopper_forward_call(
     layout: str,
     multiprocessors: int,
     l2_bytes: int,
+    modifiers: Any = None,
 ) -> HopperCall:
     """The launch of ``hopper_forward`` for a problem that is not empty and that ``why_not`` lets through.
 
-    ValueError where a size does not fit the kernel's 32-bit fields, or |scale| float32.
+    ``modifiers`` are the parameters of a Config that has some. ValueError where a size does not fit the
+    kernel's 32-bit fields, or |scale| float32.
     """
     check_ranges(problem)
     pack = config.packed_heads
@@ -77,7 +81,8 @@ def hopper_forward_call(
             f"{config.block_m} rows) and the GPU kernel takes at most {MAX_TILES}; split the batch"
         )
     scale = kernel_scale(problem)
-    params: Any = np.array(
+    params = make_params(
+        FORWARD_PARAMS,
         (
             problem.seqlen_q,
             problem.seqlen_k_visible,
@@ -91,20 +96,22 @@ def hopper_forward_call(
             scale * LOG2_E,
             scale,
         ),
-        FORWARD_PARAMS,
-    )[()]
+        modifiers,
+    )
 
     def operand_map(operand: Operand, rows: int, seqlen: int, packed_heads: int = 1) -> TensorMap:
         return tensor_map(
             *operand, problem.dtype, layout, rows=rows, seqlen=seqlen, packed_heads=packed_heads
         )
 
-    # K and V end at the last key some query sees: TMA reads zeros past it, whatever lies there.
+    # K and V are those keys that some query sees: TMA reads zeros before and past them, whatever lies there.
+    keys = problem.seqlen_k_visible - problem.first_key_visible
     maps = (
         operand_map(q, config.block_m, problem.seqlen_q, pack),
-        operand_map(k, config.block_n, problem.seqlen_k_visible),
-        operand_map(v, config.block_n, problem.seqlen_k_visible),
+        operand_map(k, config.block_n, keys),
+        operand_map(v, config.block_n, keys),
         operand_map(out, WARPGROUP_ROWS, problem.seqlen_q, pack),
     )
+    first_k, first_v = (problem.first_key_visible * x.strides[1 if layout == "bshd" else 2] for x in (k, v))
     grid = min(tiles, multiprocessors * config.blocks_per_sm)
-    return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, params)
+    return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, params, (0, first_k, first_v, 0))

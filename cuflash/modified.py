@@ -1,4 +1,4 @@
-"""Launches of fa2 kernels with modifiers: the arrays of each call, and the pass over a mask before them."""
+"""Launches of kernels with modifiers: the arrays of each call, and the pass over a mask before them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 from cuflash import jit, launcher
 from cuflash.arrays import ArrayInfo, GpuArrays
 from cuflash.config import Config
+from cuflash.config_hopper import HopperConfig
 from cuflash.config_modifiers import MaskSummaryConfig, ModifierFlags, mask_summary_config
 from cuflash.formulas import is_mod_arg
 from cuflash.launch import KernelCall
+from cuflash.launch_hopper import HopperCall
 from cuflash.launch_modifiers import (
     MODIFIER_ARRAYS,
     OPERAND_ARRAYS,
@@ -22,6 +24,9 @@ from cuflash.launch_modifiers import (
 from cuflash.modifiers import values_of
 from cuflash.problem import Problem
 from cuflash.tensor_map import EncodedMap
+
+FA2_ADDRESSES = 5  # that its forward takes: q, k, v, out, lse or null
+HOPPER_ADDRESSES = 2  # lse or null, a counter; the arrays by tensor maps
 
 
 class SummaryPass(NamedTuple):
@@ -94,31 +99,38 @@ class SummaryLauncher:
 class ModifiedLauncher:
     """The forward of a call with modifiers. Called as a ``launcher.Launcher`` of one kernel is."""
 
-    def __init__(self, call: KernelCall, program: jit.Program, summary: SummaryPass | None) -> None:
+    def __init__(
+        self, call: KernelCall | HopperCall, program: jit.Program, summary: SummaryPass | None
+    ) -> None:
         """Load on the current device."""
         function = jit.load(program, call.shared_bytes)
-        assert isinstance(program.config, Config)
+        assert isinstance(program.config, Config | HopperConfig)
         self._mod_args = len(program.config.modifiers.mod_args)
         arrays = self._mod_args + len(MODIFIER_ARRAYS)
-        self._main = launcher.Launcher(function, call, addresses=5, arrays=arrays)
+        self._own, maps = FA2_ADDRESSES, 0
+        if isinstance(call, HopperCall):
+            self._own, maps = HOPPER_ADDRESSES, len(call.maps)
+        self._main = launcher.Launcher(function, call, maps=maps, addresses=self._own, arrays=arrays)
         self.summary = None if summary is None else SummaryLauncher.load(summary, program.arch)
 
     def __call__(self, maps: Sequence[EncodedMap], addresses: Sequence[int], stream: int) -> None:
-        """Queue one: the addresses of q, k, v, out, lse or null, the operands, and a workspace for a mask."""
+        """Queue one: what the plain kernel takes, the operands' addresses, and a workspace for a mask."""
         found = (0, 0)
         if self.summary is not None:
             *addresses, workspace = addresses
             found = self.summary(*self.masks(addresses), workspace, stream)
-        self.run(addresses, found, stream)
+        self.run(maps, addresses, found, stream)
 
-    def run(self, addresses: Sequence[int], found: tuple[int, int], stream: int) -> None:
+    def run(
+        self, maps: Sequence[EncodedMap], addresses: Sequence[int], found: tuple[int, int], stream: int
+    ) -> None:
         """Queue the kernel alone, given what a pass over the mask found out."""
-        self._main((), (*addresses, *found), stream)
+        self._main(maps, (*addresses, *found), stream)
 
     def masks(self, addresses: Sequence[int]) -> tuple[int, Sequence[int]]:
         """Of the addresses of a call, those of the mask and of the arguments of formulas."""
-        mod_args = addresses[5 : 5 + self._mod_args]
-        return addresses[5 + self._mod_args + OPERAND_ARRAYS.index("mask")], mod_args
+        operands = addresses[self._own :]
+        return operands[self._mod_args + OPERAND_ARRAYS.index("mask")], operands[: self._mod_args]
 
 
 def operand_addresses(gpu: GpuArrays, operands: Mapping[str, Any]) -> list[int]:

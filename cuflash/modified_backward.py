@@ -1,9 +1,9 @@
-"""The fa2 backward of a call with modifiers: a pass over its mask, and the gradients of its operands."""
+"""The backward of a call with modifiers: a pass over its mask, and the gradients of its operands."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +13,7 @@ from cuflash import launcher
 from cuflash.arrays import ArrayInfo
 from cuflash.checks_backward import BackwardOptions
 from cuflash.config_backward import BackwardConfigs
+from cuflash.config_hopper_backward import HopperBackwardConfigs
 from cuflash.config_modifiers import (
     BiasGradientConfig,
     ModArgsGradientConfig,
@@ -28,7 +29,6 @@ from cuflash.launch import LOG2_E, KernelCall, params_dtype
 from cuflash.launch_backward import (
     BackwardCalls,
     BackwardStrides,
-    backward_calls,
     first_visible_row,
     kernel_call,
     query_blocks,
@@ -60,6 +60,8 @@ SUM_PARAMS = np.dtype([("count", np.int64), ("parts", np.int32), ("bytes", np.in
 SINKS_TAKES = ("lse_log2", "delta", "dlse", "dsinks")
 _BIAS_TAKES = ("q", "k", "v", "dout", "lse_log2", "delta")
 _BLOCKS_PER_SM = 4  # thread blocks of the bias's gradient that keep a multiprocessor busy
+
+ModifiedConfigs = BackwardConfigs | HopperBackwardConfigs
 
 
 class SinksGradient(NamedTuple):
@@ -102,13 +104,17 @@ def modified_calls(
     problem: Problem,
     infos: Mapping[str, ArrayInfo],
     options: BackwardOptions,
-    configs: BackwardConfigs,
+    configs: ModifiedConfigs,
     strides: BackwardStrides,
     capability: tuple[int, int],
     multiprocessors: int,
-    l2_bytes: int,
+    of_family: Callable[[Any, Any], BackwardCalls],
 ) -> ModifiedCalls:
-    """The launches for a problem whose Configs have modifiers."""
+    """The launches for a problem whose Configs have modifiers.
+
+    ``of_family`` makes those of a plain backward from the parameters of the main kernel's modifiers and of
+    the preprocess's.
+    """
     main, rows = configs.main, visible_rows(problem)
     flags = main.modifiers
     summary = SummaryPass.of(problem, infos, flags, main.block_m, main.block_n, rows)
@@ -121,7 +127,7 @@ def modified_calls(
         mask_blocks=summary.blocks if summary else None,
     )
     main_params = with_mod_args(params, flags.mod_args, infos)
-    flash = backward_calls(problem, configs, strides, l2_bytes, main_params, params)
+    flash = of_family(main_params, params)
     rows_per_head = query_blocks(problem, main.block_m) * main.block_m
     sinks = bias = of_args = None
     if "sinks" in options.wanted:
@@ -343,7 +349,7 @@ class ModifiedSteps:
         return at.get("mask", 0), [at[name] for name in self.mod_args]
 
 
-def load_modified_steps(configs: BackwardConfigs, calls: ModifiedCalls, arch: str) -> ModifiedSteps:
+def load_modified_steps(configs: ModifiedConfigs, calls: ModifiedCalls, arch: str) -> ModifiedSteps:
     """Compile and load on the current device."""
     flash = load_flash_steps(configs, calls.flash, arch)
     summary, sinks, bias, of_args = calls[1:]

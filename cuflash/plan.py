@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,11 @@ from cuflash.launch import KernelCall
 from cuflash.launch_hopper import HopperCall
 from cuflash.layouts import Layouts
 from cuflash.mask_summary import MaskSummary
-from cuflash.modified import ModifiedLauncher, operand_addresses
+from cuflash.modified import FA2_ADDRESSES, HOPPER_ADDRESSES, ModifiedLauncher, operand_addresses
 from cuflash.modifiers import NO_OPERANDS, SUMMARY, arrays_of
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.standard import StandardLauncher
-from cuflash.tensor_map import Encoder
+from cuflash.tensor_map import EncodedMap, Encoder
 
 # A plan is a few KB. Growing sequences (decoding) make a new one every step, so the number is bounded.
 # Starting afresh costs each live signature one slow call; keeping the plans in order of use, every call.
@@ -44,6 +45,7 @@ class Plan:
     launch: launcher.Launcher | StandardLauncher | ModifiedLauncher | None  # None: the output is empty
     workspace_words: int | None  # that the launch takes, of 4 bytes, if only 0; None: it takes no workspace
     encoders: tuple[Encoder, ...] | None  # of q, k, v and out, for a kernel that takes tensor maps
+    offsets: tuple[int, ...]  # of these maps: bytes from where the arrays start
     takes_tiles: bool  # the kernel needs a tile counter
     is_modified: bool  # the launch takes the addresses of operands
     get_current_device: Callable[[], int]
@@ -108,10 +110,10 @@ def _run(
     if out is None:
         result = gpu.empty(plan.out_shape, q.dtype, plan.device)
     else:
-        addresses = {"q": gpu.pointer(q), "k": gpu.pointer(k), "v": gpu.pointer(v), "out": gpu.pointer(out)}
+        starts = {"q": gpu.pointer(q), "k": gpu.pointer(k), "v": gpu.pointer(v), "out": gpu.pointer(out)}
         if operands:
-            addresses |= {name: gpu.pointer(x) for name, x in arrays_of(operands).items()}
-        check_no_alias(plan.footprints, addresses)
+            starts |= {name: gpu.pointer(x) for name, x in arrays_of(operands).items()}
+        check_no_alias(plan.footprints, starts)
     lse = gpu.empty(plan.lse_shape, "float32", plan.device) if return_lse else None
     if plan.launch is None:
         return result, lse
@@ -124,24 +126,28 @@ def _run(
     lse_address = 0 if lse is None else pointer(lse)
     stream = gpu.stream(plan.device)
     of_operands = operand_addresses(gpu, operands) if plan.is_modified else ()
-    kept: MaskSummary | None = operands.get(SUMMARY)
-    if kept is not None and isinstance(plan.launch, ModifiedLauncher) and plan.launch.summary is not None:
-        given = (*where, lse_address, *of_operands)
-        masks = plan.launch.masks(given)
-        found = kept.fetch(plan.launch.summary, gpu, plan.device, *masks, operands, stream)
-        plan.launch.run(given, found, stream)
-    elif plan.workspace_words is not None:
-        workspace = gpu.empty((plan.workspace_words,), "float32", plan.device)
-        plan.launch((), (*where, lse_address, *of_operands, pointer(workspace)), stream)
-        if not gpu.keeps_temporaries():  # and not if the launch was refused
-            _captured.append(workspace)
-    elif plan.encoders is None:
-        plan.launch((), (*where, lse_address, *of_operands), stream)
+    maps: Sequence[EncodedMap] = ()
+    addresses: tuple[int, ...]
+    if plan.encoders is None:
+        addresses = (*where, lse_address, *of_operands)
     else:
         counter = 0
         if plan.takes_tiles:
             counter = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
-        plan.launch(list(map(Encoder.__call__, plan.encoders, where)), (lse_address, counter), stream)
+        maps = list(map(Encoder.__call__, plan.encoders, map(operator.add, where, plan.offsets)))
+        addresses = (lse_address, counter, *of_operands)
+    kept: MaskSummary | None = operands.get(SUMMARY)
+    if kept is not None and isinstance(plan.launch, ModifiedLauncher) and plan.launch.summary is not None:
+        masks = plan.launch.masks(addresses)
+        found = kept.fetch(plan.launch.summary, gpu, plan.device, *masks, operands, stream)
+        plan.launch.run(maps, addresses, found, stream)
+    elif plan.workspace_words is None:
+        plan.launch(maps, addresses, stream)
+    else:
+        workspace = gpu.empty((plan.workspace_words,), "float32", plan.device)
+        plan.launch(maps, (*addresses, pointer(workspace)), stream)
+        if not gpu.keeps_temporaries():  # and not if the launch was refused
+            _captured.append(workspace)
     if target is not result:
         gpu.assign(result, target[..., : plan.out_shape[3]])
     if out is not None:
@@ -191,6 +197,7 @@ def make_plan(request: Request, options: Options) -> Plan:
         launch=start,
         workspace_words=kernel.workspace_words,
         encoders=tuple(map(Encoder, kernel.call.maps)) if isinstance(kernel.call, HopperCall) else None,
+        offsets=kernel.call.offsets if isinstance(kernel.call, HopperCall) else (),
         takes_tiles=takes_tiles,
         is_modified=isinstance(start, ModifiedLauncher),
         get_current_device=cuda.runtime.getDevice,
@@ -202,10 +209,10 @@ def _load(
 ) -> launcher.Launcher | StandardLauncher | ModifiedLauncher:
     if kernel.standard is not None:
         return StandardLauncher(kernel.standard, program)
-    if isinstance(kernel.config, Config) and kernel.config.modifiers:
-        assert isinstance(call, KernelCall)
+    if isinstance(kernel.config, Config | HopperConfig) and kernel.config.modifiers:
         return ModifiedLauncher(call, program, kernel.mask_summary)
     function = jit.load(program, call.shared_bytes)
     if isinstance(call, HopperCall):
-        return launcher.Launcher(function, call, maps=4, addresses=2)
-    return launcher.Launcher(function, call, addresses=5 if kernel.workspace_words is None else 6)
+        return launcher.Launcher(function, call, maps=len(call.maps), addresses=HOPPER_ADDRESSES)
+    workspaces = 0 if kernel.workspace_words is None else 1
+    return launcher.Launcher(function, call, addresses=FA2_ADDRESSES + workspaces)

@@ -38,4 +38,5 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 template <bool kValue>
 struct Constant {
   static constexpr bool value = kValue;
+  __device__ __forceinline__ constexpr operator bool() const { return kValue; }
 };

@@ -68,6 +68,13 @@ __device__ __forceinline__ Visible<Params> visible_in(const Params& params, int 
   return visible;
 }
 
+// Where the tensor maps of K and V start: at the first key that some query sees. TMA reads zeros before it.
+template <class Params>
+__device__ __forceinline__ int first_mapped_key(const Params& params) {
+  if constexpr (Config::kWindow) return params.first_key;
+  else return 0;
+}
+
 // The first key block that a query block sees something of.
 template <int kBlockM, int kBlockN, class Params>
 __device__ __forceinline__ int first_visited(const Params& params, int m_block) {

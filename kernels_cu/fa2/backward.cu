@@ -46,6 +46,7 @@
 #include "core/is_read.cuh"
 #include "core/mask_tiles.cuh"
 #include "core/mask_transposed.cuh"
+#include "core/modified_probabilities.cuh"
 #include "core/modifier_params.cuh"
 #include "core/packed.cuh"
 #include "core/scheduler.cuh"
@@ -55,7 +56,6 @@
 #include "core/visible.cuh"
 #include "core/widen.cuh"
 #include "fa2/load_tile.cuh"
-#include "fa2/modified_probabilities.cuh"
 #include "fa2/products.cuh"
 #include "fa2/store_gradient.cuh"
 #include "ptx/barrier.cuh"
@@ -115,11 +115,9 @@ constexpr int kDsOffset = kPOffset + kBlockM * kBlockN * 2;
 constexpr int kLseOffset = kDsOffset + kBlockM * kBlockN * 2;
 constexpr int kDeltaOffset = kLseOffset + kStages * kBlockM * 4;
 // P as the gradient warps need it: apart from P[key][query] where that multiplies dO and is another.
-constexpr bool kTwoPs = kHasSlope || Config::kDropout;
 constexpr bool kSplitP = kColumnWarps > 1 && kTwoPs;
 constexpr int kGradientPOffset = kSplitP ? kDeltaOffset + kStages * kBlockM * 4 : kPOffset;
 constexpr bool kBanded = Config::kWindow || kMasks;
-constexpr bool kChangesP = kModifiesScores || kBanded || Config::kDropout;
 
 enum Barrier { kPReady = 1, kDsReady, kDsStored, kPStored, kDsShared };
 
@@ -145,6 +143,12 @@ __device__ __forceinline__ void store_operand(unsigned char* tile, const Operand
       *reinterpret_cast<unsigned*>(tile + operand_offset<PTile>(row, chunk, m, i / 4, i % 4)) = a.reg[m][i / 4][i % 4];
     }
   }
+}
+
+// The same of 16 keys and queries.
+__device__ __forceinline__ void store_operand(unsigned char* tile, const unsigned (&a)[4], int row, int chunk) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) *reinterpret_cast<unsigned*>(tile + operand_offset<PTile>(row, chunk, 0, 0, i)) = a[i];
 }
 
 // Loads columns from 8·chunk of it back, as they were stored or, from other columns, as warps beside this one did.
@@ -373,10 +377,11 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
         if constexpr (kChangesP) {
           const bool masked = !visible.sees_all<kBlockM, kBlockN>(row, block_key) ||
                               mask_tiles(at.head).is_mixed(at.m_block);
-          modified_probabilities<Element>(acc_s, lse_pair, visible, tile.batch, first_head + at.head, block_key + key_row,
-                                          row + query_column, masked, [&](const auto& strip, int m) {
-                                            store_operand(smem + kGradientPOffset, strip, key_row + 16 * m, query_column / 8);
-                                          });
+          modified_probabilities<Element, kNTiles>(
+              acc_s, lse_pair, visible, tile.batch, first_head + at.head, block_key + key_row, row + query_column, masked,
+              [&](const unsigned (&a)[4], int m, int k) {
+                store_operand(smem + kGradientPOffset, a, key_row + 16 * m, query_column / 8 + 2 * k);
+              });
         } else {
 #pragma unroll
           for (int n = 0; n < kNTiles; ++n) {
@@ -423,15 +428,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       {
         float acc_dp[kMTiles][kNTiles][4] = {};
         multiply_a_bt<Element, kHeadDimV>(acc_dp, v_smem, key_row, k_smem + kDoutOffset + slot * kDoutBytes, query_column);
-        if constexpr (Config::kDropout && Config::kScoreMod) {
-          // The slope of a formula may be negative: no sign bit is left to tell what was dropped.
-#pragma unroll
-          for (int i = 0; i < kMTiles * kNTiles * 4; ++i) acc_dp[i / 4 / kNTiles][i / 4 % kNTiles][i % 4] *= kept_scale(params);
-          dropout_of(params, tile.batch, first_head + at.head)
-              .template for_each_dropped<true, kMTiles, kNTiles>(
-                  block_key + key_row, params.first_row + at.m_block * kBlockM + query_column,
-                  [&](int m, int j, int r) { acc_dp[m][j][r] = 0.0f; });
-        }
+        drop_dp(acc_dp, params, tile.batch, first_head + at.head, block_key + key_row, at.m_block * kBlockM + query_column);
         const FloatPair* delta_pair = reinterpret_cast<const FloatPair*>(smem + kDeltaOffset) +
                                       (slot * kBlockM + query_column) / 2 + lane % 4;
         bar_sync(kPReady, kThreads);
@@ -444,13 +441,8 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
             unsigned& p_then_ds = ds_reg.reg[m][i / 4][i % 4];
             const FloatPair p = widen<Element>(p_then_ds);
             const float(&dp)[4] = acc_dp[m][i / 2];
-            if constexpr (Config::kDropout && !Config::kScoreMod) {
-              p_then_ds = Element::pack(ds_of_signed(p.lo, dp[i % 2 * 2], delta_of.lo, kept_scale(params)),
-                                        ds_of_signed(p.hi, dp[i % 2 * 2 + 1], delta_of.hi, kept_scale(params)));
-            } else {
-              p_then_ds =
-                  Element::pack(p.lo * (dp[i % 2 * 2] - delta_of.lo), p.hi * (dp[i % 2 * 2 + 1] - delta_of.hi));
-            }
+            p_then_ds = Element::pack(ds_of_kept(p.lo, dp[i % 2 * 2], delta_of.lo, params),
+                                      ds_of_kept(p.hi, dp[i % 2 * 2 + 1], delta_of.hi, params));
           }
         }
       }

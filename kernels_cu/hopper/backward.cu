@@ -21,6 +21,7 @@
 //             wait for dK;  release Q and dO
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers
+//           and before lse, if kTwoPs, P as fragments, of each main warpgroup.
 //           The epilogue stages dK in K's place and dV in V's.
 // Registers dK and dV: kHeadDim/2 + kHeadDimV/2 a thread, S or dP: kBlockM/2, P and dS kBlockM/4 each, dQ
 //           kDqColumns/2; docs/hopper-backward.md has ptxas's figures.
@@ -30,25 +31,33 @@
 //           q.empty          main threads, after a visit            loader, before it loads Q, then dO
 //           ds.full          main threads, when dS is stored        dQ warps, before the product
 //           ds.empty         dQ threads, after the product          main warps, before they store; before dK is staged
-//           bar kStaged + w  main warpgroup w, when dV or dK is staged
+//           bar kStaged + w  main warpgroup w, when dV or dK is staged; before, when it has zeroed unseen keys
+//           bar kZeroedQueries  main warps, when they have zeroed unread queries of a visit, if it has any
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
 //           past the last. TMA reads rows outside the tensors as zeros; the host starts Q and dO at the first query
 //           that sees a key and ends K and V at the last key some query sees. Other keys get zeros.
+// Modifiers (docs/modifiers.md) each behind an if constexpr: scores, masks and dropout as in the forward, transposed
+//           (core/modified_probabilities.cuh). Where dS takes another P than dV, its thread keeps that in shared memory.
+//           The maps start at the first key, and query, that meets one; other keys that nobody sees, padding among
+//           queries and those that see no key are zeroed when TMA has brought them: 0 · NaN is NaN. Gradients of bias,
+//           sinks and mod_args: fa2/backward_bias.cu, fa2/backward_sinks.cu, fa2/backward_mod_args.cu.
 // Numerics  S, dP, dV, dK and dQ in float32; P and dS rounded to Element for the products, P also for dS.
 // Order     dK and dV are bit-stable. dQ is summed in float32 by atomics, in any order, or with kDeterministic in the
 //           order of n_block: each warp that adds has a turn for each query block (core/turn.cuh).
 // Configs   head dims up to 128 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
 //           (cuflash/config_hopper_backward.py).
 // Speed     docs/hopper-backward.md.
-// Siblings  hopper/backward_pair.cu: two thread blocks share the additions to dQ.
-//           hopper/backward_narrow.cu: head dims up to 64, where the main warpgroups have registers for dQ.
+// Siblings  hopper/backward_pair.cu: two thread blocks share the additions to dQ; without modifiers.
+//           hopper/backward_narrow.cu: head dims up to 64 without modifiers, where the main warpgroups have registers for dQ.
 //           hopper/backward_wide.cu: head dims up to 256, where they have none for both dK and dV.
 #include "core/mask_transposed.cuh"
 #include "core/turn.cuh"
 #include "hopper/backward_layout.cuh"
 #include "hopper/key_block.cuh"
+#include "hopper/modified_transposed.cuh"
 #include "hopper/store_gradient.cuh"
 #include "hopper/transposed.cuh"
+#include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/setmaxnreg.cuh"
@@ -56,11 +65,12 @@
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
+using PFragments = OperandFragments<kNTiles / 2>;
 constexpr int kKFullOffset = kKvBarriersOffset;
 constexpr int kVFullOffset = kKFullOffset + 8;
 static_assert(kVFullOffset + 8 == Config::kSharedBytes, "the host's map is the same");
 
-enum Barrier { kStaged = 1 };
+enum Barrier { kStaged = 1, kZeroedQueries = kStaged + kMainWarpgroups };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_q, seqlen_q, head_dim)
@@ -93,6 +103,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   __syncthreads();
 
   const KeyBlock keys = key_block<kBlockM, kBlockN, Config::kCausal>(blockIdx.x, params);
+  const int mapped_key = keys.first_key - first_mapped_key(params);
   const unsigned visits = keys.visits;
   const int first_head = keys.head * params.group_size;
   // Index of a query block in (batch, heads_q, m_blocks).
@@ -108,18 +119,18 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   if (warpgroup < 0) {
     setmaxnreg_dec<Config::kHelperRegisters>();
     const bool loads = threadIdx.x == 0;
-    QueryBlock to_load = keys.first();
+    QueryBlock to_load = keys.first(params);
     const auto load_q = [&](unsigned use) {
       q_ring.wait_empty(use);
       mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes + kFloatsBytes);
-      QTile::load(q_ring.slot(use), &q_map, q_ring.full(use), to_load.m_block * kBlockM, first_head + to_load.head,
-                  keys.batch);
+      QTile::load(q_ring.slot(use), &q_map, q_ring.full(use), mapped_row<kBlockM>(params, to_load.m_block),
+                  first_head + to_load.head, keys.batch);
       cp_async_bulk_load(k_smem + kLseOffset + use % kStages * kFloatsBytes, lse_log2 + block_index(to_load) * kBlockM,
                          kFloatsBytes, q_ring.full(use));
     };
     const auto load_dout = [&](unsigned use) {  // after load_q of the same use
       mbarrier_arrive_expect_tx(dout_ring.full(use), DoutTile::kBytes + kFloatsBytes);
-      DoutTile::load(dout_ring.slot(use), &dout_map, dout_ring.full(use), to_load.m_block * kBlockM,
+      DoutTile::load(dout_ring.slot(use), &dout_map, dout_ring.full(use), mapped_row<kBlockM>(params, to_load.m_block),
                      first_head + to_load.head, keys.batch);
       cp_async_bulk_load(k_smem + kDeltaOffset + use % kStages * kFloatsBytes, delta + block_index(to_load) * kBlockM,
                          kFloatsBytes, dout_ring.full(use));
@@ -129,21 +140,21 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       for (; loaded < min(end, visits); ++loaded) {
         load_q(loaded);
         load_dout(loaded);
-        keys.advance(to_load);
+        keys.advance(to_load, params);
       }
     };
     if (loads && visits > 0) {  // what is needed first comes first
       mbarrier_arrive_expect_tx(k_full, KTile::kBytes);
-      KTile::load(k_smem, &k_map, k_full, keys.first_key, keys.head, keys.batch);
+      KTile::load(k_smem, &k_map, k_full, mapped_key, keys.head, keys.batch);
       load_q(0);
       mbarrier_arrive_expect_tx(v_full, VTile::kBytes);
-      VTile::load(v_smem, &v_map, v_full, keys.first_key, keys.head, keys.batch);
+      VTile::load(v_smem, &v_map, v_full, mapped_key, keys.head, keys.batch);
       load_dout(0);
-      keys.advance(to_load);
+      keys.advance(to_load, params);
       loaded = 1;
     }
     const auto turn_of = [&](const QueryBlock& at) { return turns + block_index(at) * 4 + warp; };
-    QueryBlock at = keys.first();
+    QueryBlock at = keys.first(params);
     for (unsigned visit = 0; visit < visits; ++visit) {
       // The last slot to fill is that of the visit before, which is released without this warpgroup's help.
       if (loads) load_visits_before(visit + kStages);
@@ -157,11 +168,11 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
         wgmma_wait_group<0>();
         pin_registers(acc_dq);
         if (i == Part::kParts - 1) mbarrier_arrive(ds_ring.empty(visit));
-        if (Config::kDeterministic && i == 0) wait_for_turn(turn_of(at), keys.n_block);
+        if (Config::kDeterministic && i == 0) wait_for_turn(turn_of(at), keys.turn<kBlockM, kBlockN>(at, params));
         part.add(workspace + block_index(at) * Part::Workspace::kBlock, acc_dq, warp, lane);
       }
       if constexpr (Config::kDeterministic) pass_turn(turn_of(at));
-      keys.advance(at);
+      keys.advance(at, params);
     }
     return;
   }
@@ -173,7 +184,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   float acc_dk[kHeadDim / 8][4] = {};
   float acc_dv[kHeadDimV / 8][4] = {};
   unsigned p_reg[kNTiles / 2][4], ds_reg[kNTiles / 2][4];
-  QueryBlock at = keys.first();
+  QueryBlock at = keys.first(params);
 
   const auto start_s = [&](float (&acc_s)[kNTiles][4], unsigned visit) {
     start_transposed<Element, KTile, QTile, kHeadDim>(acc_s, my_k_smem, q_ring.slot(visit));
@@ -184,24 +195,59 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   // Whether one of the block's queries does not see one of this warpgroup's keys. A visit with a mask has code of its
   // own: a branch around the mask would keep ptxas from moving exponentials past the next wait.
   const auto is_masked = [&](const QueryBlock& at) {
-    const int last_key = keys.first_key + warpgroup * 64 + 63;
-    return last_key >= params.seqlen_k || (Config::kCausal && last_key > at.m_block * kBlockM + params.causal_offset);
+    return hides_some<kBlockM, 64>(keys, at, keys.first_key + warpgroup * 64, params);
   };
   // From the scores of a visit to its P.
+  unsigned char* const p_fragments = smem + kPOffset + warpgroup * PFragments::kBytes;
   const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned visit, auto masked) {
-    exponentiate(acc_s[0], params.scale_log2, lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes));
-    if constexpr (decltype(masked)::value) {
-      zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp_row, at.m_block * kBlockM, params.seqlen_k,
-                                   params.causal_offset);
+    const FloatPair* const lse_log2 = lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes);
+    if constexpr (kChangesP) {
+      probabilities_of_visit<Element, kBlockM>(acc_s, lse_log2, keys, at, keys.first_key + warp_row, masked, params,
+                                               p_fragments);
+    } else {
+      exponentiate(acc_s[0], params.scale_log2, lse_log2);
+      if constexpr (decltype(masked)::value) {
+        zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp_row, at.m_block * kBlockM, keys.end(params),
+                                     params.causal_offset);
+      }
     }
   };
-  const auto delta_of = [&](unsigned visit) {
-    return lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes);
+  // From dP of a visit to its dS.
+  const auto differentiate_visit = [&](float (&acc_dp)[1][kNTiles][4], unsigned visit, const QueryBlock& at) {
+    const FloatPair* const delta = lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes);
+    if constexpr (kTwoPs) {
+      unsigned kept_reg[kNTiles / 2][4];
+      PFragments::load(kept_reg, p_fragments);
+      differentiate_kept<Element, kBlockM>(acc_dp, kept_reg, delta, keys, at, keys.first_key + warp_row, params);
+    } else {
+      differentiate<Element>(acc_dp[0], p_reg, delta);
+    }
+  };
+  // Queries that are not to be read, in the block of a visit to come, become zeros. Both main warpgroups come here.
+  const auto zero_queries = [&](unsigned visit) {
+    if constexpr (kZeroesQueries) {
+      const unsigned slot = visit % kStages;
+      const float* const lse_log2 = reinterpret_cast<const float*>(smem + kLseOffset + slot * kFloatsBytes);
+      if (!has_unread_query<kBlockM>(lse_log2)) return;
+      dout_ring.wait_full(visit);
+      constexpr int kRows = kBlockM / (4 * kMainWarpgroups);  // of each warp
+      const int first = (warpgroup * 4 + warp) * kRows;
+      zero_unread_queries<QTile, kRows>(smem + kQOffset + slot * QTile::kBytes, first, lse_log2);
+      zero_unread_queries<DoutTile, kRows>(smem + kDoutOffset + slot * DoutTile::kBytes, first, lse_log2);
+      bar_sync(kZeroedQueries, kMainWarpgroups * kWarpgroupThreads);
+    }
   };
   if (visits > 0) {
     float acc_s[1][kNTiles][4];
     mbarrier_wait(k_full, 0);
+    if constexpr (kZeroesKeys) {
+      zero_unseen_keys<KTile>(smem, keys, warp_row, params);
+      mbarrier_wait(v_full, 0);
+      zero_unseen_keys<VTile>(smem + kVOffset, keys, warp_row, params);
+      bar_sync(kStaged + warpgroup, kWarpgroupThreads);
+    }
     q_ring.wait_full(0);
+    zero_queries(0);
     start_s(acc_s[0], 0);
     wgmma_wait_group<0>();
     pin_registers(acc_s[0]);
@@ -209,19 +255,19 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     round_operand<Element>(p_reg, acc_s[0]);
     mbarrier_wait(v_full, 0);
   }
-  const auto finish_visit = [&](unsigned visit, auto next_masked) {  // `at` is the next
+  const auto finish_visit = [&](unsigned visit, const QueryBlock& this_at, auto next_masked) {  // `at` is the next
     {
-      float acc_dp[kNTiles][4];
+      float acc_dp[1][kNTiles][4];
       dout_ring.wait_full(visit);
-      start_dp(acc_dp, visit);
+      start_dp(acc_dp[0], visit);
       start_gradient<Element, DoutTile, kHeadDimV>(acc_dv, p_reg, dout_ring.slot(visit));
       wgmma_wait_group<1>();
-      pin_registers(acc_dp);
-      differentiate<Element>(acc_dp, p_reg, delta_of(visit));
+      pin_registers(acc_dp[0]);
+      differentiate_visit(acc_dp, visit, this_at);
       wgmma_wait_group<0>();
-      pin_registers(acc_dp);
+      pin_registers(acc_dp[0]);
       pin_registers(p_reg);  // and only now may P and dS change: they are, or were, operands
-      round_operand<Element>(ds_reg, acc_dp);
+      round_operand<Element>(ds_reg, acc_dp[0]);
     }
     ds_ring.wait_empty(visit);
     store_transposed<DsTile>(ds_ring.slot(visit), ds_reg, warp_row);
@@ -233,6 +279,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     const unsigned next = min(visit + 1, visits - 1);
     float acc_s[1][kNTiles][4];
     q_ring.wait_full(next);
+    if (next != visit) zero_queries(next);
     start_s(acc_s[0], next);
     start_gradient<Element, QTile, kHeadDim>(acc_dk, ds_reg, q_ring.slot(visit));
     wgmma_wait_group<1>();
@@ -245,16 +292,18 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     round_operand<Element>(p_reg, acc_s[0]);
   };
   for (unsigned visit = 0; visit < visits; ++visit) {
-    keys.advance(at);
-    if (is_masked(at)) finish_visit(visit, Constant<true>{});
-    else finish_visit(visit, Constant<false>{});
+    const QueryBlock this_at = at;
+    // Where modifiers read, the dropped visit after the last must exist.
+    if (!Config::kModified || visit + 1 < visits) keys.advance(at, params);
+    if (is_masked(at)) finish_visit(visit, this_at, Constant<true>{});
+    else finish_visit(visit, this_at, Constant<false>{});
   }
   pin_registers(acc_dv);
   pin_registers(acc_dk);
 
   // Epilogue: dV into this warpgroup's rows of V; dK into those of K, once nobody multiplies by K any more.
   const int row = keys.first_key + warpgroup * 64;
-  store_gradient<Element, VTile::kPanelBytes>(acc_dv, 1.0f, my_v_smem, kStaged + warpgroup, &dv_map, row, keys.head,
+  store_gradient<Element, VTile::kPanelBytes>(acc_dv, kept_scale(params), my_v_smem, kStaged + warpgroup, &dv_map, row, keys.head,
                                               keys.batch);
   ds_ring.wait_empty(visits + kDsStages - 1);
   store_gradient<Element, KTile::kPanelBytes>(acc_dk, params.scale, my_k_smem, kStaged + warpgroup, &dk_map, row,

@@ -1,5 +1,6 @@
 // Sizes, tiles and the first part of shared memory of hopper/backward.cu and hopper/backward_narrow.cu.
 #pragma once
+#include "core/modified_probabilities.cuh"
 #include "hopper/gradient_products.cuh"
 #include "hopper/pipeline.cuh"
 #include "hopper/tile.cuh"
@@ -34,7 +35,8 @@ constexpr int kQOffset = kVOffset + VTile::kBytes;
 constexpr int kDoutOffset = kQOffset + kStages * QTile::kBytes;
 constexpr int kDsOffset = kDoutOffset + kStages * DoutTile::kBytes;
 constexpr int kFloatsBytes = kBlockM * 4;  // lse or delta of a query block
-constexpr int kLseOffset = kDsOffset + kDsStages * DsTile::kBytes;
+constexpr int kPOffset = kDsOffset + kDsStages * DsTile::kBytes;
+constexpr int kLseOffset = kPOffset + (kTwoPs ? DsTile::kBytes : 0);  // if dS takes another P than dV, that one
 constexpr int kDeltaOffset = kLseOffset + kStages * kFloatsBytes;
 constexpr int kBarriersOffset = kDeltaOffset + kStages * kFloatsBytes;
 constexpr int kKvBarriersOffset = kBarriersOffset + QRing::kBarrierBytes + DoutRing::kBarrierBytes + DsRing::kBarrierBytes;

@@ -60,6 +60,7 @@
 using KRing = Ring<1, KTile::kBytes>;
 using VRing = FilledRing<1, VTile::kBytes>;  // emptied with K
 static_assert(Part::kParts == kMainWarpgroups, "a part of dQ for each main warpgroup");
+static_assert(!Config::kModified, "modifiers take registers: hopper/backward.cu has them");
 
 constexpr int kBlockSlotOffset = kKvBarriersOffset + KRing::kBarrierBytes + VRing::kBarrierBytes;
 static_assert(kBlockSlotOffset + 8 == Config::kSharedBytes, "the host's map is the same");
@@ -146,7 +147,7 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
                      loading.head * params.group_size + to_load.head, loading.batch);
       cp_async_bulk_load(k_smem + kDeltaOffset + use % kStages * kFloatsBytes,
                          delta + block_index(loading, to_load) * kBlockM, kFloatsBytes, dout_ring.full(use));
-      loading.advance(to_load);
+      loading.advance(to_load, params);
       ++use;
       if (--to_come == 0) claim_block();
     };
@@ -157,7 +158,7 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
       const bool exists = index < params.key_blocks;
       if (exists) loading = key_block_at(index);
       if (exists && loading.visits > 0) {
-        to_load = loading.first();
+        to_load = loading.first(params);
         to_come = loading.visits;
         mbarrier_arrive_expect_tx(k_ring.full(block), KTile::kBytes);
         KTile::load(k_smem, &k_map, k_ring.full(block), loading.first_key, loading.head, loading.batch);
@@ -194,7 +195,7 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
     if (index >= params.key_blocks) break;
     const KeyBlock keys = key_block_at(index);
     const unsigned end = use + keys.visits;
-    QueryBlock at = keys.first();
+    QueryBlock at = keys.first(params);
     float acc_dk[kHeadDim / 8][4] = {};
     float acc_dv[kHeadDimV / 8][4] = {};
     unsigned p_reg[kNTiles / 2][4], ds_reg[kNTiles / 2][4];
@@ -209,13 +210,13 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
     // own: a branch around the mask would keep ptxas from moving exponentials past the next wait.
     const auto is_masked = [&](const QueryBlock& at) {
       const int last_key = keys.first_key + warpgroup * 64 + 63;
-      return last_key >= params.seqlen_k || (Config::kCausal && last_key > at.m_block * kBlockM + params.causal_offset);
+      return last_key >= params.seqlen_k_visible || (Config::kCausal && last_key > at.m_block * kBlockM + params.causal_offset);
     };
     // From the scores of a visit to its P.
     const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned use, auto masked) {
       exponentiate(acc_s[0], params.scale_log2, lane_pairs(smem + kLseOffset + use % kStages * kFloatsBytes));
       if constexpr (decltype(masked)::value) {
-        zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp_row, at.m_block * kBlockM, params.seqlen_k,
+        zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp_row, at.m_block * kBlockM, params.seqlen_k_visible,
                                      params.causal_offset);
       }
     };
@@ -266,7 +267,7 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
     for (; use < end; ++use) {
       if (is_masked(at)) do_visit(use, Constant<true>{});
       else do_visit(use, Constant<false>{});
-      keys.advance(at);
+      keys.advance(at, params);
     }
     pin_registers(acc_dv);
     pin_registers(acc_dk);

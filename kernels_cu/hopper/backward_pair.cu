@@ -160,14 +160,14 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   if (warpgroup < 0) {
     setmaxnreg_dec<Config::kHelperRegisters>();
     const bool loads = threadIdx.x == 0;
-    QueryBlock q_to_load = pair.first(), dout_to_load = pair.first();
+    QueryBlock q_to_load = pair.first(params), dout_to_load = pair.first(params);
     const auto load_q = [&](unsigned use) {
       mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes + kFloatsBytes);
       QTile::load(q_ring.slot(use), &q_map, q_ring.full(use), q_to_load.m_block * kBlockM, first_head + q_to_load.head,
                   pair.batch);
       cp_async_bulk_load(k_smem + kLseOffset + use % kQStages * kFloatsBytes,
                          lse_log2 + block_index(q_to_load) * kBlockM, kFloatsBytes, q_ring.full(use));
-      pair.advance(q_to_load);
+      pair.advance(q_to_load, params);
     };
     // dO of a visit and, as the visit that it takes the place of had the slot, Q of the next.
     const auto load_visit = [&](unsigned use) {
@@ -177,7 +177,7 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
                      first_head + dout_to_load.head, pair.batch);
       cp_async_bulk_load(k_smem + kDeltaOffset + use % kStages * kFloatsBytes,
                          delta + block_index(dout_to_load) * kBlockM, kFloatsBytes, dout_ring.full(use));
-      pair.advance(dout_to_load);
+      pair.advance(dout_to_load, params);
       if (use + 1 < visits) load_q(use + 1);
     };
     unsigned loaded = 0;
@@ -194,7 +194,7 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     }
     const Part part{0, rank * kDqColumns};
     const auto turn_of = [&](const QueryBlock& at) { return turns + (block_index(at) * kPair + rank) * 4 + warp; };
-    QueryBlock at = pair.first();
+    QueryBlock at = pair.first(params);
     for (unsigned visit = 0; visit < visits; ++visit) {
       if (loads) {
         mbarrier_arrive_expect_tx(received_ring.full(visit), DsTile::kBytes);
@@ -217,7 +217,7 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
       if constexpr (Config::kDeterministic) wait_for_turn(turn_of(at), pair.n_block);
       part.add(workspace + block_index(at) * Part::Workspace::kBlock, acc_dq, warp, lane);
       if constexpr (Config::kDeterministic) pass_turn(turn_of(at));
-      pair.advance(at);
+      pair.advance(at, params);
     }
     return;
   }
@@ -229,7 +229,7 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   float acc_dk[kHeadDim / 8][4] = {};
   float acc_dv[kHeadDimV / 8][4] = {};
   unsigned p_reg[kNTiles / 2][4], ds_reg[kNTiles / 2][4];
-  QueryBlock at = pair.first();
+  QueryBlock at = pair.first(params);
 
   const auto start_s = [&](float (&acc_s)[kNTiles][4], unsigned visit) {
     start_transposed<Element, KTile, QTile, kHeadDim>(acc_s, my_k_smem, q_ring.slot(visit));
@@ -240,14 +240,13 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   // Whether one of the block's queries does not see one of this warpgroup's keys. A visit with a mask has code of its
   // own: a branch around the mask would keep ptxas from moving exponentials past the next wait.
   const auto is_masked = [&](const QueryBlock& at) {
-    const int last_key = first_key + warpgroup * 64 + 63;
-    return last_key >= params.seqlen_k || (Config::kCausal && last_key > at.m_block * kBlockM + params.causal_offset);
+    return hides_some<kBlockM, 64>(pair, at, first_key + warpgroup * 64, params);
   };
   // From the scores of a visit to its P.
   const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned visit, auto masked) {
     exponentiate(acc_s[0], params.scale_log2, lane_pairs(smem + kLseOffset + visit % kQStages * kFloatsBytes));
     if constexpr (decltype(masked)::value) {
-      zero_hidden<Config::kCausal>(acc_s, first_key + warp_row, at.m_block * kBlockM, params.seqlen_k,
+      zero_hidden<Config::kCausal>(acc_s, first_key + warp_row, at.m_block * kBlockM, params.seqlen_k_visible,
                                    params.causal_offset);
     }
   };
@@ -304,7 +303,7 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     round_operand<Element>(p_reg, acc_s[0]);
   };
   for (unsigned visit = 0; visit < visits; ++visit) {
-    pair.advance(at);
+    pair.advance(at, params);
     if (is_masked(at)) finish_visit(visit, Constant<true>{});
     else finish_visit(visit, Constant<false>{});
   }

@@ -35,11 +35,14 @@
 //           p.empty            gradients, when read                       probabilities, before they store P
 //           ds.full            gradients, when stored                     queries, before dQ
 //           ds.empty           queries, after the product                 gradients, before they store dS
-//           bar kStaged + w    all warps of probabilities, gradients, when dV, dK is staged: themselves
+//           bar kStaged + w    all warps of probabilities, gradients, when dV, dK is staged: themselves; before, when
+//                              they have zeroed keys that nobody sees
+//           bar kZeroedQueries probabilities and gradients, when unread queries of a visit are zeros: both
 // Arrivals  are every thread's, 128 a warpgroup. Those that release what was read come after the first use of the values:
 //           a load that is only issued may still be overtaken. On the H100 (CUDA 13.0), P released right after its loads
 //           was overwritten under them.
-// Masks, numerics, order as in hopper/backward.cu: dS too is made from P rounded to Element.
+// Masks, modifiers, numerics, order as in hopper/backward.cu: dS too is made from P rounded to Element; p is the P that
+//           makes dS, if that is another.
 // Configs   head dims up to 256 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
 //           (cuflash/config_hopper_backward.py).
 // Speed     docs/hopper-backward.md.
@@ -48,11 +51,13 @@
 #include "core/turn.cuh"
 #include "hopper/gradient_products.cuh"
 #include "hopper/key_block.cuh"
+#include "hopper/modified_transposed.cuh"
 #include "hopper/operand_fragments.cuh"
 #include "hopper/pipeline.cuh"
 #include "hopper/store_gradient.cuh"
 #include "hopper/tile.cuh"
 #include "hopper/transposed.cuh"
+#include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/setmaxnreg.cuh"
@@ -107,7 +112,7 @@ static_assert(kVFullOffset + 8 == Config::kSharedBytes, "the host's map is the s
 constexpr int product_columns(int head_dim) { return head_dim > 192 ? head_dim / 2 : head_dim; }
 
 enum Warpgroup { kLoads, kProbabilities, kGradients, kQueries };
-enum Barrier { kStaged = 1 };
+enum Barrier { kStaged = 1, kZeroedQueries = kStaged + 2 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_q, seqlen_q, head_dim)
@@ -142,6 +147,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   __syncthreads();
 
   const KeyBlock keys = key_block<kBlockM, kBlockN, Config::kCausal>(blockIdx.x, params);
+  const int mapped_key = keys.first_key - first_mapped_key(params);
   const unsigned visits = keys.visits;
   const int first_head = keys.head * params.group_size;
   // Index of a query block in (batch, heads_q, m_blocks).
@@ -153,7 +159,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   const int warp = threadIdx.x / kWarpSize % 4;
   // The same in every lane, and known to be: descriptors made of it stay in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
-  QueryBlock at = keys.first();
+  QueryBlock at = keys.first(params);
   // Shared memory outlives its reader.
   const auto wait_for_stores = [&] {
     if (threadIdx.x % kWarpgroupThreads == 0) cp_async_bulk_wait_group_read<0>();
@@ -164,23 +170,23 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     // Two threads, since Q and dO come free at different times.
     if (threadIdx.x == 0 && visits > 0) {
       mbarrier_arrive_expect_tx(k_full, KTile::kBytes);
-      KTile::load(k_smem, &k_map, k_full, keys.first_key, keys.head, keys.batch);
-      for (unsigned visit = 0; visit < visits; ++visit, keys.advance(at)) {
+      KTile::load(k_smem, &k_map, k_full, mapped_key, keys.head, keys.batch);
+      for (unsigned visit = 0; visit < visits; ++visit, keys.advance(at, params)) {
         q_ring.wait_empty(visit);
         mbarrier_arrive_expect_tx(q_ring.full(visit), QTile::kBytes + kFloatsBytes);
-        QTile::load(q_ring.slot(visit), &q_map, q_ring.full(visit), at.m_block * kBlockM, first_head + at.head,
-                    keys.batch);
+        QTile::load(q_ring.slot(visit), &q_map, q_ring.full(visit), mapped_row<kBlockM>(params, at.m_block),
+                    first_head + at.head, keys.batch);
         cp_async_bulk_load(k_smem + kLseOffset + visit % kStages * kFloatsBytes, lse_log2 + block_index(at) * kBlockM,
                            kFloatsBytes, q_ring.full(visit));
       }
     }
     if (threadIdx.x == kWarpSize && visits > 0) {
       mbarrier_arrive_expect_tx(v_full, VTile::kBytes);
-      VTile::load(v_smem, &v_map, v_full, keys.first_key, keys.head, keys.batch);
-      for (unsigned visit = 0; visit < visits; ++visit, keys.advance(at)) {
+      VTile::load(v_smem, &v_map, v_full, mapped_key, keys.head, keys.batch);
+      for (unsigned visit = 0; visit < visits; ++visit, keys.advance(at, params)) {
         dout_ring.wait_empty(visit);
         mbarrier_arrive_expect_tx(dout_ring.full(visit), DoutTile::kBytes + kFloatsBytes);
-        DoutTile::load(dout_ring.slot(visit), &dout_map, dout_ring.full(visit), at.m_block * kBlockM,
+        DoutTile::load(dout_ring.slot(visit), &dout_map, dout_ring.full(visit), mapped_row<kBlockM>(params, at.m_block),
                        first_head + at.head, keys.batch);
         cp_async_bulk_load(k_smem + kDeltaOffset + visit % kStages * kFloatsBytes, delta + block_index(at) * kBlockM,
                            kFloatsBytes, dout_ring.full(visit));
@@ -189,39 +195,75 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     return;
   }
 
+  const auto lse_of = [&](unsigned visit) { return lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes); };
+  const auto delta_of = [&](unsigned visit) { return lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes); };
+  const auto p_fragments = [&](unsigned visit) { return smem + kPOffset + visit % kPassed * PFragments::kBytes; };
+  // Queries that are not to be read, in the block of a visit that has landed, become zeros: by each of these warpgroups in
+  // one of the tiles that both read.
+  const auto zero_queries = [&](auto tile, unsigned char* slot, unsigned visit) {
+    if constexpr (kZeroesQueries) {
+      const float* const lse_log2 = reinterpret_cast<const float*>(smem + kLseOffset + visit % kStages * kFloatsBytes);
+      q_ring.wait_full(visit);  // lse comes with Q
+      if (!has_unread_query<kBlockM>(lse_log2)) return;
+      zero_unread_queries<decltype(tile), kBlockM / 4>(slot, warp * (kBlockM / 4), lse_log2);
+      bar_sync(kZeroedQueries, 2 * kWarpgroupThreads);
+    }
+  };
+  // The same of keys that nobody sees.
+  const auto zero_keys = [&](auto tile, unsigned char* block, int barrier) {
+    if constexpr (kZeroesKeys) {
+      zero_unseen_keys<decltype(tile)>(block, keys, warp * 16, params);
+      bar_sync(barrier, kWarpgroupThreads);
+    }
+  };
+
   if (warpgroup == kProbabilities) {
     setmaxnreg_inc<Config::kProbabilityRegisters>();
     float acc_dv[kHeadDimV / 8][4] = {};
     unsigned p_reg[kNTiles / 2][4];
-    if (visits > 0) mbarrier_wait(k_full, 0);
+    if (visits > 0) {
+      mbarrier_wait(k_full, 0);
+      zero_keys(KTile{}, smem, kStaged);
+    }
     for (unsigned visit = 0; visit < visits; ++visit) {
       float acc_s[1][kNTiles][4];
       q_ring.wait_full(visit);
+      zero_queries(QTile{}, smem + kQOffset + visit % kStages * QTile::kBytes, visit);
       start_transposed<Element, KTile, QTile, kHeadDim>(acc_s[0], k_smem, q_ring.slot(visit));
       wgmma_wait_group<1>();
       if (visit > 0) mbarrier_arrive(dout_ring.empty(visit - 1));
       wgmma_wait_group<0>();
       pin_registers(acc_s[0]);
       pin_registers(p_reg);  // and only now may P change: it was an operand
-      exponentiate(acc_s[0], params.scale_log2, lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes));
-      pin_registers(acc_s[0]);  // used: see Arrivals
-      const int query = at.m_block * kBlockM, last_key = keys.first_key + kBlockN - 1;
-      if (last_key >= params.seqlen_k || (Config::kCausal && last_key > query + params.causal_offset)) {
-        zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp * 16, query, params.seqlen_k, params.causal_offset);
+      if constexpr (kChangesP) {
+        if constexpr (kTwoPs) p_ring.wait_empty(visit);
+        const bool masked = hides_some<kBlockM, kBlockN>(keys, at, keys.first_key, params);
+        probabilities_of_visit<Element, kBlockM>(acc_s, lse_of(visit), keys, at, keys.first_key + warp * 16, masked, params,
+                                                 p_fragments(visit));
+        pin_registers(acc_s[0]);
+      } else {
+        exponentiate(acc_s[0], params.scale_log2, lse_of(visit));
+        pin_registers(acc_s[0]);  // used: see Arrivals
+        if (hides_some<kBlockM, kBlockN>(keys, at, keys.first_key, params)) {
+          zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp * 16, at.m_block * kBlockM, keys.end(params),
+                                       params.causal_offset);
+        }
       }
       mbarrier_arrive(q_ring.empty(visit));
       round_operand<Element>(p_reg, acc_s[0]);
-      p_ring.wait_empty(visit);
-      PFragments::store(smem + kPOffset + visit % kPassed * PFragments::kBytes, p_reg);
+      if constexpr (!kTwoPs) {
+        p_ring.wait_empty(visit);
+        PFragments::store(p_fragments(visit), p_reg);
+      }
       mbarrier_arrive(p_ring.full(visit));
       dout_ring.wait_full(visit);
       start_gradient<Element, DoutTile, product_columns(kHeadDimV)>(acc_dv, p_reg, dout_ring.slot(visit));
-      keys.advance(at);
+      keys.advance(at, params);
     }
     wgmma_wait_group<0>();
     pin_registers(acc_dv);
     dout_ring.wait_empty(visits);
-    store_gradient<Element, VTile::kPanelBytes>(acc_dv, 1.0f, dout_ring.slot(visits), kStaged, &dv_map, keys.first_key,
+    store_gradient<Element, VTile::kPanelBytes>(acc_dv, kept_scale(params), dout_ring.slot(visits), kStaged, &dv_map, keys.first_key,
                                                 keys.head, keys.batch);
     wait_for_stores();
     return;
@@ -231,30 +273,39 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     setmaxnreg_inc<Config::kGradientRegisters>();
     float acc_dk[kHeadDim / 8][4] = {};
     unsigned ds_reg[kNTiles / 2][4];
-    if (visits > 0) mbarrier_wait(v_full, 0);
+    if (visits > 0) {
+      mbarrier_wait(v_full, 0);
+      zero_keys(VTile{}, smem + kVOffset, kStaged + 1);
+    }
     for (unsigned visit = 0; visit < visits; ++visit) {
-      float acc_dp[kNTiles][4];
+      float acc_dp[1][kNTiles][4];
       dout_ring.wait_full(visit);
-      start_transposed<Element, VTile, DoutTile, kHeadDimV>(acc_dp, v_smem, dout_ring.slot(visit));
+      zero_queries(DoutTile{}, smem + kDoutOffset + visit % kStages * DoutTile::kBytes, visit);
+      start_transposed<Element, VTile, DoutTile, kHeadDimV>(acc_dp[0], v_smem, dout_ring.slot(visit));
       wgmma_wait_group<1>();
       if (visit > 0) mbarrier_arrive(q_ring.empty(visit - 1));
       wgmma_wait_group<0>();
-      pin_registers(acc_dp);
+      pin_registers(acc_dp[0]);
       pin_registers(ds_reg);
       p_ring.wait_full(visit);
       unsigned p_reg[kNTiles / 2][4];
-      PFragments::load(p_reg, smem + kPOffset + visit % kPassed * PFragments::kBytes);
-      differentiate<Element>(acc_dp, p_reg, lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes));
-      pin_registers(acc_dp);  // used: see Arrivals
+      PFragments::load(p_reg, p_fragments(visit));
+      if constexpr (kTwoPs) {
+        differentiate_kept<Element, kBlockM>(acc_dp, p_reg, delta_of(visit), keys, at, keys.first_key + warp * 16, params);
+      } else {
+        differentiate<Element>(acc_dp[0], p_reg, delta_of(visit));
+      }
+      pin_registers(acc_dp[0]);  // used: see Arrivals
       mbarrier_arrive(p_ring.empty(visit));
       mbarrier_arrive(dout_ring.empty(visit));
-      round_operand<Element>(ds_reg, acc_dp);
+      round_operand<Element>(ds_reg, acc_dp[0]);
       ds_ring.wait_empty(visit);
       store_transposed<DsTile>(ds_ring.slot(visit), ds_reg, warp * 16);
       fence_proxy_async_shared();
       mbarrier_arrive(ds_ring.full(visit));
       // Q has landed: P is made of it.
       start_gradient<Element, QTile, product_columns(kHeadDim)>(acc_dk, ds_reg, q_ring.slot(visit));
+      if constexpr (Config::kModified) keys.advance(at, params);
     }
     wgmma_wait_group<0>();
     pin_registers(acc_dk);
@@ -278,10 +329,10 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
       wgmma_wait_group<0>();
       pin_registers(acc_dq);
       if (i == Part::kParts - 1) mbarrier_arrive(ds_ring.empty(visit));
-      if (Config::kDeterministic && i == 0) wait_for_turn(turn_of(at), keys.n_block);
+      if (Config::kDeterministic && i == 0) wait_for_turn(turn_of(at), keys.turn<kBlockM, kBlockN>(at, params));
       part.add(workspace + block_index(at) * Part::Workspace::kBlock, acc_dq, warp, lane);
     }
     if constexpr (Config::kDeterministic) pass_turn(turn_of(at));
-    keys.advance(at);
+    keys.advance(at, params);
   }
 }

@@ -18,7 +18,8 @@
 //           Ping-pong (kPingPong): warpgroups issue products in turn, so that one's softmax runs under the other's.
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           Q · kQStages | K · kStages | V · kStages | O · kWarpgroups, if kQStages = 2; else O is staged over V
-//           | which tile each Q belongs to, 16 bytes · kQStages | barriers
+//           | which tile each Q belongs to, 16 bytes · kQStages | if kZeroesV, which block each V is, 16 bytes · kStages
+//           | barriers
 // Registers O: kHeadDimV/2, S: kBlockN/2, P: kBlockN/4 a thread; docs/hopper-forward.md has ptxas's figures.
 // Barriers  (pipeline.cuh)   who arrives                            who waits
 //           q.full           producer, TMA's bytes                  consumers, before they read the tile or its Q
@@ -35,21 +36,35 @@
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > row + causal_offset get −inf; masked blocks are peeled off. A
 //           tile that sees no key visits one, masked block. TMA reads rows outside the tensors as zeros, and the host
 //           ends K and V at the last key some query sees. A row that sees no key gives out = 0, lse = −inf.
+// Modifiers (docs/modifiers.md) each behind an if constexpr. Scores: core/score.cuh; which blocks are visited, and what is
+//           hidden in them: core/visible.cuh, core/mask_tiles.cuh, core/hide.cuh; then core/dropout.cuh between the two
+//           products and core/sinks.cuh at the end. The maps of K and V start at the first key that a window shows: TMA
+//           reads zeros before it. Other keys that no query sees, because of a length or a mask, are zeros to a warp of the
+//           producer's, which is between TMA and the consumers of V: v.landed, then v.full.
 // Numerics  S, P's sums and O in float32; P rounded to Element for the second product.
 // Configs   head dims that are multiples of 8 (TMA pads them), Dv ≠ D, float16, bfloat16 (cuflash/config_hopper.py).
 // Speed     docs/hopper-forward.md, generated from benchmarks/results/.
 // Sibling   fa2/forward.cu: a warp loads, multiplies and exponentiates in turn; other thread blocks fill its gaps.
+#include "core/dropout.cuh"
 #include "core/fragment.cuh"
+#include "core/hide.cuh"
+#include "core/is_read.cuh"
 #include "core/mask.cuh"
+#include "core/mask_tiles.cuh"
+#include "core/modifier_params.cuh"
 #include "core/packed.cuh"
 #include "core/scheduler.cuh"
-#include "core/tile_range.cuh"
+#include "core/score.cuh"
+#include "core/score_mod.cuh"
+#include "core/sinks.cuh"
 #include "core/types.cuh"
+#include "core/visible.cuh"
 #include "hopper/packed.cuh"
 #include "hopper/pipeline.cuh"
 #include "hopper/products.cuh"
 #include "hopper/softmax.cuh"
 #include "hopper/tile.cuh"
+#include "hopper/zero_rows.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
@@ -59,8 +74,8 @@
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
-struct ForwardParams : PackedArrays<Config::kVarlen> {
-  int seqlen_q, seqlen_k;  // seqlen_k counts the keys some query sees
+struct ForwardParams : PackedArrays<Config::kVarlen>, ModifierParams<Config::kModified> {
+  int seqlen_q, seqlen_k_visible;  // keys that some query sees
   int heads_q, group_size, batch_heads;  // in packs of kPackedHeads heads
   int causal_offset;
   int m_blocks, tiles, heads_per_wave;  // tiles = m_blocks · batch_heads
@@ -81,9 +96,13 @@ constexpr int kWarpgroupThreads = 4 * kWarpSize;
 constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
 constexpr int kNTiles = kBlockN / 8;
 constexpr int kDTiles = kHeadDimV / 8;
+constexpr bool kBanded = Config::kWindow || Config::kQueryPadding || kMasks;  // more than the end of a row is hidden
+constexpr bool kZeroesV = kMasks || Config::kKeyPadding || Config::kQueryPadding;  // TMA brings keys that nobody sees
 static_assert(kBlockM == 64 * kWarpgroups && kBlockN % 16 == 0, "whole wgmma tiles");
 static_assert(64 % kPack == 0, "whole queries in the rows of a warpgroup");
+static_assert(kPack == 1 || !Config::kModified, "modifiers take rows for queries of one head");
 static_assert(!Config::kVarlen || (kPack == 1 && Config::kDynamicTiles), "packed sequences are of many lengths");
+static_assert(!Config::kVarlen || !Config::kModified, "modifiers count from the start of a tensor");
 static_assert(kQStages == 1 || kQStages == 2, "the next Q waits for this one, or has its own slot");
 
 using QTile = PanelTile<kBlockM, kHeadDim>;
@@ -96,24 +115,85 @@ constexpr int kKOffset = kQStages * QTile::kBytes;
 constexpr int kVOffset = kKOffset + kStages * KTile::kBytes;
 constexpr int kOOffset = kOInV ? kVOffset : kVOffset + kStages * VTile::kBytes;
 constexpr int kTileSlotsOffset = kVOffset + kStages * VTile::kBytes + (kOInV ? 0 : kWarpgroups * OTile::kBytes);
-constexpr int kBarriersOffset = kTileSlotsOffset + kQStages * (Config::kVarlen ? 32 : 16);
+constexpr int kVBlocksOffset = kTileSlotsOffset + kQStages * (Config::kVarlen ? 32 : 16);
+constexpr int kBarriersOffset = kVBlocksOffset + (kZeroesV ? kStages * 16 : 0);
 static_assert(!kOInV || kWarpgroups * OTile::kBytes <= kStages * VTile::kBytes, "O fits in V's place");
 
 using QRing = Ring<kQStages, QTile::kBytes>;
 using KRing = Ring<kStages, KTile::kBytes>;
 using VRing = Ring<kStages, VTile::kBytes>;
+using LandedRing = FilledRing<kStages, VTile::kBytes>;  // of V, where it is not ready for the consumers when TMA is done
 constexpr int kOEmptyOffset = kBarriersOffset + QRing::kBarrierBytes + KRing::kBarrierBytes + VRing::kBarrierBytes;
-static_assert(kOEmptyOffset + 8 == Config::kSharedBytes, "the host's map is the same");
+constexpr int kLandedOffset = kOEmptyOffset + 8;
+static_assert(kLandedOffset + (kZeroesV ? LandedRing::kBarrierBytes : 0) == Config::kSharedBytes,
+              "the host's map is the same");
 
 using WorkTile = ChosenTile<Config::kVarlen>::Type;
 struct alignas(16) TileSlot { WorkTile tile; };  // how the producer tells the consumers which tile Q belongs to
 constexpr int kNoTile = -1;                  // in place of m_block: there is no further tile
+
+// How the producer tells which block V is of, and whether every query of the tile sees all of it.
+struct alignas(16) VBlock {
+  int batch, head, n_block;
+  int is_full;
+};
+constexpr int kNoBlock = -1;  // in place of n_block: there is no further V
+
+// The key blocks that a tile visits, from the last down.
+struct KeyBlocks : KeyTiles {
+  MaskTiles mask_tiles;
+  int first_shown;  // if kBanded, the one visited first
+
+  __device__ __forceinline__ int first() const { return kBanded ? first_shown : end - 1; }
+  __device__ __forceinline__ int second() const { return kBanded ? after(first_shown) : end - 2; }
+  __device__ __forceinline__ int after(int n_block) const { return kMasks ? mask_tiles.before(n_block) : n_block - 1; }
+  __device__ __forceinline__ bool is_full(int n_block) const {
+    return n_block >= full_begin && n_block < full_end && !mask_tiles.is_mixed(n_block);
+  }
+};
+
+// After the last tile comes none, which is computed as if it were the first and dropped: where modifiers read, it must exist.
+__device__ __forceinline__ int block_of(const Tile& tile) {
+  return Config::kModified ? max(tile.m_block, 0) : tile.m_block;
+}
+
+// A tile that sees no key passes through the pipeline as one masked block, the first.
+template <class Keys = KeyBlocks, class Params, class WorkTile>
+__device__ __forceinline__ Keys key_blocks(const Params& params, const WorkTile& tile) {
+  Keys keys;
+  const int query = block_of(tile) * kQueries;
+  if constexpr (Config::kVarlen) {
+    static_cast<TileRange&>(keys) =
+        key_tiles<kBlockN, Config::kCausal>(query, min(query + kQueries, tile.queries), tile.keys,
+                                            causal_offset_of(tile, params));
+  } else {
+    static_cast<KeyTiles&>(keys) = visited_tiles<kQueries, kBlockN>(visible_in(params, tile.batch, 0), query);
+  }
+  if constexpr (kBanded) {
+    keys.mask_tiles = tiles_of_queries(params, tile.batch, tile.head, block_of(tile));
+    keys.first_shown = keys.after(keys.end);
+    if (keys.first_shown < keys.begin) {
+      keys.first_shown = 0;
+      if constexpr (Config::kWindow) keys.begin = 0;
+    }
+  } else {
+    keys.end = max(keys.end, 1);
+  }
+  return keys;
+}
 
 struct Work {  // a tile, and what its divisions give: they would delay each load
   WorkTile tile;
   int kv_head;
   int n_first;  // key block
   int first_key;  // of a packed sequence
+  KeyBlocks keys;
+};
+
+// What the modifiers of a tile's scores are: lengths and a slope are read once for each tile.
+struct TileModifiers {
+  int queries, keys;
+  ScoreModifiers<Element> scores;
 };
 static_assert(sizeof(TileSlot) == (Config::kVarlen ? 32 : 16), "as its place in shared memory");
 
@@ -162,29 +242,41 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   const VRing v_ring{{base_smem + kVOffset, k_ring.barriers_smem + KRing::kBarrierBytes}};
   const unsigned o_empty = base_smem + kOEmptyOffset;
   TileSlot* const tile_slots = reinterpret_cast<TileSlot*>(smem + kTileSlotsOffset);  // (kQStages,)
+  const LandedRing v_landed{v_ring.slots_smem, base_smem + kLandedOffset};
+  VBlock* const v_blocks = reinterpret_cast<VBlock*>(smem + kVBlocksOffset);  // (kStages,)
 
   if (threadIdx.x == 0) {
     q_ring.init(kWarpgroups * kWarpgroupThreads);
     k_ring.init(4 * kWarpgroups);
-    v_ring.init(4 * kWarpgroups);
+    v_ring.init(4 * kWarpgroups, kZeroesV ? kWarpSize : 1);
     mbarrier_init(o_empty, kWarpgroups);
+    if constexpr (kZeroesV) v_landed.init();
     fence_mbarrier_init();
   }
   __syncthreads();
 
-  const auto key_blocks = [&](const WorkTile& tile) {
-    const int query = tile.m_block * kQueries;
-    TileRange range =
-        key_tiles<kBlockN, Config::kCausal>(query, min(query + kQueries, queries_of(tile, params)), keys_of(tile, params),
-                                            causal_offset_of(tile, params));
-    range.end = max(range.end, 1);  // a tile that sees no key passes through the pipeline as one masked block
-    return range;
-  };
   // The same in every lane, and known to be: descriptors made of it stay in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0) - 1;
 
   if (warpgroup < 0) {
     setmaxnreg_dec<Config::kProducerRegisters>();
+    if constexpr (kZeroesV) {
+      if (threadIdx.x / kWarpSize == 1) {
+        for (unsigned use = 0;; ++use) {
+          v_landed.wait_full(use);
+          const VBlock block = v_blocks[use % kStages];
+          if (block.n_block == kNoBlock) return;
+          if (!block.is_full) {
+            const int first_key = block.n_block * kBlockN;
+            const int keys = visible_in(params, block.batch, 0).keys() - first_key;
+            const auto is_read = keys_read(params, block.batch, block.head, 1, first_key);
+            zero_unread_rows<VTile, kBlockN>(smem + kVOffset + use % kStages * VTile::kBytes, 0,
+                                             [&](int row) { return row < keys && is_read(row); });
+          }
+          mbarrier_arrive(v_ring.full(use));
+        }
+      }
+    }
     if (threadIdx.x != 0) return;
     unsigned use = 0;    // of the K and V rings: key blocks before this one, of all tiles so far
     unsigned q_use = 0;  // of the Q ring: tiles before this one
@@ -198,32 +290,41 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       } else if constexpr (kPack == 1) QTile::load(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
       else QTile::load_packed(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
     };
+    const int mapped = first_mapped_key(params);
     const auto load_k = [&](unsigned use, const auto& work, int n_block) {
       k_ring.wait_empty(use);
       mbarrier_arrive_expect_tx(k_ring.full(use), KTile::kBytes);
+      const int key = n_block * kBlockN - mapped;
       if constexpr (Config::kVarlen) {
-        KTile::load_of_sequence(k_ring.slot(use), &k_map, k_ring.full(use), n_block * kBlockN, work.kv_head,
-                                work.first_key, work.tile.keys);
-      } else KTile::load(k_ring.slot(use), &k_map, k_ring.full(use), n_block * kBlockN, work.kv_head, work.tile.batch);
+        KTile::load_of_sequence(k_ring.slot(use), &k_map, k_ring.full(use), key, work.kv_head, work.first_key,
+                                work.tile.keys);
+      } else KTile::load(k_ring.slot(use), &k_map, k_ring.full(use), key, work.kv_head, work.tile.batch);
     };
     const auto load_v = [&](unsigned use, const auto& work, int n_block) {
       if constexpr (kOInV) mbarrier_wait(o_empty, q_use % 2);
       v_ring.wait_empty(use);
-      mbarrier_arrive_expect_tx(v_ring.full(use), VTile::kBytes);
+      if constexpr (kZeroesV) {
+        v_blocks[use % kStages] = {work.tile.batch, work.tile.head, n_block, work.keys.is_full(n_block)};
+      }
+      const unsigned landed = kZeroesV ? v_landed.full(use) : v_ring.full(use);
+      mbarrier_arrive_expect_tx(landed, VTile::kBytes);
+      const int key = n_block * kBlockN - mapped;
       if constexpr (Config::kVarlen) {
-        VTile::load_of_sequence(v_ring.slot(use), &v_map, v_ring.full(use), n_block * kBlockN, work.kv_head,
-                                work.first_key, work.tile.keys);
-      } else VTile::load(v_ring.slot(use), &v_map, v_ring.full(use), n_block * kBlockN, work.kv_head, work.tile.batch);
+        VTile::load_of_sequence(v_ring.slot(use), &v_map, landed, key, work.kv_head, work.first_key, work.tile.keys);
+      } else VTile::load(v_ring.slot(use), &v_map, landed, key, work.kv_head, work.tile.batch);
     };
     const int packed_blocks = packed_blocks_of(params);
     const auto m_blocks = [&] { return Config::kVarlen ? packed_blocks : params.m_blocks; };
     const auto tiles = [&] { return Config::kVarlen ? packed_blocks * params.heads_q : params.tiles; };
     const auto work_at = [&](int index) {
-      if (index >= tiles()) return Work{{kNoTile, 0, 0}, 0, 0};
+      if (index >= tiles()) return Work{{kNoTile, 0, 0}};
       const Tile at = longest_first(index, m_blocks(), params.heads_q, params.batch_heads, params.heads_per_wave);
       int first_key = 0;
       const WorkTile tile = tile_at<kBlockM>(params, at, m_blocks(), first_key);
-      return Work{tile, tile.head / params.group_size, key_blocks(tile).end - 1, first_key};
+      const KeyBlocks keys = key_blocks(params, tile);
+      const int kv_head = tile.head / params.group_size;
+      if constexpr (kBanded) return Work{tile, kv_head, keys.first(), first_key, keys};
+      else return Work{tile, kv_head, keys.first(), first_key};
     };
 
     // Q and the first key block.
@@ -245,27 +346,37 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     start_tile(q_use, use, work);
     while (true) {
       Work next;
-      for (int n_block = work.n_first; n_block >= 0; --n_block, ++use) {
+      const KeyBlocks& keys = work.keys;
+      int after = 0;  // with a mask: looking for it takes reading
+      for (int n_block = work.n_first; n_block >= keys.begin; n_block = kMasks ? after : n_block - 1, ++use) {
+        if constexpr (kMasks) after = keys.after(n_block);
         // The next tile is claimed late, to balance the load, but a block ahead: the counter takes its time to answer.
-        if (n_block == min(work.n_first, 1)) {
+        // With a mask it is claimed at the first block: nobody knows how many are to come.
+        if (n_block == (kMasks ? work.n_first : min(work.n_first, keys.begin + 1))) {
           if constexpr (Config::kDynamicTiles) index = gridDim.x + atomicInc(tiles_taken, tiles() - 1);
           else index += gridDim.x;
         }
         // Always what is needed next comes first; but one Q slot is not free before the last V is awaited.
-        if (n_block > 0) {
-          load_k(use + 1, work, n_block - 1);
+        const bool is_last = kMasks ? after < keys.begin : n_block == keys.begin;
+        if (kMasks ? !is_last : n_block > keys.begin) {
+          load_k(use + 1, work, kMasks ? after : n_block - 1);
         } else {
           next = work_at(index);
           if (!kOInV && next.tile.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);
         }
         load_v(use, work, n_block);
-        if (kOInV && n_block == 0 && next.tile.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);
+        if (kOInV && is_last && next.tile.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);
       }
       ++q_use;
       if (next.tile.m_block == kNoTile) break;
       work = next;
     }
     finish();
+    if constexpr (kZeroesV) {
+      v_ring.wait_empty(use);
+      v_blocks[use % kStages] = {0, 0, kNoBlock, 0};
+      mbarrier_arrive(v_landed.full(use));
+    }
     return;
   }
 
@@ -295,21 +406,44 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   if constexpr (Config::kVarlen) {
     if (tile.m_block == kNoTile) return;
   }
-  TileRange keys = key_blocks(tile);
+  KeyBlocks keys = key_blocks(params, tile);
+  const auto scale_log2 = [&] { return kModifiesScores ? 1.0f : params.scale_log2; };  // modified ones are in base 2 already
+  const Dropout dropout = dropout_of(params, 0, 0);
+  const auto modifiers_of = [&](const WorkTile& tile) {
+    const Visible<ForwardParams> visible = visible_in(params, tile.batch, 0);
+    return TileModifiers{visible.queries(), visible.keys(), score_modifiers<Element>(params, tile.batch, tile.head, 0)};
+  };
+  TileModifiers modifiers = modifiers_of(tile);
 
   // From the scores of a block to its P, unrounded, and the row statistics.
   const auto exponentiate = [&](float (&acc_s)[1][kNTiles][4], DeferredSoftmax& softmax, const WorkTile& tile,
-                                int n_block, auto masked) {
+                                const TileModifiers& modifiers, int n_block, auto masked) {
+    const int row = block_of(tile) * kBlockM + warp_row, key = n_block * kBlockN;
     if constexpr (Config::kNegativeScale) {
 #pragma unroll
       for (int i = 0; i < kNTiles * 4; ++i) acc_s[0][i / 4][i % 4] = -acc_s[0][i / 4][i % 4];
     }
-    // Without a causal mask only the last block can need one, and only if the keys do not fill it.
-    if (decltype(masked)::value && (Config::kCausal || Config::kVarlen || params.seqlen_k % kBlockN != 0)) {
-      apply_mask<Config::kCausal, kPack>(acc_s, tile.m_block * kBlockM + warp_row, n_block * kBlockN,
-                                         keys_of(tile, params), causal_offset_of(tile, params));
+    if constexpr (Config::kScoreMod) {
+      apply_score_mod<false>(acc_s, row, key, modifiers.queries, modifiers.keys, params, tile.batch, tile.head, 0,
+                             [](int, int, int, float) {});
     }
-    softmax.update(acc_s, params.scale_log2);
+    if constexpr (kModifiesScores) {
+      modifiers.scores.template apply<false>(acc_s, row, key, modifiers.queries, modifiers.keys,
+                                             [](int, int, int, float) {});
+    }
+    const Visible<ForwardParams> visible = {params, modifiers.queries, modifiers.keys};
+    if constexpr (kBanded) {
+      if (masked) hide<false>(acc_s, row, key, visible, mask_of(params, tile.batch, tile.head, 0), -infinity());
+    } else if (masked && (Config::kCausal || Config::kKeyPadding || Config::kVarlen ||
+                          params.seqlen_k_visible % kBlockN != 0)) {
+      // Without a causal mask only the last block can need one, and only if the keys do not fill it.
+      apply_mask<Config::kCausal, kPack>(acc_s, row, key, keys_of(tile, visible), causal_offset_of(tile, params));
+    }
+    softmax.update(acc_s, scale_log2());
+    if constexpr (Config::kDropout) {
+      const Dropout of_head = {dropout.key, dropout.dropped_below, tile.batch, tile.head};
+      of_head.for_each_dropped<false, 1, kNTiles>(row, key, [&](int, int j, int r) { acc_s[0][j][r] = 0.0f; });
+    }
   };
   // The first block of a tile, with no product beside it.
   const auto first_block = [&] {
@@ -325,14 +459,14 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     wgmma_wait_group<0>();
     pin_registers(acc_s[0]);
     release(k_ring.empty(use));
-    exponentiate(acc_s, softmax, tile, keys.end - 1, Constant<true>{});
+    exponentiate(acc_s, softmax, tile, modifiers, keys.first(), Constant<true>{});
     round_p(p_reg, acc_s[0]);
   };
   // The next block's S and P, and O += P V of the block before, which may be the last of the tile before. If there is
   // no next block, S is computed from whatever the slots hold and dropped: a second way through this code would make
   // ptxas treat the loops as divergent.
-  const auto next_block = [&](DeferredSoftmax& softmax, const WorkTile& tile, unsigned q_use, int n_block, bool exists,
-                              auto masked) {
+  const auto next_block = [&](DeferredSoftmax& softmax, const WorkTile& tile, const TileModifiers& modifiers,
+                              unsigned q_use, int n_block, bool exists, auto masked) {
     float acc_s[1][kNTiles][4];
     if (exists) k_ring.wait_full(use + 1);
     if constexpr (Config::kPingPong) bar_sync(1 + warpgroup, 2 * kWarpgroupThreads);
@@ -343,7 +477,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     wgmma_wait_group<1>();
     pin_registers(acc_s[0]);
     if (exists) release(k_ring.empty(use + 1));
-    exponentiate(acc_s, softmax, tile, n_block, masked);
+    exponentiate(acc_s, softmax, tile, modifiers, n_block, masked);
     wgmma_wait_group<0>();
     pin_registers(acc_o);
     pin_registers(p_reg);  // and only now may P change: it was an operand
@@ -358,21 +492,36 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   if constexpr (!kOInV) first_block();
   while (true) {
     if constexpr (kOInV) first_block();
-    int n_block = keys.end - 2;
-    if constexpr (Config::kCausal) {
-      for (; n_block >= keys.full_end; --n_block) {
-        next_block(softmax, tile, q_use, n_block, true, Constant<true>{});
+    int n_block = keys.second();
+    if constexpr (kMasks) {
+      for (; n_block >= keys.begin; n_block = keys.after(n_block)) {
+        next_block(softmax, tile, modifiers, q_use, n_block, true, !keys.is_full(n_block));
         softmax.rescale(acc_o);
       }
-    }
-    for (; n_block >= 0; --n_block) {
-      next_block(softmax, tile, q_use, n_block, true, Constant<false>{});
-      softmax.rescale(acc_o);
+    } else {
+      if constexpr (Config::kCausal || Config::kQueryPadding) {
+        const int masked_end = Config::kWindow ? max(keys.full_end, keys.begin) : keys.full_end;
+        for (; n_block >= masked_end; --n_block) {
+          next_block(softmax, tile, modifiers, q_use, n_block, true, Constant<true>{});
+          softmax.rescale(acc_o);
+        }
+      }
+      for (; n_block >= keys.full_begin; --n_block) {
+        next_block(softmax, tile, modifiers, q_use, n_block, true, Constant<false>{});
+        softmax.rescale(acc_o);
+      }
+      if constexpr (Config::kWindow) {
+        for (; n_block >= keys.begin; --n_block) {
+          next_block(softmax, tile, modifiers, q_use, n_block, true, Constant<true>{});
+          softmax.rescale(acc_o);
+        }
+      }
     }
 
     release(q_ring.empty(q_use));
     WorkTile next_tile;
-    TileRange next_keys;
+    KeyBlocks next_keys;
+    TileModifiers next_modifiers;
     DeferredSoftmax next_softmax;
     if constexpr (kOInV) {
       v_ring.wait_full(use);
@@ -383,8 +532,10 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       ++use;
     } else {
       next_tile = receive_tile(q_use + 1);
-      next_keys = key_blocks(next_tile);
-      next_block(next_softmax, next_tile, q_use + 1, next_keys.end - 1, next_tile.m_block != kNoTile, Constant<true>{});
+      next_keys = key_blocks(params, next_tile);
+      next_modifiers = modifiers_of(next_tile);
+      next_block(next_softmax, next_tile, next_modifiers, q_use + 1, next_keys.first(), next_tile.m_block != kNoTile,
+                 Constant<true>{});
     }
 
     // Epilogue: O is divided by the row sum and leaves through shared memory, by TMA.
@@ -397,7 +548,16 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       bar_sync(o_barrier, kWarpgroupThreads);
     }
     const unsigned o_smem = base_smem + kOOffset + warpgroup * OTile::kBytes;
-    const float inverse[2] = {softmax.inverse_sum(0, 0), softmax.inverse_sum(0, 1)};
+    const Sink sink = sink_of<Element>(params, tile.batch, tile.head);
+    float inverse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      inverse[half] = softmax.inverse_sum(0, half);
+      if constexpr (Config::kSinks) {
+        inverse[half] = sink.inverse_sum(softmax.row_max[0][half] * scale_log2(), softmax.row_sum[0][half]);
+      }
+      if constexpr (Config::kDropout) inverse[half] *= kept_scale(params);
+    }
 #pragma unroll
     for (int d = 0; d < kDTiles; d += 2) {
       unsigned o_reg[4];
@@ -437,19 +597,27 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
         const long long head = pack * kPack + row % kPack;
         if constexpr (Config::kVarlen) {
           store_lse_of_sequence(lse, softmax.log_sum_exp(0, half, params.scale), params, tile, query);
-        } else {
-          if (query < params.seqlen_q) lse[head * params.seqlen_q + query] = softmax.log_sum_exp(0, half, params.scale);
+        } else if (query < params.seqlen_q) {
+          float row_lse = softmax.log_sum_exp(0, half, kModifiesScores ? kLn2 : params.scale);
+          if constexpr (Config::kSinks) {
+            if (query < modifiers.queries) {
+              row_lse = sink.log_sum_exp(softmax.row_max[0][half] * scale_log2(), softmax.row_sum[0][half]);
+            }
+          }
+          lse[head * params.seqlen_q + query] = row_lse;
         }
       }
     }
 
     if constexpr (kOInV) {
       next_tile = receive_tile(q_use + 1);
-      next_keys = key_blocks(next_tile);
+      next_keys = key_blocks(params, next_tile);
+      next_modifiers = modifiers_of(next_tile);
     }
     if (next_tile.m_block == kNoTile) break;
     tile = next_tile;
     keys = next_keys;
+    modifiers = next_modifiers;
     softmax = next_softmax;
     ++q_use;
 #pragma unroll

@@ -10,12 +10,15 @@ struct OperandFragments {
 
   static __device__ __forceinline__ void store(unsigned char* fragments, const unsigned (&reg)[kKTiles][4]) {
 #pragma unroll
-    for (int k = 0; k < kKTiles; ++k) {
-      Vector16 vector;
+    for (int k = 0; k < kKTiles; ++k) store(fragments, reg[k], k);
+  }
+
+  // One of them.
+  static __device__ __forceinline__ void store(unsigned char* fragments, const unsigned (&reg)[4], int k) {
+    Vector16 vector;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) vector.words[i] = reg[k][i];
-      own(fragments)[k * kThreads] = vector;
-    }
+    for (int i = 0; i < 4; ++i) vector.words[i] = reg[i];
+    own(fragments)[k * kThreads] = vector;
   }
 
   static __device__ __forceinline__ void load(unsigned (&reg)[kKTiles][4], unsigned char* fragments) {

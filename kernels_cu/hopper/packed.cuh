@@ -25,10 +25,10 @@ __device__ __forceinline__ int queries_of(const Tile& tile, const Params& params
   if constexpr (Config::kVarlen) return tile.queries;
   else return params.seqlen_q;
 }
-template <class Tile, class Params>
-__device__ __forceinline__ int keys_of(const Tile& tile, const Params& params) {
+template <class Tile, class Visible>
+__device__ __forceinline__ int keys_of(const Tile& tile, const Visible& visible) {
   if constexpr (Config::kVarlen) return tile.keys;
-  else return params.seqlen_k;
+  else return visible.keys();
 }
 template <class Tile, class Params>
 __device__ __forceinline__ int causal_offset_of(const Tile& tile, const Params& params) {

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from test_compile import CAPABILITIES
 
-from cuflash import config, config_backward, jit
+from cuflash import config, config_backward, config_hopper, config_hopper_backward, jit
 from cuflash.config_modifiers import (
     PLAIN,
     MaskSummaryConfig,
@@ -15,6 +15,7 @@ from cuflash.config_modifiers import (
     SinksGradientConfig,
     SumPartsConfig,
     bias_gradient_config,
+    mask_summary_config,
     mod_args_gradient_config,
 )
 from cuflash.formulas import ModArg
@@ -50,6 +51,22 @@ def configs_for(capability, head_dim, flags):
         config.choose(problem, capability, vector_out=True, modifiers=flags),
         *backward,
     )
+
+
+HOPPER_TILES = {
+    f"{kind}-{tile.head_dim}-{tile.head_dim_v}": (module, tile)
+    for kind, module, tiles in (
+        ("forward", config_hopper, config_hopper.MODIFIED_TILES),
+        ("backward", config_hopper_backward, config_hopper_backward.MODIFIED_TILES),
+        ("backward", config_hopper_backward, config_hopper_backward.MODIFIED_WIDE_TILES),
+    )
+    for tile in tiles
+}
+
+
+def hopper_config(name, flags, causal=True, **options):
+    module, tile = HOPPER_TILES[name]
+    return module.make_config(tile, dtype="bfloat16", causal=causal, modifiers=flags, **options)
 
 
 def compile_within_limits(program_config, capability):
@@ -143,6 +160,54 @@ def test_all_modifiers_at_once_compile_for_every_target(capability):
 def test_each_compiles_without_spilling_more_than_its_config_states(name):
     for program_config in configs_for((9, 0), 64, SOME[name]):
         compile_within_limits(program_config, (9, 0))
+
+
+@pytest.mark.parametrize("name", HOPPER_TILES)
+def test_hopper_programs_compile_with_all_modifiers_at_once(name):
+    """No C75: ptxas serialises no product."""
+    compile_within_limits(hopper_config(name, EVERYTHING), (9, 0))
+
+
+@pytest.mark.parametrize("flags", SOME)
+@pytest.mark.parametrize("name", ["forward-128-128", "backward-128-128", "backward-256-256"])
+def test_hopper_programs_with_a_few_modifiers_hardly_spill(name, flags):
+    compile_within_limits(replace(hopper_config(name, SOME[flags]), spill_bytes=96), (9, 0))
+
+
+@pytest.mark.parametrize("name", ["forward-64-64", "forward-256-256", "backward-64-64", "backward-192-192"])
+def test_hopper_programs_compile_with_formulas(name):
+    compile_within_limits(hopper_config(name, FORMULAS), (9, 0))
+
+
+def test_hopper_programs_that_are_deterministic_or_full_compile_with_all_modifiers():
+    for name in ("backward-128-128", "backward-256-256"):
+        compile_within_limits(hopper_config(name, EVERYTHING, causal=False, deterministic=True), (9, 0))
+    compile_within_limits(hopper_config("forward-128-128", EVERYTHING, causal=False), (9, 0))
+
+
+@pytest.mark.parametrize("name", HOPPER_TILES)
+def test_hopper_programs_fit_shared_memory_and_registers(name):
+    made = hopper_config(name, EVERYTHING)
+    assert made.shared_bytes <= shared_memory_per_block((9, 0))
+    if isinstance(made, config_hopper.HopperConfig):
+        pool = (1 + made.warpgroups) * config_hopper.launch_registers(made.warpgroups, made.blocks_per_sm)
+        assert made.producer_registers + made.warpgroups * made.consumer_registers <= pool
+        assert made.packed_heads == 1
+        assert made.dynamic_tiles
+        # One pass over a mask has whole rows of a tile, and whole warps.
+        threads = mask_summary_config(problem_of(64), EVERYTHING, made.block_m, made.block_n).threads
+        assert threads % made.block_n == threads % 32 == 0
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_head_dim_gets_hopper_programs_with_its_modifiers(head_dim):
+    problem, flags = problem_of(head_dim), SOME["mask"]
+    forward = config_hopper.choose_hopper(problem, modifiers=flags)
+    backward = config_hopper_backward.choose_hopper(problem, deterministic=False, modifiers=flags).main
+    for made in (forward, backward):
+        assert made.modifiers == flags
+        assert made.head_dim >= head_dim
+    assert backward.kernel in ("hopper/backward.cu", "hopper/backward_wide.cu")
 
 
 ALONE = {

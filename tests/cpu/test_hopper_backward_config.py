@@ -275,7 +275,7 @@ def test_maps_start_at_the_first_query_that_sees_a_key_and_end_at_the_last_key_s
     assert calls.main.params["causal_offset"] == 0
     unseen = calls_of(problem_of(64, seqlen_q=50, seqlen_k=300, causal="top_left"))[1]
     assert [m.map.shape[1] for m in unseen.maps] == [50, 50, 50, 50, 300, 300]
-    assert unseen.main.params["seqlen_k"] == 50
+    assert unseen.main.params["seqlen_k_visible"] == 50
 
 
 def test_nothing_is_launched_for_an_empty_batch():

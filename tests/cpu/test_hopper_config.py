@@ -261,7 +261,7 @@ def test_call_ends_k_and_v_at_the_last_key_some_query_sees():
     problem = problem_of(seqlen_q=100, seqlen_k=300, causal="top_left")
     call = call_of(problem)
     assert [description.shape[1] for description in call.maps] == [100, 100, 100, 100]
-    assert call.params["seqlen_k"] == 100
+    assert call.params["seqlen_k_visible"] == 100
     call = call_of(problem_of(seqlen_q=100, seqlen_k=300, causal=True))
     assert [description.shape[1] for description in call.maps] == [100, 300, 300, 100]
     assert call.params["causal_offset"] == 200

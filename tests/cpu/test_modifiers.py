@@ -295,10 +295,10 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ON_GPU)
-@pytest.mark.parametrize("algorithm", ["hopper", "fa1", "standard"])
+@pytest.mark.parametrize("algorithm", ["fa1", "standard"])
 def test_a_family_without_a_modifier_names_it(h100: None, name: str, algorithm: str) -> None:
     forward, options, backward, backward_options = gpu_requests(name, algorithm)
-    message = rf'^algorithm="{algorithm}" cannot compute .*: only fa2 has {name}; use "auto"'
+    message = rf'^algorithm="{algorithm}" cannot compute .*: only hopper and fa2 have {name}; use "auto"'
     with pytest.raises(ValueError, match=message):
         families.choose_kernel(forward, options)
     with pytest.raises(ValueError, match=message):
@@ -306,14 +306,14 @@ def test_a_family_without_a_modifier_names_it(h100: None, name: str, algorithm: 
 
 
 @pytest.mark.parametrize("name", ON_GPU)
-def test_auto_takes_fa2_with_a_modifier_and_says_why(h100: None, name: str) -> None:
+def test_auto_takes_hopper_with_a_modifier_too(h100: None, name: str) -> None:
     forward, options, backward, backward_options = gpu_requests(name, "auto")
     for chosen in (
         families.choose_kernel(forward, options),
         choose_backward(backward, backward_options, H100),
     ):
-        assert chosen.family == "fa2"
-        assert chosen.not_used["hopper"] == f"only fa2 has {name}"
+        assert chosen.family == "hopper"
+        assert chosen.not_used["fa1"] == f"only hopper and fa2 have {name}"
 
 
 def test_a_window_that_is_bounded_on_the_right_only_is_a_causal_mask_to_every_family(h100: None) -> None:

@@ -247,12 +247,12 @@ def test_one_plan_and_one_program_serve_other_values(cp):
     assert (results[0] != results[1]).any()
 
 
-def test_explain_names_the_formulas_and_why_hopper_does_not_run(cp):
+def test_explain_names_the_formulas_and_why_others_do_not_run(cp):
     q = cp.asarray(np.ones((1, 64, 1, 64), np.float16))
     explained = cuflash.explain(q, q, q, score_mod="2 * score", mask_mod="kv <= q")
-    assert explained.family == "fa2"
+    assert explained.family in ("hopper", "fa2")
     assert str(explained.config.modifiers) == "score_mod mask_mod"
-    assert explained.not_used["hopper"] == "only fa2 has score_mod and mask_mod"
+    assert explained.not_used["standard"] == "only hopper and fa2 have score_mod and mask_mod"
 
 
 @pytest.mark.parametrize(
@@ -291,8 +291,8 @@ def test_arguments_must_fit_the_formula(cp):
         )
     with pytest.raises(ValueError, match=r"mod_args\['t'\] has shape \(0,\)"):
         cuflash.attention(q, q, q, score_mod="t[q]", mod_args={"t": cp.asarray(np.ones(0, np.float32))})
-    with pytest.raises(ValueError, match='algorithm="hopper" cannot compute this: only fa2 has score_mod'):
-        cuflash.attention(q, q, q, score_mod="score", algorithm="hopper")
+    with pytest.raises(ValueError, match=r"fa1.* cannot compute this: only hopper and fa2 have score_mod"):
+        cuflash.attention(q, q, q, score_mod="score", algorithm="fa1")
 
 
 def test_the_examples_of_the_documentation_run(cp):

@@ -54,7 +54,7 @@ BUGS = [
         "a.slope * b.value + a.value * b.slope", "a.slope * b.value", SQUARE),
     planted("the slope of tanh left out", "core/dual.cuh",
         "return chained(x, y, 1.0f - y * y);", "return chained(x, y, 1.0f);", CASES["soft cap"]),
-    planted("the formula's slope lost to the cap's", "fa2/modified_probabilities.cuh",
+    planted("the formula's slope lost to the cap's", "core/modified_probabilities.cuh",
         "slope[j][r] *= x;", "slope[j][r] = x;", SIGNED, modifiers={"softcap": 2.0}),
     planted("scaled twice", "core/score.cuh",
         "Config::kScoreMod ? kLog2E : params.scale_log2", "params.scale_log2", CASES["ALiBi"]),
@@ -72,9 +72,9 @@ BUGS = [
         "min(max(index, 0), size - 1)", "max(index, 0) % size", CASES["relative positions"]._replace(
             score_mod="score + table[h, 2 * kv]", gradients={}, score=lambda score, b, h, q, kv, table: score + table[h, np.minimum(2 * kv, table.shape[1] - 1)].astype(np.float64),
             args=lambda batch, heads, *_: {"table": np.random.default_rng(0).standard_normal((heads, 100)).astype(np.float32)})),
-    planted("dP of dropped probabilities kept", "fa2/backward.cu",
-        "[&](int m, int j, int r) { acc_dp[m][j][r] = 0.0f; });", "[&](int, int, int) {});", SIGNED, **DROPPED),
-    planted("dropped probabilities change their slope's sign", "fa2/modified_probabilities.cuh",
+    planted("dP of dropped probabilities kept", "core/modified_probabilities.cuh",
+        "[&](int m, int j, int r) { dp[m][j][r] = 0.0f; });", "[&](int, int, int) {});", SIGNED, **DROPPED),
+    planted("dropped probabilities change their slope's sign", "core/modified_probabilities.cuh",
         "0.0f : fabsf(x) * slope", "0.0f : x * slope", SIGNED, **DROPPED),
     planted("the cap's slope left out of an argument's gradient", "fa2/backward_mod_args.cu",
         "ds[0][j][r] *= slope;", "", ALIBI, modifiers={"softcap": 2.0}),
@@ -90,7 +90,7 @@ BUGS = [
         "at * axes.sizes[axis] +", "at * axes.strides[axis] +", GATES),
     planted("the sums of the first argument for all", "fa2/backward_mod_args.cu",
         "flush_warp(sums + params.first[kSite])", "flush_warp(sums + params.first[0])", GATES),
-    planted("NaN slopes of what is hidden", "fa2/modified_probabilities.cuh",
+    planted("NaN slopes of what is hidden", "core/modified_probabilities.cuh",
         "x == 0.0f ? 0.0f : fabsf(x)", "fabsf(x)", NAN_WHERE_HIDDEN, (90, 90), causal=True),
 ]  # fmt: skip
 

@@ -163,13 +163,14 @@ def check_formulas(
     causal: bool | str = False,
     modifiers: Mapping[str, Any] | None = None,
     deterministic: bool = False,
+    algorithm: str = "fa2",
     of_args: Callable[[Any], Any] = lambda x: x,
 ) -> None:
     """Run forward and backward of ``case`` with other ``modifiers``, and hold all results to the contract."""
     modifiers = modifiers or {}
     seqlen_q, seqlen_k = seqlens
     args = case.args(batch, heads[0], *seqlens)
-    options: dict[str, Any] = {"causal": causal, "algorithm": "fa2"}
+    options: dict[str, Any] = {"causal": causal, "algorithm": algorithm}
     options |= {name: x for name, x in modifiers.items() if name not in OPERANDS}
     formulas = {"score_mod": case.score_mod, "mask_mod": case.mask_mod, "mod_args": args}
     scalars, _ = collect({**{n: x for n, x in modifiers.items() if n not in OPERANDS}, **formulas})

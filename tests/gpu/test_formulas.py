@@ -15,15 +15,24 @@ import cuflash
 cp = pytest.importorskip("cupy")
 
 
+@pytest.fixture(scope="module", params=["hopper", "fa2"])
+def family(request):
+    """The families that have formulas, where they run."""
+    if request.param == "hopper" and cp.cuda.Device().compute_capability != "90":
+        pytest.skip("needs compute capability 9.0")
+    return request.param
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("name", CASES)
-def test_each_formula_is_right_at_a_length_of_many_tiles(name, head_dim):
-    check_formulas(cp, CASES[name], (900, 1100), head_dim=head_dim, causal=True, deterministic=True)
+def test_each_formula_is_right_at_a_length_of_many_tiles(family, name, head_dim):
+    options = {"head_dim": head_dim, "causal": True, "deterministic": True, "algorithm": family}
+    check_formulas(cp, CASES[name], (900, 1100), **options)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.gradients])
-def test_gradients_of_arguments_are_right_at_a_length_of_many_tiles(name):
-    check_formulas(cp, CASES[name], (900, 1100), head_dim=128, causal=True)
+def test_gradients_of_arguments_are_right_at_a_length_of_many_tiles(family, name):
+    check_formulas(cp, CASES[name], (900, 1100), head_dim=128, causal=True, algorithm=family)
 
 
 @given(
@@ -34,17 +43,17 @@ def test_gradients_of_arguments_are_right_at_a_length_of_many_tiles(name):
     modifiers=PAIRS,
 )
 def test_random_pairs_of_other_modifiers_stay_within_the_numerics_contract(
-    seed, seqlens, causal, dtype, modifiers
+    family, seed, seqlens, causal, dtype, modifiers
 ):
-    options = {"seed": seed, "causal": causal, "dtype": dtype, "modifiers": modifiers}
+    options = {"seed": seed, "causal": causal, "dtype": dtype, "modifiers": modifiers, "algorithm": family}
     check_formulas(cp, CASES["both"], seqlens, **options)
 
 
-def test_a_graph_reads_the_arguments_anew_at_each_replay():
+def test_a_graph_reads_the_arguments_anew_at_each_replay(family):
     rng = np.random.default_rng(0)
     q, k, v = (cp.asarray(rng.standard_normal((1, 300, 2, 64)).astype(np.float16)) for _ in range(3))
     doc = cp.zeros((300,), cp.int32)
-    options = {"mask_mod": "doc[q] == doc[kv]", "mod_args": {"doc": doc}, "algorithm": "fa2"}
+    options = {"mask_mod": "doc[q] == doc[kv]", "mod_args": {"doc": doc}, "algorithm": family}
     out = cuflash.attention(q, k, v, **options)
     stream = cp.cuda.Stream(non_blocking=True)
     with stream:
@@ -59,11 +68,11 @@ def test_a_graph_reads_the_arguments_anew_at_each_replay():
             np.testing.assert_array_equal(to_numpy(out), to_numpy(expected))
 
 
-def test_a_graph_with_a_mask_summary_replays_without_the_pass():
+def test_a_graph_with_a_mask_summary_replays_without_the_pass(family):
     rng = np.random.default_rng(0)
     q, k, v = (cp.asarray(rng.standard_normal((1, 700, 2, 64)).astype(np.float16)) for _ in range(3))
     doc = cp.arange(700) // 150
-    options = {"mask_mod": "doc[q] == doc[kv]", "mod_args": {"doc": doc}, "algorithm": "fa2"}
+    options = {"mask_mod": "doc[q] == doc[kv]", "mod_args": {"doc": doc}, "algorithm": family}
     expected, lse = cuflash.attention(q, k, v, return_lse=True, **options)
     out = cp.empty_like(q)
     cuflash.attention(q, k, v, out=out, mask_summary=cuflash.MaskSummary(), **options)  # compiles

@@ -7,7 +7,16 @@ import pytest
 from arrays import VIEWS, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from modified import CHOICES, PAIRS, check_modified, make_modified, on_device, options_of
+from modified import (
+    BLIND,
+    CHOICES,
+    PAIRS,
+    check_blind_rows,
+    check_modified,
+    make_modified,
+    on_device,
+    options_of,
+)
 
 import cuflash
 
@@ -37,6 +46,7 @@ ALONE = {
 )
 def test_random_pairs_stay_within_the_numerics_contract(
     nan_pool_once,
+    family,
     seed,
     batch,
     seqlens,
@@ -52,8 +62,16 @@ def test_random_pairs_stay_within_the_numerics_contract(
     problem, inputs, operands = make_modified(
         seed, batch, seqlens, heads, head_dims, dtype, causal, modifiers, broadcast
     )
-    options = options_of(problem, causal, modifiers)
+    options = options_of(problem, causal, modifiers, family)
     check_modified(cp, problem, inputs, operands, options, views, deterministic=deterministic)
+
+
+@pytest.fixture(scope="module", params=["hopper", "fa2"])
+def family(request):
+    """The families that have modifiers, where they run."""
+    if request.param == "hopper" and cp.cuda.Device().compute_capability != "90":
+        pytest.skip("needs compute capability 9.0")
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +84,87 @@ def nan_pool_once():
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("name", ALONE)
-def test_each_modifier_is_right_at_a_length_of_many_tiles(name, head_dim):
+def test_each_modifier_is_right_at_a_length_of_many_tiles(family, name, head_dim):
     modifiers = {name: ALONE[name]}
     problem, inputs, operands = make_modified(
         1, 1, (900, 1100), (4, 2), (head_dim, head_dim), "bfloat16", True, modifiers
     )
-    check_modified(cp, problem, inputs, operands, options_of(problem, True, modifiers))
+    check_modified(cp, problem, inputs, operands, options_of(problem, True, modifiers, family))
 
 
-def test_all_modifiers_at_once():
+def test_auto_takes_the_fastest_family_with_modifiers_and_is_right():
+    """Seqlens for which a plain backward is by pairs of thread blocks, which have none."""
+    modifiers = {"softcap": 5.0, "bias": True, "key_padding": True}
     problem, inputs, operands = make_modified(
-        2, 2, (500, 600), (4, 2), (128, 128), "float16", True, ALONE, (True, False, False)
+        8, 2, (400, 500), (4, 2), (128, 128), "bfloat16", False, modifiers, (True, False, False)
     )
-    check_modified(cp, problem, inputs, operands, options_of(problem, True, ALONE))
+    options = options_of(problem, False, modifiers, "auto")
+    for deterministic in (False, True):
+        check_modified(cp, problem, inputs, operands, options, deterministic=deterministic)
+    q, k, v = (cp.asarray(x) for x in inputs[:3])
+    explained = cuflash.explain(q, k, v, **options, **on_device(cp, operands))
+    expected = "hopper" if cp.cuda.Device().compute_capability == "90" else "fa2"
+    assert (explained.family, explained.backward.split()[0]) == (expected, expected)
 
 
-def test_thirty_deterministic_backwards_agree_bit_for_bit():
+@pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+def test_all_modifiers_at_once(family, head_dims):
+    problem, inputs, operands = make_modified(
+        2, 2, (500, 600), (4, 2), head_dims, "float16", True, ALONE, (True, False, False)
+    )
+    check_modified(cp, problem, inputs, operands, options_of(problem, True, ALONE, family))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_hundred_calls_behind_a_slow_kernel_agree_bit_for_bit(family, head_dim):
+    """Lengths and a mask: what is zeroed in shared memory between TMA and the products."""
+    modifiers = {"mask": True, "key_padding": True, "query_padding": True, "softcap": 5.0, "dropout_p": 0.1}
+    problem, inputs, operands = make_modified(
+        6, 2, (700, 900), (4, 2), (head_dim, head_dim), "bfloat16", True, modifiers, (True, True, False)
+    )
+    operands["mask"][..., 100:110] = False
+    options = options_of(problem, True, modifiers, family) | on_device(cp, operands)
+    q, k, v, dout = (cp.asarray(x) for x in inputs[:4])
+    large = cp.ones((4096, 4096), cp.float32)
+    runs = set()
+    for i in range(100):
+        if i % 2:
+            large @ large
+        out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
+        gradients = cuflash.attention_backward(dout, q, k, v, out, lse, deterministic=True, **options)
+        runs.add(b"".join(to_numpy(x).tobytes() for x in (out, lse, *gradients)))
+    assert len(runs) == 1
+
+
+def test_nan_that_no_query_sees_stays_invisible(family):
+    """In keys past a length, before a window or that a mask shows to nobody, and in padding queries."""
+    for head_dim in (64, 128, 256):
+        modifiers = {"window": (300, 50), "mask": True, "key_padding": True, "query_padding": True}
+        problem, inputs, operands = make_modified(
+            7, 2, (700, 1500), (2, 1), (head_dim, head_dim), "float16", False, modifiers, (True, True, False)
+        )
+        operands["key_padding"], operands["query_padding"] = np.array([1500, 1200]), np.array([700, 500])
+        operands["mask"][...] = True
+        operands["mask"][..., 1000:1010] = False
+        for x in (inputs.k, inputs.v):
+            x[:, : problem.first_key_visible] = x[:, 1000:1010] = np.nan
+            x[1, 1200:] = np.nan
+        for x in (inputs.q, inputs.dout):
+            x[1, 500:] = np.nan
+        q, k, v, dout = (cp.asarray(x) for x in inputs[:4])
+        options = options_of(problem, False, {"window": (300, 50)}, family) | on_device(cp, operands)
+        out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
+        gradients = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
+        assert all(np.isfinite(to_numpy(x).astype(np.float32)).all() for x in (out, *gradients))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", BLIND)
+def test_rows_that_see_no_key_have_no_gradient_whatever_they_are_given(family, name, head_dim):
+    check_blind_rows(cp, name, head_dim, family)
+
+
+def test_thirty_deterministic_backwards_agree_bit_for_bit(family):
     """With a window and a mask, whose tiles are passed over, and gradients of bias and sinks."""
     modifiers = {"window": (300, None), "mask": True, "bias": True, "sinks": True, "dropout_p": 0.1}
     problem, inputs, operands = make_modified(
@@ -89,7 +172,7 @@ def test_thirty_deterministic_backwards_agree_bit_for_bit():
     )
     ids = np.arange(1000) // 170 % 3
     operands["mask"] = (ids[:, None] == ids)[None, None]
-    options = options_of(problem, True, modifiers)
+    options = options_of(problem, True, modifiers, family)
     q, k, v, dout = (cp.asarray(x) for x in inputs[:4])
     arrays = on_device(cp, operands)
     out, lse = cuflash.attention(q, k, v, return_lse=True, **options, **arrays)
