@@ -20,7 +20,7 @@ struct MaskTiles {
 
   // The last block before this one that is not hidden whole; −1 if there is none.
   __device__ __forceinline__ int before(int block) const {
-    if (block <= 0) return -1;
+    if (!kMasks || block <= 0) return block - 1;
     int word = (block - 1) / kTilesOfWord;
     unsigned bits = words[word].shown & (~0u >> (kTilesOfWord * (word + 1) - block));
     while (bits == 0 && --word >= 0) bits = words[word].shown;
