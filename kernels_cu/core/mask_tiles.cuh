@@ -24,7 +24,7 @@ struct MaskTiles {
     int word = (block - 1) / kTilesOfWord;
     unsigned bits = words[word].shown & (~0u >> (kTilesOfWord * (word + 1) - block));
     while (bits == 0 && --word >= 0) bits = words[word].shown;
-    return kTilesOfWord * word + 31 - __clz(bits);
+    return bits == 0 ? -1 : kTilesOfWord * word + 31 - __clz(bits);
   }
 
   // The first of the blocks [block, end) that is not hidden whole; `end` if there is none.
