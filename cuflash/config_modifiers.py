@@ -98,11 +98,14 @@ def spill_bytes(plain: int, modifiers: ModifierFlags) -> int:
     """What ptxas may store to the stack in a main fa2 kernel with ``modifiers``, of ``plain`` without any.
 
     For sm_90 and head_dims 64 and 128, one modifier that is no formula adds at most 16 bytes, but a bias that
-    is read element by element 148; the forward with all at once stores 456.
+    is read element by element 148, and a mask_mod 220, in the tiles that it hides in part: what it reads of a
+    row or column is held for all of it. The forward with all at once stores 456.
     """
     count = sum(on for name, on in modifiers._flags().items() if name not in _OF_BIAS_AND_MASK)
     if count > 1:
         return 512
+    if modifiers.mask_mod:
+        return plain + 240
     return plain + (160 if modifiers.bias and not modifiers.bias_pairs else 32 if modifiers else 0)
 
 
@@ -264,6 +267,11 @@ class ModArgsGradientConfig(BiasGradientConfig):
     def sites(self) -> tuple[str, ...]:
         """The argument that is read at each place where the formula reads one of those wanted."""
         return formulas.sites(self.modifiers.score_mod, self.modifiers.mod_args, self.wanted)
+
+    @property
+    def spill_bytes(self) -> int:
+        """What ptxas may store to the stack: sums of several sites are in registers all along."""
+        return 64 if len(self.sites) > 1 else 0
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""

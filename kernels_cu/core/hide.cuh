@@ -60,7 +60,8 @@ __device__ __forceinline__ void hide(float (&scores)[kMTiles][kNTiles][4], int r
 #pragma unroll
         for (int parity = 0; parity < 2; ++parity) {
           const int this_column = lane_column + 8 * j + parity;
-          const int query = kTransposed ? this_column : this_row, key = kTransposed ? this_row : this_column;
+          [[maybe_unused]] const int query = kTransposed ? this_column : this_row;
+          [[maybe_unused]] const int key = kTransposed ? this_row : this_column;
           bool hidden = this_column < first || this_column >= end;
           if constexpr (Config::kMask) {
             if (!hidden) hidden = mask.hides(query, key);

@@ -219,7 +219,7 @@ ALONE = {
 
 @pytest.mark.parametrize("name", ALONE)
 def test_one_modifier_spills_little_more_than_a_plain_kernel(name):
-    more = 160 if name == "bias" else 32
+    more = {"bias": 160, "mask_mod": 240}.get(name, 32)
     plain, modified = (configs_for((9, 0), 128, flags) for flags in (PLAIN, ALONE[name]))
     for i in (0, 2):  # the forward, and the backward's main kernel
         assert modified[i].spill_bytes == plain[i].spill_bytes + more
