@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from structs import members
 from test_compile import CAPABILITIES
-from test_launch_backward import members
 
 from cuflash import jit, launch_fa1
 from cuflash.config_fa1 import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from structs import members
 from test_hopper_config import HOPPER, ROOT, contiguous, problem_of
-from test_launch_backward import members
 
 from cuflash import config_hopper_backward, families_backward, jit
 from cuflash.arrays import ArrayInfo

@@ -5,17 +5,16 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
-import re
 import sys
 import threading
 import types
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structs import members
 
 from cuflash import launch
 from cuflash.arrays import ArrayInfo
@@ -26,8 +25,6 @@ from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts
 from cuflash.problem import Problem, make_problem
 from cuflash.tensor_map import EncodedMap
 
-FORWARD_CU = Path(__file__).parents[2] / "kernels_cu" / "fa2" / "forward.cu"
-STRIDES_CUH = Path(__file__).parents[2] / "kernels_cu" / "core" / "strides.cuh"
 H100_L2 = 50 << 20
 
 
@@ -63,25 +60,13 @@ def call_of(problem: Problem, l2_bytes: int = H100_L2) -> launch.KernelCall:
     return launch.forward_call(problem, config, q, k, v, out, l2_bytes)
 
 
-def members(name: str, source: Path = FORWARD_CU) -> list[tuple[str, str]]:
-    """(member, C type) of a struct in the kernel's source, in order."""
-    body = re.search(rf"struct {name}(?: : [^{{]+)? \{{(.*?)\}};", source.read_text(), re.S)
-    assert body is not None
-    declarations = re.sub(r"//.*", "", body[1]).split(";")
-    result = []
-    for declaration in filter(None, map(str.strip, declarations)):
-        kind, names = re.fullmatch(r"(long long|\w+)\s+(.*)", declaration, re.S).groups()  # type: ignore[union-attr]
-        result += [(member.strip(), kind) for member in names.split(",")]
-    return result
-
-
 def test_params_have_the_members_of_the_kernels_struct_in_its_order() -> None:
     kinds = {"int": np.int32, "float": np.float32, "Strides": launch.FORWARD_PARAMS["q"]}
     fields = launch.FORWARD_PARAMS.names or ()
     assert [(n, launch.FORWARD_PARAMS[n]) for n in fields] == [
-        (n, kinds[k]) for n, k in members("ForwardParams")
+        (n, kinds[k]) for n, k in members("fa2/forward.cu", "ForwardParams")
     ]
-    strides = members("Strides", STRIDES_CUH)
+    strides = members("core/strides.cuh", "Strides")
     assert [(n, "long long") for n in launch.FORWARD_PARAMS["q"].names or ()] == strides
 
 

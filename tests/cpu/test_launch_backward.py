@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from structs import members
 
 from cuflash import launch_backward, modified_backward
 from cuflash.config_backward import BackwardConfigs, choose
@@ -17,7 +16,6 @@ from cuflash.launch import Strides
 from cuflash.launch_backward import BackwardCalls, BackwardStrides, backward_calls
 from cuflash.problem import Problem, make_problem
 
-KERNELS = Path(__file__).parents[2] / "kernels_cu"
 H100_L2 = 50 << 20
 STRUCTS = [
     ("fa2/backward_preprocess.cu", "PreprocessParams", launch_backward.PREPROCESS_PARAMS),
@@ -42,18 +40,6 @@ def configs_of(problem: Problem, deterministic: bool = False) -> BackwardConfigs
 def calls_of(problem: Problem, deterministic: bool = False) -> BackwardCalls:
     strides = BackwardStrides(*(Strides(10 * i, 10 * i + 1, 10 * i + 2) for i in range(10)))
     return backward_calls(problem, configs_of(problem, deterministic), strides, H100_L2)
-
-
-def members(path: str, struct: str) -> list[tuple[str, str]]:
-    """(member, C type) of a struct in a kernel's source, in order."""
-    body = re.search(rf"struct {struct}(?: : [^{{]+?)? \{{(.*?)\}};", (KERNELS / path).read_text(), re.S)
-    assert body is not None
-    declarations = re.sub(r"//.*", "", body[1]).split(";")
-    result = []
-    for declaration in filter(None, map(str.strip, declarations)):
-        kind, names = re.fullmatch(r"(long long|\w+)\s+(.*)", declaration, re.S).groups()  # type: ignore[union-attr]
-        result += [(member.strip(), kind) for member in names.split(",")]
-    return result
 
 
 @pytest.mark.parametrize(("path", "struct", "dtype"), STRUCTS, ids=[struct for _, struct, _ in STRUCTS])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from structs import members
 
 from cuflash.arrays import ArrayInfo
 from cuflash.config_modifiers import flags_of
@@ -25,7 +24,6 @@ from cuflash.modified_backward import SUM_PARAMS
 from cuflash.modifiers import Modifiers
 from cuflash.problem import Problem, make_problem
 
-KERNELS = Path(__file__).parents[2] / "kernels_cu"
 STRUCTS = [
     ("core/modifier_params.cuh", "ModifierNumbers", MODIFIER_PARAMS),
     ("fa2/mask_summary.cu", "MaskSummaryNumbers", MASK_SUMMARY_PARAMS),
@@ -48,15 +46,8 @@ def facts(shape: tuple[int, ...], dtype: str = "float16", pointer: int = 1 << 20
 def test_params_have_the_members_of_the_kernels_struct_in_its_order(
     path: str, struct: str, dtype: np.dtype
 ) -> None:
-    body = re.search(rf"struct {struct} \{{(.*?)\}};", (KERNELS / path).read_text(), re.S)
-    assert body is not None
-    members = []
-    for declaration in filter(None, map(str.strip, re.sub(r"//.*", "", body[1]).split(";"))):
-        found = re.fullmatch(r"(const [\w ]+\*|long long|\w+)\s*(.*)", declaration, re.S)
-        assert found is not None
-        members += [(name.strip(), found[1]) for name in found[2].split(",")]
-    assert [name for name, _ in members] == list(dtype.names or ())
-    for name, kind in members:
+    assert [name for name, _ in members(path, struct)] == list(dtype.names or ())
+    for name, kind in members(path, struct):
         if kind.endswith("Strides"):
             assert dtype[name].itemsize == {"OperandStrides": 32, "HeadStrides": 16}[kind]
         else:

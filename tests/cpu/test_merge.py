@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging import merged, random_parts
 from numerics import VIEWS
+from structs import members
 from test_compile import CAPABILITIES
-from test_launch_backward import members
 
 import cuflash
 from cuflash import jit, launch_merge

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from structs import members
 from test_compile import CAPABILITIES
-from test_launch_backward import members
 
 from cuflash import jit, launch_standard
 from cuflash.config_standard import SumGroupsConfig, choose_backward, choose_softmax, row_step

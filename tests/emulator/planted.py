@@ -51,18 +51,32 @@ class Bug:
 Check = Callable[[Emulator, Problem, Inputs, Causal], None]
 
 
-def what_notices(edits: dict[str, str], call: Call, check: Check, seeds: int = 3) -> dict[str, str]:
-    """The checks that report something in any of some interleavings, each with its first report."""
-    noticed: dict[str, str] = {}
+def what_notices(
+    edits: dict[str, str], call: Call, check: Check, seeds: int = 3, until: str | None = None
+) -> dict[str, str]:
+    """``noticed_by`` of an attention call."""
     problem, inputs = make_inputs(
         0, call.batch, call.seqlens, call.heads, call.head_dims, "float16", call.causal, call.scale
     )
+    return noticed_by(edits, lambda session: check(session, problem, inputs, call.causal), seeds, until)
+
+
+def noticed_by(
+    edits: dict[str, str], run: Callable[[Emulator], None], seeds: int = 3, until: str | None = None
+) -> dict[str, str]:
+    """The checks that report something in any of some interleavings, each with its first report.
+
+    ``until`` names the check that is waited for: the interleavings after its report are left out.
+    """
+    noticed: dict[str, str] = {}
     for seed in range(seeds):
         # Without race checks the launch goes on to its end, so that a wrong result shows too.
         for check_races in (True, False):
+            if until in noticed:
+                return noticed
             with emulator(edits=edits, seed=seed, check_races=check_races) as session:
                 try:
-                    check(session, problem, inputs, call.causal)
+                    run(session)
                 except KernelFault as fault:
                     for finding in fault.findings:
                         noticed.setdefault(finding.check, str(finding))

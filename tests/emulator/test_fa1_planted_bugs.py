@@ -120,19 +120,21 @@ def check_fa1_backward(session, problem, inputs, causal):
 
 @pytest.mark.parametrize("bug", FORWARD_BUGS, ids=lambda bug: bug.name)
 def test_a_bug_planted_in_the_forward_is_noticed_by_its_check(needs_emulator, bug):
-    noticed = what_notices(bug.edits(), bug.call, check_fa1_forward)
+    noticed = what_notices(bug.edits(), bug.call, check_fa1_forward, until=bug.check)
     assert bug.check in noticed, noticed
 
 
 @pytest.mark.parametrize("bug", BACKWARD_BUGS, ids=lambda bug: bug.name)
 def test_a_bug_planted_in_the_backward_is_noticed_by_its_check(needs_emulator, bug):
-    noticed = what_notices(bug.edits(), bug.call, check_fa1_backward)
+    noticed = what_notices(bug.edits(), bug.call, check_fa1_backward, until=bug.check)
     assert bug.check in noticed, noticed
 
 
-@pytest.mark.parametrize(
-    "call", sorted({bug.call for bug in FORWARD_BUGS + BACKWARD_BUGS}, key=repr), ids=repr
-)
-def test_nothing_is_noticed_without_a_bug(needs_emulator, call):
-    assert what_notices({}, call, check_fa1_forward) == {}
-    assert what_notices({}, call, check_fa1_backward) == {}
+@pytest.mark.parametrize("call", sorted({bug.call for bug in FORWARD_BUGS}, key=repr), ids=repr)
+def test_nothing_is_noticed_without_a_bug_in_the_forward(needs_emulator, call):
+    assert what_notices({}, call, check_fa1_forward, seeds=1) == {}
+
+
+@pytest.mark.parametrize("call", sorted({bug.call for bug in BACKWARD_BUGS}, key=repr), ids=repr)
+def test_nothing_is_noticed_without_a_bug_in_the_backward(needs_emulator, call):
+    assert what_notices({}, call, check_fa1_backward, seeds=1) == {}

@@ -164,7 +164,13 @@ def check(session, problem, inputs, causal, *, case):
 
 @pytest.mark.parametrize("planted", BUGS, ids=lambda planted: planted.bug.name)
 def test_a_planted_bug_is_noticed_by_its_check(needs_emulator, planted):
-    noticed = what_notices(planted.bug.edits(), Call(), functools.partial(check, case=planted.case), seeds=1)
+    noticed = what_notices(
+        planted.bug.edits(),
+        Call(),
+        functools.partial(check, case=planted.case),
+        seeds=1,
+        until=planted.bug.check,
+    )
     assert planted.bug.check in noticed, noticed
 
 

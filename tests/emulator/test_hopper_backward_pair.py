@@ -102,7 +102,7 @@ def test_nan_that_no_pair_of_query_and_key_meets_stays_invisible(hopper, seqlens
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_thirty_interleavings_raise_no_report_and_agree_bit_for_bit(emulated, deterministic):
     """dK and dV without asking for it, dQ with."""
-    _, inputs = make_inputs(1, 1, (200, 600), (2, 1), (128, 128), "float16", True)
+    _, inputs = make_inputs(1, 1, (130, 330), (2, 1), (128, 128), "float16", True)
     arguments = attend(emulated.cp, inputs, causal=True)
     results = set()
     for seed in range(30):
