@@ -209,20 +209,11 @@ __device__ __forceinline__ void accumulate_dq(float* workspace, int* turn, int m
 
 // core/packed.cuh's restrict_to, and what only this kernel knows.
 template <class Params>
-__device__ __forceinline__ void restrict_keys_to(Params& params, const Sequence& sequence) {
-  restrict_to(params, sequence, sequence.sees_end);
+__device__ __forceinline__ void restrict_keys_to(Params& params, const BackwardParams& call, const Sequence& sequence) {
+  params.first_row = first_row_of(sequence);
+  restrict_to(params, call, sequence, params.first_row, sequence.sees_end);
   params.seqlen_k = sequence.key_rows;
-  params.m_blocks = ceil_div(sequence.sees_end, kBlockM);
-}
-
-// Keys of packed sequences that no query sees are zeros loaded, whose gradients may be NaN even so: 0 times what others see.
-template <int kTiles>
-__device__ __forceinline__ void clear_unseen(float (&acc)[kMTiles][kTiles][4], int row, int keys) {
-#pragma unroll
-  for (int i = 0; i < kMTiles * kTiles * 4; ++i) {
-    const int m = i / 4 / kTiles, r = i % 4;
-    if (row + 16 * m + Fragment::row(r / 2) >= keys) acc[m][i / 4 % kTiles][r] = 0.0f;
-  }
+  params.m_blocks = ceil_div(params.seqlen_q, kBlockM);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)
@@ -259,7 +250,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
     if (sequence.key_rows == 0) return;
   }
   ParamsOf<BackwardParams> params = call;
-  if constexpr (Config::kVarlen) restrict_keys_to(params, sequence);
+  if constexpr (Config::kVarlen) restrict_keys_to(params, call, sequence);
   const int block_key = n_block * kBlockN;
   const Visible<BackwardParams> visible = visible_in(params, tile.batch, params.first_row);
   const int keys = visible.keys() - block_key;
@@ -416,7 +407,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       advance(at);
     }
     __syncthreads();  // everybody is done with K and V
-    if constexpr (Config::kVarlen) clear_unseen(acc_dv, key_row, keys);
+    if constexpr (Config::kVarlen) zero_unseen(acc_dv, key_row, keys);
     store_gradient<kHeadDimV>(acc_dv, kept_scale(params), smem + kVOffset, key_row, column_warp * kDvTiles, dv, params.dv.row,
                               params.seqlen_k - block_key, params.head_dim_v);
   } else {
@@ -458,7 +449,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       advance(at);
     }
     __syncthreads();
-    if constexpr (Config::kVarlen) clear_unseen(acc_dk, key_row, keys);
+    if constexpr (Config::kVarlen) zero_unseen(acc_dk, key_row, keys);
     store_gradient<kHeadDim>(acc_dk, params.scale, smem, key_row, column_warp * kDTiles, dk, params.dk.row,
                              params.seqlen_k - block_key, params.head_dim);
   }
