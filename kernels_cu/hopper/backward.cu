@@ -36,6 +36,9 @@
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
 //           past the last. TMA reads rows outside the tensors as zeros; the host starts Q and dO at the first query
 //           that sees a key and ends K and V at the last key some query sees. Other keys get zeros.
+// Packed    with kVarlen a block of keys is of one sequence among many (core/packed.cuh), as a list on the device has them.
+//           The tensor maps end with the sequence (PackedRows in hopper/tile.cuh); queries are loaded from the first on that
+//           sees a key. Keys that no query sees get zeros.
 // Modifiers (docs/modifiers.md) each behind an if constexpr: scores, masks and dropout as in the forward, transposed
 //           (core/modified_probabilities.cuh). Where dS takes another P than dV, its thread keeps that in shared memory.
 //           The maps start at the first key, and query, that meets one; other keys that nobody sees, and padding among

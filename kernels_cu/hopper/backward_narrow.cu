@@ -23,7 +23,7 @@
 //             wait for dK;  release Q and dO
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers |
-//           which key block K is of, 8 bytes
+//           which key block K is of, 8 bytes, or with kVarlen 64
 //           The epilogue stages dV and dK in the panels of dS that the warpgroup stores: the next K and V are on their way.
 // Registers dK and dV: kHeadDim/2 + kHeadDimV/2 a thread, S, dP: kBlockM/2 each, P and dS kBlockM/4 each, dQ
 //           kDqColumns/2; docs/hopper-backward.md has ptxas's figures.
@@ -37,7 +37,8 @@
 //           q.empty          main threads, after a visit            loader, before it loads Q, then dO
 //           bar kDsStored    the main warpgroups, when dS is stored; when it is no longer read
 //           bar kStaged + w  main warpgroup w, when dV or dK is staged; when it has left
-// Masks, order as in hopper/backward.cu.
+// Masks, order, packed sequences as in hopper/backward.cu; of those, the loader tells the main warps beside K's barrier what
+//           it has looked up.
 // Numerics  S, dP, dV, dK and dQ in float32; P and dS rounded to Element for the products.
 // Configs   head dims up to 64 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
 //           (cuflash/config_hopper_backward.py).

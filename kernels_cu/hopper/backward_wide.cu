@@ -41,8 +41,8 @@
 // Arrivals  are every thread's, 128 a warpgroup. Those that release what was read come after the first use of the values:
 //           a load that is only issued may still be overtaken. On the H100 (CUDA 13.0), P released right after its loads
 //           was overwritten under them.
-// Masks, modifiers, numerics, order as in hopper/backward.cu: dS too is made from P rounded to Element; p is the P that
-//           makes dS, if that is another.
+// Masks, packed sequences, modifiers, numerics, order as in hopper/backward.cu: dS too is made from P rounded to Element; p
+//           is the P that makes dS, if that is another.
 // Configs   head dims up to 256 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
 //           (cuflash/config_hopper_backward.py).
 // Speed     docs/hopper-backward.md.
