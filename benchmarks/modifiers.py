@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -225,37 +225,44 @@ def _require(name: str, result: Any, expected: Any) -> float:
 # --- what takes turns ---------------------------------------------------------------------------------------
 
 
-def measure(point: Point, algorithm: str, *, budget_ms: float) -> list[Row]:
-    """A results row for each pass and way of giving the modifier; raises if cuflash is wrong."""
+def measure(point: Point, algorithms: Sequence[str], *, budget_ms: float) -> list[Row]:
+    """A results row for each pass, kernel family and way of giving the modifier; raises if cuflash is wrong.
+
+    All that compute the same pass take turns, FlexAttention too.
+    """
     inputs = random_inputs(point.workload)
     mods = CASES[point.case].make(point.workload, inputs.q.device)
     expected = dict(zip(PASSES, reference(inputs, mods), strict=True))
     theirs, errors = _flex_runs(inputs, mods, expected)
     rows = []
     for name in PASSES:
-        runs = {label: _our_run(inputs, options, algorithm, name) for label, options in mods.ours.items()}
-        row_errors = {}
-        for label, run in runs.items():
+        given = {
+            f"{algorithm} {label}": (algorithm, label) for algorithm, label in product(algorithms, mods.ours)
+        }
+        runs, row_errors = {}, {}
+        for turn, (algorithm, label) in given.items():
+            runs[turn] = _our_run(inputs, mods.ours[label], algorithm, name)
             with new_memory_is_nan():
-                row_errors[label] = _require(f"cuflash {label}", run(), expected[name])
-        plain = _our_run(inputs, mods.plain, algorithm, name)
-        plain()
+                row_errors[turn] = _require(f"cuflash {label}", runs[turn](), expected[name])
+        plain = {f"{ours} plain": _our_run(inputs, mods.plain, ours, name) for ours in algorithms}
+        for run in plain.values():
+            run()
         peers = {"flex": theirs[name]} if name in theirs else {}
         free_memory()
-        ms = Timer().sustained({"plain": plain, **runs, **peers}, budget_ms)
+        ms = Timer().sustained({**plain, **runs, **peers}, budget_ms)
         rows += [
             {
-                "family": _family(inputs, options, algorithm, name),
+                "family": _family(inputs, mods.ours[label], algorithm, name),
                 "direction": "modifiers",
                 **point.workload.fields(),
                 "features": {"modifier": point.case, "given as": label, "pass": name},
-                "ms": significant(ms[label]),
-                "plain_ms": significant(ms["plain"]),
+                "ms": significant(ms[turn]),
+                "plain_ms": significant(ms[f"{algorithm} plain"]),
                 "peers": {peer: significant(ms[peer]) for peer in peers},
                 "peer_errors": {} if peers else {"flex": errors[name]},
-                "row_error": significant(row_errors[label]),
+                "row_error": significant(row_errors[turn]),
             }
-            for label, options in mods.ours.items()
+            for turn, (algorithm, label) in given.items()
         ]
     return rows
 

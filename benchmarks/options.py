@@ -40,8 +40,9 @@ def add_options(add: Callable[..., Any]) -> None:
     add(
         "--families",
         type=_words(COUNTED),
-        default=counters.FAMILIES,
-        help=f"counters: of {','.join(COUNTED)}",
+        default=(),
+        help=f"of {','.join(COUNTED)}; counters: default {','.join(counters.FAMILIES)}; "
+        "modifiers: they take turns, in place of --algorithm",
     )
     add(
         "--cases",

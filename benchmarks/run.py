@@ -15,8 +15,9 @@ python -m benchmarks.run modifiers                       the cost of modifiers, 
 python -m benchmarks.run varlen                          packed documents, against dense and others' varlen
 
 Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps, counters also
---families and --topic, modifiers also --cases, --shapes, --algorithm, --budget-ms and --topic, varlen also
---budget-ms, decode also --splits, --topic and --budget-ms; the other options are forward's and backward's.
+--families and --topic, modifiers also --cases, --shapes, --algorithm or --families (such as hopper,fa2, which
+then take turns), --budget-ms and --topic, varlen also --budget-ms, decode also --splits, --topic and
+--budget-ms; the other options are forward's and backward's.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def _counters(options: argparse.Namespace, command: str) -> int:
         return _skip("counters", reason)
     header = machine.header(command, options.commit, counters.METHOD)
     recorder = Recorder(options.results_dir, options.topic or "counters", header)
-    return _record(["all"], lambda _: counters.measure(options.families), recorder)
+    return _record(["all"], lambda _: counters.measure(options.families or counters.FAMILIES), recorder)
 
 
 def _tiles(options: argparse.Namespace, command: str) -> int:
@@ -176,8 +177,10 @@ def _modifiers(options: argparse.Namespace, command: str) -> int:
         return _skip("modifiers", reason)
     from benchmarks import modifiers
 
+    algorithms = options.families or (options.algorithm,)
+
     def measure(point: modifiers.Point) -> list[Row]:
-        return modifiers.measure(point, options.algorithm, budget_ms=options.budget_ms)
+        return modifiers.measure(point, algorithms, budget_ms=options.budget_ms)
 
     header = machine.header(command, options.commit, modifiers.METHOD)
     recorder = Recorder(options.results_dir, options.topic or modifiers.TOPIC, header)

@@ -228,16 +228,16 @@ def _matmul_table(rows: list[Row]) -> list[str]:
 
 
 def _modifiers_table(rows: list[Row]) -> list[str]:
-    """A line for each modifier and way of giving it; a geometric mean for each pass; why any is missing."""
+    """A line for each modifier as given, a geometric mean for each pass and kernel, why any is missing."""
     head = ["pass", "modifier", "given as", "kernel", "d", "length", "ms", "over plain"]
     head += ["FlexAttention, ms", "speed-up"]
     lines = []
-    for name in dict.fromkeys(row["features"]["pass"] for row in rows):
-        of_pass = [row for row in rows if row["features"]["pass"] == name]
+    for name, family in dict.fromkeys((row["features"]["pass"], row["family"]) for row in rows):
+        of_pass = [row for row in rows if (row["features"]["pass"], row["family"]) == (name, family)]
         ratios = [row["peers"]["flex"] / row["ms"] for row in of_pass if "flex" in row["peers"]]
         lines += [_modifiers_line(row) for row in of_pass]
         mean = f"**{_mean(ratios):.2f}**" if ratios else "-"
-        lines.append([f"**{name}**", "geometric mean", *[""] * (len(head) - 3), mean])
+        lines.append([f"**{name}**", "geometric mean", "", family, *[""] * (len(head) - 5), mean])
     absent = dict.fromkeys(
         f"FlexAttention could not run ({row['features']['modifier']}, {row['features']['pass']}): {why}"
         for row in rows

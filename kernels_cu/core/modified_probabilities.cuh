@@ -12,66 +12,65 @@ constexpr bool kChangesP = kModifiesScores || Config::kWindow || kMasks || Confi
 // In: products of keys `key` + 16·m + … and queries `query` + …, counted from params.first_row. lse_pair: of this lane's
 // queries, in base 2. Out: what multiplies dO, hence 0 where dropout dropped. If kTwoPs, keep(a, m, k) is called with what
 // makes dS, for 16 keys and 16 queries at a time as an operand A: P times the slope of the scores, and with the sign bit
-// where it was dropped, but for a formula's slope, which has a sign of its own.
-template <class Element, int kMTiles, int kNTiles, class Params, class Keep>
+// where it was dropped, but for a formula's slope, which has a sign of its own. Done in strips of 16 keys and
+// 8·kStripTiles queries, one after the other: few slopes at a time.
+template <class Element, int kStripTiles, int kMTiles, int kNTiles, class Params, class Keep>
 __device__ __forceinline__ void modified_probabilities(float (&products)[kMTiles][kNTiles][4], const FloatPair* lse_pair,
                                                        const Visible<Params>& visible, int batch, int head, int key,
                                                        int query, bool masked, const Keep& keep) {
+  static_assert(kNTiles % kStripTiles == 0 && kStripTiles % 2 == 0, "whole strips of whole operands");
   const Params& params = visible.params;
   const ScoreModifiers<Element> modifiers = score_modifiers<Element>(params, batch, head, params.first_row);
   const auto mask = mask_of(params, batch, head, params.first_row);
   const Dropout dropout = dropout_of(params, batch, head);
-  // 16 × 16 after another, to keep few slopes at a time.
 #pragma unroll
-  for (int i = 0; i < kMTiles * kNTiles / 2; ++i) {
-    const int m = i / (kNTiles / 2), k = i % (kNTiles / 2);
-    float(&p)[1][2][4] = reinterpret_cast<float(&)[1][2][4]>(products[m][2 * k]);
-    const int this_key = key + 16 * m, this_query = query + 16 * k;
-    [[maybe_unused]] float slope[2][4];
+  for (int strip = 0; strip < kMTiles * kNTiles / kStripTiles; ++strip) {
+    const int m = strip / (kNTiles / kStripTiles), n = strip % (kNTiles / kStripTiles) * kStripTiles;
+    float(&p)[1][kStripTiles][4] = reinterpret_cast<float(&)[1][kStripTiles][4]>(products[m][n]);
+    const int strip_key = key + 16 * m, strip_query = query + 8 * n;
+    [[maybe_unused]] float slope[kStripTiles][4];
     if constexpr (Config::kScoreMod) {
-      apply_score_mod<true>(p, this_key, this_query, visible.queries(), visible.keys(), params, batch, head,
+      apply_score_mod<true>(p, strip_key, strip_query, visible.queries(), visible.keys(), params, batch, head,
                             params.first_row, [&](int, int j, int r, float x) { slope[j][r] = x; });
     }
     if constexpr (kModifiesScores) {
-      modifiers.template apply<true>(p, this_key, this_query, visible.queries(), visible.keys(),
+      modifiers.template apply<true>(p, strip_key, strip_query, visible.queries(), visible.keys(),
                                      [&](int, int j, int r, float x) {
                                        if constexpr (Config::kScoreMod) slope[j][r] *= x;
                                        else slope[j][r] = x;
                                      });
     }
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const FloatPair lse = lse_pair[4 * (2 * k + j)];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        float& x = p[0][j][r];
-        x = ex2_approx((kModifiesScores ? x : x * params.scale_log2) - (r % 2 == 0 ? lse.lo : lse.hi));
-      }
+    for (int i = 0; i < kStripTiles * 4; ++i) {
+      const FloatPair lse = lse_pair[4 * (n + i / 4)];
+      float& x = p[0][i / 4][i % 4];
+      x = ex2_approx((kModifiesScores ? x : x * params.scale_log2) - (i % 2 == 0 ? lse.lo : lse.hi));
     }
-    if (masked) hide<true>(p, this_key, this_query, visible, mask, 0.0f);
+    if (masked) hide<true>(p, strip_key, strip_query, visible, mask, 0.0f);
     if constexpr (Config::kDropout) {
-      dropout.template for_each_dropped<true, 1, 2>(this_key, params.first_row + this_query,
-                                                    [&](int, int j, int r) { p[0][j][r] = -p[0][j][r]; });
+      dropout.template for_each_dropped<true, 1, kStripTiles>(strip_key, params.first_row + strip_query,
+                                                              [&](int, int j, int r) { p[0][j][r] = -p[0][j][r]; });
     }
     if constexpr (kTwoPs) {
-      float for_ds[2][4];
+      float for_ds[kStripTiles][4];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          float& x = p[0][j][r];
-          if constexpr (Config::kScoreMod) {
-            // The slope of what is hidden may be anything, NaN too.
-            for_ds[j][r] = x == 0.0f ? 0.0f : fabsf(x) * slope[j][r];
-          } else {
-            for_ds[j][r] = Config::kSoftcap ? x * slope[j][r] : x;
-          }
-          if (Config::kDropout && __float_as_int(x) < 0) x = 0.0f;
+      for (int i = 0; i < kStripTiles * 4; ++i) {
+        float& x = p[0][i / 4][i % 4];
+        if constexpr (Config::kScoreMod) {
+          // The slope of what is hidden may be anything, NaN too.
+          for_ds[i / 4][i % 4] = x == 0.0f ? 0.0f : fabsf(x) * slope[i / 4][i % 4];
+        } else {
+          for_ds[i / 4][i % 4] = Config::kSoftcap ? x * slope[i / 4][i % 4] : x;
         }
+        if (Config::kDropout && __float_as_int(x) < 0) x = 0.0f;
       }
-      const unsigned a[4] = {Element::pack(for_ds[0][0], for_ds[0][1]), Element::pack(for_ds[0][2], for_ds[0][3]),
-                             Element::pack(for_ds[1][0], for_ds[1][1]), Element::pack(for_ds[1][2], for_ds[1][3])};
-      keep(a, m, k);
+#pragma unroll
+      for (int j = 0; j < kStripTiles; j += 2) {
+        unsigned a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = Element::pack(for_ds[j + i / 2][i % 2 * 2], for_ds[j + i / 2][i % 2 * 2 + 1]);
+        keep(a, m, (n + j) / 2);
+      }
     }
   }
 }

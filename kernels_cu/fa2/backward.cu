@@ -368,10 +368,11 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
         if constexpr (kChangesP) {
           const bool masked = !visible.sees_all<kBlockM, kBlockN>(row, block_key) ||
                               mask_tiles(at.head).is_mixed(at.m_block);
-          modified_probabilities<Element>(acc_s, lse_pair, visible, tile.batch, first_head + at.head, block_key + key_row,
-                                          row + query_column, masked, [&](const unsigned (&a)[4], int m, int k) {
-                                            store_operand(smem + kGradientPOffset, a, key_row + 16 * m, query_column / 8 + 2 * k);
-                                          });
+          modified_probabilities<Element, kNTiles>(
+              acc_s, lse_pair, visible, tile.batch, first_head + at.head, block_key + key_row, row + query_column, masked,
+              [&](const unsigned (&a)[4], int m, int k) {
+                store_operand(smem + kGradientPOffset, a, key_row + 16 * m, query_column / 8 + 2 * k);
+              });
         } else {
 #pragma unroll
           for (int n = 0; n < kNTiles; ++n) {

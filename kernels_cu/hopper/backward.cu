@@ -32,7 +32,7 @@
 //           ds.full          main threads, when dS is stored        dQ warps, before the product
 //           ds.empty         dQ threads, after the product          main warps, before they store; before dK is staged
 //           bar kStaged + w  main warpgroup w, when dV or dK is staged; before, when it has zeroed unseen keys
-//           bar kZeroedQueries  main warps, when they have zeroed padding among the queries of a visit
+//           bar kZeroedQueries  main warps, when they have zeroed unread queries of a visit, if it has any
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
 //           past the last. TMA reads rows outside the tensors as zeros; the host starts Q and dO at the first query
 //           that sees a key and ends K and V at the last key some query sees. Other keys get zeros.
@@ -41,9 +41,9 @@
 //           sees a key. Keys that no query sees get zeros.
 // Modifiers (docs/modifiers.md) each behind an if constexpr: scores, masks and dropout as in the forward, transposed
 //           (core/modified_probabilities.cuh). Where dS takes another P than dV, its thread keeps that in shared memory.
-//           The maps start at the first key, and query, that meets one; other keys that nobody sees, and padding among
-//           queries, are zeroed when TMA has brought them. Gradients of bias and sinks: fa2/backward_bias.cu,
-//           fa2/backward_sinks.cu.
+//           The maps start at the first key, and query, that meets one; other keys that nobody sees, padding among
+//           queries and those that see no key are zeroed when TMA has brought them: 0 · NaN is NaN. Gradients of bias,
+//           sinks and mod_args: fa2/backward_bias.cu, fa2/backward_sinks.cu, fa2/backward_mod_args.cu.
 // Numerics  S, dP, dV, dK and dQ in float32; P and dS rounded to Element for the products, P also for dS.
 // Order     dK and dV are bit-stable. dQ is summed in float32 by atomics, in any order, or with kDeterministic in the
 //           order of n_block: each warp that adds has a turn for each query block (core/turn.cuh).
@@ -227,16 +227,17 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       differentiate<Element>(acc_dp[0], p_reg, delta);
     }
   };
-  // Queries that are padding, in the block that a visit is to read, become zeros. Both main warpgroups come here.
-  const auto zero_padding = [&](unsigned visit) {
-    if constexpr (Config::kQueryPadding) {
-      const int real = real_rows<kBlockM>(keys, at, params);
-      if (real >= kBlockM) return;
+  // Queries that are not to be read, in the block of a visit to come, become zeros. Both main warpgroups come here.
+  const auto zero_queries = [&](unsigned visit) {
+    if constexpr (kZeroesQueries) {
+      const unsigned slot = visit % kStages;
+      const float* const lse_log2 = reinterpret_cast<const float*>(smem + kLseOffset + slot * kFloatsBytes);
+      if (!has_unread_query<kBlockM>(lse_log2)) return;
       dout_ring.wait_full(visit);
-      const auto is_real = [&](int row) { return row < real; };
-      const int first = (warpgroup * 4 + warp) * (kBlockM / 8);
-      zero_unread_rows<QTile, kBlockM / 8>(smem + kQOffset + visit % kStages * QTile::kBytes, first, is_real);
-      zero_unread_rows<DoutTile, kBlockM / 8>(smem + kDoutOffset + visit % kStages * DoutTile::kBytes, first, is_real);
+      constexpr int kRows = kBlockM / (4 * kMainWarpgroups);  // of each warp
+      const int first = (warpgroup * 4 + warp) * kRows;
+      zero_unread_queries<QTile, kRows>(smem + kQOffset + slot * QTile::kBytes, first, lse_log2);
+      zero_unread_queries<DoutTile, kRows>(smem + kDoutOffset + slot * DoutTile::kBytes, first, lse_log2);
       bar_sync(kZeroedQueries, kMainWarpgroups * kWarpgroupThreads);
     }
   };
@@ -250,7 +251,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
       bar_sync(kStaged + warpgroup, kWarpgroupThreads);
     }
     q_ring.wait_full(0);
-    zero_padding(0);
+    zero_queries(0);
     start_s(acc_s[0], 0);
     wgmma_wait_group<0>();
     pin_registers(acc_s[0]);
@@ -282,7 +283,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     const unsigned next = min(visit + 1, visits - 1);
     float acc_s[1][kNTiles][4];
     q_ring.wait_full(next);
-    if (next != visit) zero_padding(next);
+    if (next != visit) zero_queries(next);
     start_s(acc_s[0], next);
     start_gradient<Element, QTile, kHeadDim>(acc_dk, ds_reg, q_ring.slot(visit));
     wgmma_wait_group<1>();

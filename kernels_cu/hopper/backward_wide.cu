@@ -37,7 +37,7 @@
 //           ds.empty           queries, after the product                 gradients, before they store dS
 //           bar kStaged + w    all warps of probabilities, gradients, when dV, dK is staged: themselves; before, when
 //                              they have zeroed keys that nobody sees
-//           bar kZeroedQueries probabilities and gradients, when Q and dO of a visit have zeros for padding: both
+//           bar kZeroedQueries probabilities and gradients, when unread queries of a visit are zeros: both
 // Arrivals  are every thread's, 128 a warpgroup. Those that release what was read come after the first use of the values:
 //           a load that is only issued may still be overtaken. On the H100 (CUDA 13.0), P released right after its loads
 //           was overwritten under them.
@@ -199,13 +199,14 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   const auto lse_of = [&](unsigned visit) { return lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes); };
   const auto delta_of = [&](unsigned visit) { return lane_pairs(smem + kDeltaOffset + visit % kStages * kFloatsBytes); };
   const auto p_fragments = [&](unsigned visit) { return smem + kPOffset + visit % kPassed * PFragments::kBytes; };
-  // Queries that are padding, in the block of a visit that has landed, become zeros: by each of these warpgroups in one of
-  // the tiles that both read.
-  const auto zero_padding = [&](auto tile, unsigned char* slot) {
-    if constexpr (Config::kQueryPadding) {
-      const int real = real_rows<kBlockM>(keys, at, params);
-      if (real >= kBlockM) return;
-      zero_unread_rows<decltype(tile), kBlockM / 4>(slot, warp * (kBlockM / 4), [&](int row) { return row < real; });
+  // Queries that are not to be read, in the block of a visit that has landed, become zeros: by each of these warpgroups in
+  // one of the tiles that both read.
+  const auto zero_queries = [&](auto tile, unsigned char* slot, unsigned visit) {
+    if constexpr (kZeroesQueries) {
+      const float* const lse_log2 = reinterpret_cast<const float*>(smem + kLseOffset + visit % kStages * kFloatsBytes);
+      q_ring.wait_full(visit);  // lse comes with Q
+      if (!has_unread_query<kBlockM>(lse_log2)) return;
+      zero_unread_queries<decltype(tile), kBlockM / 4>(slot, warp * (kBlockM / 4), lse_log2);
       bar_sync(kZeroedQueries, 2 * kWarpgroupThreads);
     }
   };
@@ -228,7 +229,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     for (unsigned visit = 0; visit < visits; ++visit) {
       float acc_s[1][kNTiles][4];
       q_ring.wait_full(visit);
-      zero_padding(QTile{}, smem + kQOffset + visit % kStages * QTile::kBytes);
+      zero_queries(QTile{}, smem + kQOffset + visit % kStages * QTile::kBytes, visit);
       start_transposed<Element, KTile, QTile, kHeadDim>(acc_s[0], k_smem, q_ring.slot(visit));
       wgmma_wait_group<1>();
       if (visit > 0) mbarrier_arrive(dout_ring.empty(visit - 1));
@@ -281,7 +282,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     for (unsigned visit = 0; visit < visits; ++visit) {
       float acc_dp[1][kNTiles][4];
       dout_ring.wait_full(visit);
-      zero_padding(DoutTile{}, smem + kDoutOffset + visit % kStages * DoutTile::kBytes);
+      zero_queries(DoutTile{}, smem + kDoutOffset + visit % kStages * DoutTile::kBytes, visit);
       start_transposed<Element, VTile, DoutTile, kHeadDimV>(acc_dp[0], v_smem, dout_ring.slot(visit));
       wgmma_wait_group<1>();
       if (visit > 0) mbarrier_arrive(q_ring.empty(visit - 1));

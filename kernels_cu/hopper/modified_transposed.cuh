@@ -13,10 +13,10 @@ __device__ __forceinline__ void probabilities_of_visit(float (&acc_s)[1][kNTiles
                                                        const Params& params, unsigned char* fragments) {
   const Visible<Params> visible = visible_in(params, keys.batch, params.first_row);
   const int head = keys.head * params.group_size + at.head;
-  modified_probabilities<Element>(acc_s, lse_log2, visible, keys.batch, head, key, at.m_block * kBlockM, masked,
-                                  [&](const unsigned (&a)[4], int, int k) {
-                                    OperandFragments<kNTiles / 2>::store(fragments, a, k);
-                                  });
+  modified_probabilities<Element, 2>(acc_s, lse_log2, visible, keys.batch, head, key, at.m_block * kBlockM, masked,
+                                     [&](const unsigned (&a)[4], int, int k) {
+                                       OperandFragments<kNTiles / 2>::store(fragments, a, k);
+                                     });
 }
 
 // dP becomes dS = P ∘ (dP − delta), where P is what makes dS.
@@ -44,8 +44,18 @@ __device__ __forceinline__ void zero_unseen_keys(unsigned char* tile, const KeyB
   zero_unread_rows<Tile, 16>(tile, row, [&](int i) { return i < seen && is_read(i); });
 }
 
-// How many of a block's queries are no padding, or more.
-template <int kBlockM, class Params>
-__device__ __forceinline__ int real_rows(const KeyBlock& keys, const QueryBlock& at, const Params& params) {
-  return visible_in(params, keys.batch, params.first_row).queries() - at.m_block * kBlockM;
+// Whether some of a block's queries are not to be read: padding, and those that see no key, have lse = +inf in base 2. The
+// same in every lane, and in every warp that asks.
+template <int kBlockM>
+__device__ __forceinline__ bool has_unread_query(const float* lse_log2) {
+  bool found = false;
+#pragma unroll
+  for (int row = 0; row < kBlockM; row += kWarpSize) found |= lse_log2[row + Fragment::lane()] == infinity();
+  return __any_sync(0xffffffffu, found);
+}
+
+// Zeros those in kRows rows, from `first` on, of a block of Q or dO.
+template <class Tile, int kRows>
+__device__ __forceinline__ void zero_unread_queries(unsigned char* tile, int first, const float* lse_log2) {
+  zero_unread_rows<Tile, kRows>(tile, first, [&](int row) { return lse_log2[row] != infinity(); });
 }

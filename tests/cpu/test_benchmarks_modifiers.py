@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,9 +62,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(inputs=inputs, timed=timed)
 
 
-def measure(case: str) -> list[dict[str, Any]]:
+def measure(case: str, algorithms: Sequence[str] = ("auto",)) -> list[dict[str, Any]]:
     workload = Workload(32, SEQLEN, 2, 4, 4, modifiers.CASES[case].causal, "float32", "backward")
-    return modifiers.measure(modifiers.Point(case, workload), "auto", budget_ms=1.0)
+    return modifiers.measure(modifiers.Point(case, workload), algorithms, budget_ms=1.0)
 
 
 def without_formulas(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
@@ -87,7 +88,7 @@ def test_each_case_means_the_same_to_both_libraries(
     assert [row["features"]["pass"] for row in rows] == ["forward", "backward"]
     for row, functions in zip(rows, on_cpu.timed, strict=True):
         assert row["row_error"] < 1e-4
-        assert next(iter(functions)) == "plain"
+        assert next(iter(functions)) == "auto plain"
         if case == "sinks":
             assert row["peer_errors"] == {"flex": "FlexAttention has no sinks"}
         elif row["features"]["pass"] == "forward":  # its backward runs on GPUs alone
@@ -110,6 +111,13 @@ def test_the_masks_of_formulas_mean_what_the_reference_computes(case: str, on_cp
             shown = shown & (kv <= q)
         assert torch.equal(shown, mods.mask_mod(b, 0, q, kv).expand_as(shown))
         assert not shown.all()
+
+
+def test_families_that_are_compared_take_turns_each_with_its_own_plain_kernel(on_cpu: Any) -> None:
+    rows = measure("causal", ("auto", "cpu"))
+    turns = ["auto plain", "cpu plain", "auto causal", "cpu causal", "flex"]
+    assert [list(functions) for functions in on_cpu.timed] == [turns, turns[:4]]
+    assert [(row["plain_ms"], row["ms"]) for row in rows] == [(1.0, 3.0), (2.0, 4.0)] * 2
 
 
 def test_a_wrong_result_gives_no_figure(on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +167,7 @@ def test_the_table_has_costs_speed_ups_and_reasons() -> None:
     lines = tables.table(results).splitlines()
     assert lines[0] == "Batch &times; length = 16384, heads &times; d = 2048, bf16."
     assert "| forward | softcap | softcap | fa2 | 128 | 4096 | 1.500 | 1.50 | 3.000 | 2.00 |" in lines
-    assert "| **forward** | geometric mean |  |  |  |  |  |  |  | **4.00** |" in lines
+    assert "| **forward** | geometric mean |  | fa2 |  |  |  |  |  | **4.00** |" in lines
     assert "| backward | sinks | sinks | fa2 | 128 | 4096 | 2.000 | 2.00 | - | - |" in lines
     assert "FlexAttention could not run (sinks, backward): no" in lines
     assert run.summary(rows[0]) == "ms 1.5, plain_ms 1.0, peers {'flex': 3.0}"

@@ -8,7 +8,16 @@ from arrays import to_numpy
 from formulas import CASES, check_formulas
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from modified import CHOICES, PAIRS, check_modified, make_modified, on_device, options_of
+from modified import (
+    BLIND,
+    CHOICES,
+    PAIRS,
+    check_blind_rows,
+    check_modified,
+    make_modified,
+    on_device,
+    options_of,
+)
 
 import cuflash
 from cuflash.config_hopper import MODIFIED_TILES
@@ -182,6 +191,12 @@ def test_queries_past_the_window_of_every_key_are_blind(hopper):
     assert (to_numpy(out)[:, 80:] == 0).all()
     assert (to_numpy(gradients[0])[:, 80:] == 0).all()
     assert all(np.isfinite(to_numpy(x)).all() for x in gradients)
+
+
+@pytest.mark.parametrize("head_dim", [64, *BOTH_BACKWARDS])
+@pytest.mark.parametrize("name", BLIND)
+def test_rows_that_see_no_key_have_no_gradient_whatever_they_are_given(hopper, name, head_dim):
+    check_blind_rows(hopper, name, head_dim, "hopper")
 
 
 def test_nothing_to_attend_to_leaves_the_sink(hopper):

@@ -39,6 +39,8 @@ LATE_WINDOW = Case((("window", (30, 5)),), (70, 250))
 DOCUMENTS = Case((("mask", "documents"),), (400, 400), deterministic=True)
 PADDED = Case((("key_padding", True), ("query_padding", True)), (100, 180), nan=True)
 PADDED_256 = PADDED._replace(head_dim=256)
+MASKED = Case((("mask", "late"),), nan=True)
+MASKED_256 = MASKED._replace(head_dim=256)
 SOFTCAP = Case((("softcap", 2.0),), (200, 180))
 # Three stages: with two, that of a new visit's Q says that P of two visits before has been read.
 SOFTCAP_192 = SOFTCAP._replace(seqlens=(330, 100), head_dim=192)
@@ -63,8 +65,8 @@ BUGS = [
         "const int mapped = first_mapped_key(params);", "const int mapped = 0;", LATE_WINDOW),
     planted("the same in the backward", BACKWARD,
         "keys.first_key - first_mapped_key(params);", "keys.first_key;", LATE_WINDOW),
-    planted("V goes to its consumers before unseen keys are zeros", FORWARD,
-        "kZeroesV ? v_landed.full(use) : v_ring.full(use);", "v_ring.full(use);", PADDED),
+    planted("V lands at its consumers' barrier, where the warp that zeroes does not wait", FORWARD,
+        "kZeroesV ? v_landed.full(use) : v_ring.full(use);", "v_ring.full(use);", PADDED, "deadlock"),
     planted("a block that a length cuts taken for one that is seen whole", FORWARD,
         "if (!block.is_full) {", "if (false) {", PADDED),
     planted("zeros without fence.proxy.async", ZERO,
@@ -73,8 +75,12 @@ BUGS = [
         "return row < keys && is_read(row);", "return is_read(row);", PADDED),
     planted("keys past a length left as they are in the backward", BETWEEN,
         "return i < seen && is_read(i);", "return is_read(i);", PADDED),
-    planted("padding queries left as they are", BACKWARD,
-        "      if (real >= kBlockM) return;", "      if (true) return;", PADDED),
+    planted("unread queries left as they are", BACKWARD,
+        "if (!has_unread_query<kBlockM>(lse_log2)) return;", "if (true) return;", PADDED),
+    planted("queries that see no key taken for ones that see some", KEY_BLOCK,
+        "kZeroesQueries = kMasks || ", "kZeroesQueries = ", MASKED),
+    planted("which queries see no key read before it has landed", WIDE,
+        "      q_ring.wait_full(visit);  // lse comes with Q\n", "", MASKED_256, "race"),
     planted("dO multiplied before all of its padding is zeros", BACKWARD,
         "      bar_sync(kZeroedQueries, kMainWarpgroups * kWarpgroupThreads);\n", "", PADDED, "race"),
     planted("Q and dO not awaited by each other's warpgroup", WIDE,
@@ -99,6 +105,16 @@ def documents(seqlen: int) -> np.ndarray:
     return (ids[:, None] == ids)[None, None]
 
 
+def pad_with_nan(case: Case, inputs: Any, operands: dict[str, Any]) -> None:
+    for operand, names, seqlen in zip(
+        ("query_padding", "key_padding"), (("q", "dout"), ("k", "v")), case.seqlens, strict=True
+    ):
+        operands[operand] = np.array([seqlen - 20, 30])
+        for name in names:
+            for batch, length in enumerate(operands[operand]):
+                getattr(inputs, name)[batch, length:] = np.nan
+
+
 def check(session, problem, inputs, causal, *, case):
     modifiers = dict(case.modifiers)
     dims = (case.head_dim, case.head_dim)
@@ -107,21 +123,15 @@ def check(session, problem, inputs, causal, *, case):
     )
     if modifiers.get("mask") == "documents":
         operands["mask"] = documents(case.seqlens[0])
-    if case.nan:
-        operands["key_padding"] = np.array([case.seqlens[1] - 20, 30])
-        operands["query_padding"] = np.array([case.seqlens[0] - 20, 30])
     options = options_of(problem, case.causal, modifiers, "hopper")
     if not case.nan:
         check_modified(session.cp, problem, inputs, operands, options, deterministic=case.deterministic)
         return
-    for name, lengths in (
-        ("q", "query_padding"),
-        ("dout", "query_padding"),
-        ("k", "key_padding"),
-        ("v", "key_padding"),
-    ):
-        for batch, length in enumerate(operands[lengths]):
-            getattr(inputs, name)[batch, length:] = np.nan
+    if modifiers.get("mask") == "late":
+        operands["mask"][:, :, :70] = False
+        inputs.q[:, :70] = inputs.dout[:, :70] = np.nan
+    else:
+        pad_with_nan(case, inputs, operands)
     q, k, v, dout = (session.cp.asarray(x) for x in inputs[:4])
     options |= on_device(session.cp, operands)
     out, lse = cuflash.attention(q, k, v, return_lse=True, **options)

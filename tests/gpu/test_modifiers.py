@@ -7,7 +7,16 @@ import pytest
 from arrays import VIEWS, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from modified import CHOICES, PAIRS, check_modified, make_modified, on_device, options_of
+from modified import (
+    BLIND,
+    CHOICES,
+    PAIRS,
+    check_blind_rows,
+    check_modified,
+    make_modified,
+    on_device,
+    options_of,
+)
 
 import cuflash
 
@@ -83,6 +92,21 @@ def test_each_modifier_is_right_at_a_length_of_many_tiles(family, name, head_dim
     check_modified(cp, problem, inputs, operands, options_of(problem, True, modifiers, family))
 
 
+def test_auto_takes_the_fastest_family_with_modifiers_and_is_right():
+    """Seqlens for which a plain backward is by pairs of thread blocks, which have none."""
+    modifiers = {"softcap": 5.0, "bias": True, "key_padding": True}
+    problem, inputs, operands = make_modified(
+        8, 2, (400, 500), (4, 2), (128, 128), "bfloat16", False, modifiers, (True, False, False)
+    )
+    options = options_of(problem, False, modifiers, "auto")
+    for deterministic in (False, True):
+        check_modified(cp, problem, inputs, operands, options, deterministic=deterministic)
+    q, k, v = (cp.asarray(x) for x in inputs[:3])
+    explained = cuflash.explain(q, k, v, **options, **on_device(cp, operands))
+    expected = "hopper" if cp.cuda.Device().compute_capability == "90" else "fa2"
+    assert (explained.family, explained.backward.split()[0]) == (expected, expected)
+
+
 @pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
 def test_all_modifiers_at_once(family, head_dims):
     problem, inputs, operands = make_modified(
@@ -132,6 +156,12 @@ def test_nan_that_no_query_sees_stays_invisible(family):
         out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
         gradients = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
         assert all(np.isfinite(to_numpy(x).astype(np.float32)).all() for x in (out, *gradients))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", BLIND)
+def test_rows_that_see_no_key_have_no_gradient_whatever_they_are_given(family, name, head_dim):
+    check_blind_rows(cp, name, head_dim, family)
 
 
 def test_thirty_deterministic_backwards_agree_bit_for_bit(family):
