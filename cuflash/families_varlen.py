@@ -214,9 +214,9 @@ def _hopper_backward(packed: Packed, options: VarlenOptions, gpu: Gpu) -> _MadeB
 
 def _why_not_hopper_backward(packed: Packed, options: VarlenOptions, gpu: Gpu) -> str | None:
     """As ``_why_not_hopper``, of the backward."""
-    problem, infos, _, band = packed
+    problem, infos, *_ = packed
     all_keys = dataclasses.replace(problem, causal_offset=None)  # each sequence has its own diagonal
-    if reason := config_hopper_backward.why_not(all_keys, gpu.capability) or _why_not_modified(problem, band):
+    if reason := config_hopper_backward.why_not(all_keys, gpu.capability):
         return reason
     if options.algorithm == "auto":
         copied_by_both = fa2_backward_layouts(problem, infos, "bshd").copies

@@ -28,11 +28,13 @@ struct BackwardParams : PackedArrays<Config::kVarlen>,
 };
 
 constexpr bool kBanded = Config::kWindow || kMasks;  // more than the ends of rows is hidden
-constexpr bool kZeroesKeys = kMasks || Config::kKeyPadding || Config::kQueryPadding;  // TMA brings keys that nobody sees
+// TMA brings keys that nobody sees. Not those before the first that somebody sees, nor after the last: the maps leave those
+// out, but for the former of packed sequences.
+constexpr bool kZeroesKeys = kMasks || Config::kKeyPadding || Config::kQueryPadding || (Config::kWindow && Config::kVarlen);
 // TMA brings queries that are padding, or see no key. Not those before the first that sees one, nor past a window of every
-// key: the maps leave those out.
+// key: the maps leave those out, but for the former of packed sequences with dropout.
 constexpr bool kZeroesQueries = kMasks || Config::kBias || Config::kScoreMod || Config::kQueryPadding ||
-                                (Config::kWindow && Config::kKeyPadding);
+                                (Config::kWindow && Config::kKeyPadding) || (Config::kDropout && Config::kVarlen);
 
 // A query block visited: of a query head of the group, counted from the group's first.
 struct QueryBlock { int head, m_block; };
