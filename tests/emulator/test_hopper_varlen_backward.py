@@ -154,6 +154,48 @@ def check_nan_in_use(cp: Any, head_dim: int) -> None:
         assert np.isnan(to_numpy(result)).any()
 
 
+def modified(name: str, head_dim: int) -> tuple[Call, Call]:
+    """A call with queries and keys that nobody meets, and the same with NaN in them."""
+    modifiers, causal = MODIFIED[name]
+    lengths = ((5, 0, 90, 40), (9, 6, 20, 200))
+    call = make_call(
+        8, lengths, (2, 1), (head_dim, head_dim), "float16", causal, tails=(3, 3), used=(True, True),
+        modifiers=modifiers, per_sequence=True,
+    )  # fmt: skip
+    call = call._replace(seqused_q=np.array([5, 0, 85, 40]), seqused_k=np.array([9, 0, 20, 190]))
+    queries, keys = call.unused()
+    if causal:
+        queries[5:70] = True
+        left = modifiers.get("window", (None, None))[0]
+        keys[35 : 35 if left is None else 35 + 190 - 40 - left] = True
+    spoilt = {name: getattr(call, name).copy() for name in ("q", "dout", "k", "v")}
+    for name, rows in (("q", queries), ("dout", queries), ("k", keys), ("v", keys)):
+        spoilt[name][rows] = np.nan
+    return call, call._replace(**spoilt)
+
+
+MODIFIED: dict[str, tuple[dict[str, Any], bool]] = {
+    "window and sinks": ({"window": (40, 0), "sinks": True}, True),
+    "softcap and slopes": ({"softcap": 2.0, "alibi_slopes": True, "window": (20, 70)}, False),
+    "dropout": ({"dropout_p": 0.2, "seed": 2**40 + 1, "softcap": 1.5, "window": (50, None)}, True),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("name", MODIFIED)
+def test_modifiers_are_of_each_sequence_by_itself_and_what_nobody_meets_may_hold_nan(hopper, name, head_dim):
+    check_modified(hopper, name, head_dim)
+
+
+def check_modified(cp: Any, name: str, head_dim: int) -> None:
+    call, spoilt = modified(name, head_dim)
+    right, allowed = expected(call)
+    made = differentiate(cp, spoilt, algorithm="fa2", backward="hopper", deterministic=True)
+    assert len(made) == len(right)
+    for result, got, want, standard in zip(NAMES, made, right, allowed, strict=False):
+        assert_within_contract(to_numpy(got), want, standard, result, allowance=2e-3)
+
+
 def test_auto_takes_it_where_it_can(emulated):
     call = make_call(5, ((9, 70), (8, 80)), (2, 1), (64, 64), "float16", True)
     by_hopper, by_itself = (
@@ -161,6 +203,10 @@ def test_auto_takes_it_where_it_can(emulated):
     )
     for got, want in zip(by_itself, by_hopper, strict=True):
         assert (got == want).all()
+    without_keys = make_call(5, ((9,), (0,)), (2, 1), (64, 64), "float16", True)
+    with pytest.raises(ValueError, match=r'^algorithm="hopper" cannot compute the backward of .*: no query'):
+        differentiate(emulated.cp, without_keys, algorithm="auto", backward="hopper")
+    check(emulated.cp, without_keys, algorithm="auto")
 
 
 # --- what only the emulator can show -----------------------------------------------------------------------
@@ -244,6 +290,29 @@ def check_calls(session: Emulator) -> None:
 def test_a_planted_bug_is_noticed_by_its_check(needs_emulator, bug):
     noticed = noticed_by(bug.edits(), check_calls, seeds=2, until=bug.check)
     assert bug.check in noticed, noticed
+
+
+MODIFIED_BUGS = {
+    "window and sinks": Bug("keys before all windows are read", KEY_BLOCK,
+        " || (Config::kWindow && Config::kVarlen);", ";", WRONG_RESULT),
+    "dropout": Bug("queries that see no key, in the first block with dropout, are read", KEY_BLOCK,
+        " || (Config::kDropout && Config::kVarlen);", ";", WRONG_RESULT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODIFIED_BUGS)
+def test_a_bug_planted_in_what_modifiers_need_is_noticed(needs_emulator, name):
+    edits = MODIFIED_BUGS[name].edits()
+    assert WRONG_RESULT in noticed_by(
+        edits, lambda session: check_modified(session.cp, name, 64), seeds=1, until=WRONG_RESULT
+    )
+
+
+def test_draws_of_dropout_that_do_not_start_at_a_block_of_them_are_noticed(needs_emulator):
+    bug = Bug("", PACKED, "Config::kDropout ? sequence.sees_begin / 16 * 16", "false ? 0", WRONG_RESULT)
+    assert WRONG_RESULT in noticed_by(
+        bug.edits(), lambda session: check_modified(session.cp, "dropout", 64), seeds=1, until=WRONG_RESULT
+    )
 
 
 @pytest.mark.parametrize(
