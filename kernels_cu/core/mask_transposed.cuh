@@ -25,18 +25,3 @@ __device__ __forceinline__ void zero_hidden(float (&p)[kMTiles][kNTiles][4], int
     }
   }
 }
-
-// Gradients of keys `key` + 16·m + …: those from `keys` on, which no query sees, become zeros. They may be NaN even where
-// zeros were loaded for such keys: 0 times what others see.
-template <int kMTiles, int kTiles>
-__device__ __forceinline__ void zero_unseen(float (&acc)[kMTiles][kTiles][4], int key, int keys) {
-#pragma unroll
-  for (int i = 0; i < kMTiles * kTiles * 4; ++i) {
-    const int m = i / 4 / kTiles, r = i % 4;
-    if (key + 16 * m + Fragment::row(r / 2) >= keys) acc[m][i / 4 % kTiles][r] = 0.0f;
-  }
-}
-template <int kTiles>
-__device__ __forceinline__ void zero_unseen(float (&acc)[kTiles][4], int key, int keys) {
-  zero_unseen(reinterpret_cast<float(&)[1][kTiles][4]>(acc), key, keys);
-}

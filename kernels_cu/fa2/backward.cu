@@ -216,6 +216,16 @@ __device__ __forceinline__ void restrict_keys_to(Params& params, const BackwardP
   params.m_blocks = ceil_div(params.seqlen_q, kBlockM);
 }
 
+// Keys of packed sequences that no query sees are zeros loaded, whose gradients may be NaN even so: 0 times what others see.
+template <int kTiles>
+__device__ __forceinline__ void clear_unseen(float (&acc)[kMTiles][kTiles][4], int row, int keys) {
+#pragma unroll
+  for (int i = 0; i < kMTiles * kTiles * 4; ++i) {
+    const int m = i / 4 / kTiles, r = i % 4;
+    if (row + 16 * m + Fragment::row(r / 2) >= keys) acc[m][i / 4 % kTiles][r] = 0.0f;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)
 fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, head_dim)
              const Element* __restrict__ k,     // (batch, seqlen_k, heads_kv, head_dim)
@@ -408,7 +418,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       advance(at);
     }
     __syncthreads();  // everybody is done with K and V
-    if constexpr (Config::kVarlen) zero_unseen(acc_dv, key_row, keys);
+    if constexpr (Config::kVarlen) clear_unseen(acc_dv, key_row, keys);
     store_gradient<kHeadDimV>(acc_dv, kept_scale(params), smem + kVOffset, key_row, column_warp * kDvTiles, dv, params.dv.row,
                               params.seqlen_k - block_key, params.head_dim_v);
   } else {
@@ -450,7 +460,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
       advance(at);
     }
     __syncthreads();
-    if constexpr (Config::kVarlen) zero_unseen(acc_dk, key_row, keys);
+    if constexpr (Config::kVarlen) clear_unseen(acc_dk, key_row, keys);
     store_gradient<kHeadDim>(acc_dk, params.scale, smem, key_row, column_warp * kDTiles, dk, params.dk.row,
                              params.seqlen_k - block_key, params.head_dim);
   }

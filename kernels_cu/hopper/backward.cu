@@ -304,10 +304,6 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   }
   pin_registers(acc_dv);
   pin_registers(acc_dk);
-  if constexpr (Config::kVarlen) {
-    zero_unseen(acc_dv, keys.first_key + warp_row, keys.end(params));
-    zero_unseen(acc_dk, keys.first_key + warp_row, keys.end(params));
-  }
 
   // Epilogue: dV into this warpgroup's rows of V; dK into those of K, once nobody multiplies by K any more.
   const int row = keys.first_key + warpgroup * 64;

@@ -299,10 +299,6 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
     }
     pin_registers(acc_dv);
     pin_registers(acc_dk);
-    if constexpr (Config::kVarlen) {
-      zero_unseen(acc_dv, keys.first_key + warp_row, keys_seen(keys, params));
-      zero_unseen(acc_dk, keys.first_key + warp_row, keys_seen(keys, params));
-    }
     mbarrier_arrive(k_ring.empty(block));
     if (keys.visits > 0) ++v_use;
 

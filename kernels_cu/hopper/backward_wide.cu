@@ -263,7 +263,6 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     }
     wgmma_wait_group<0>();
     pin_registers(acc_dv);
-    if constexpr (Config::kVarlen) zero_unseen(acc_dv, keys.first_key + warp * 16, keys.end(params));
     dout_ring.wait_empty(visits);
     store_gradient<Element, VTile::kPanelBytes>(acc_dv, kept_scale(params), dout_ring.slot(visits), kStaged, &dv_map, keys.first_key,
                                                 keys);
@@ -311,7 +310,6 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     }
     wgmma_wait_group<0>();
     pin_registers(acc_dk);
-    if constexpr (Config::kVarlen) zero_unseen(acc_dk, keys.first_key + warp * 16, keys.end(params));
     q_ring.wait_empty(visits);
     store_gradient<Element, KTile::kPanelBytes>(acc_dk, params.scale, q_ring.slot(visits), kStaged + 1, &dk_map,
                                                 keys.first_key, keys);

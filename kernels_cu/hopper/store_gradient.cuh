@@ -7,8 +7,9 @@
 #include "ptx/stmatrix.cuh"
 
 // Stages a warpgroup's rows, times factor, in panels of 64 columns that are kPanelStride bytes apart, and starts their
-// store to rows `row` … of the head of a KeyBlock. Thread 0 of the warpgroup must wait for its bulk groups before the panels are
-// written again, and before it exits.
+// store to rows `row` … of the head of a KeyBlock. Thread 0 of the warpgroup must wait for its bulk groups before the panels
+// are written again, and before it exits. Keys of packed sequences that no query sees get zeros: sums of 0 times what others
+// see may be NaN.
 template <class Element, int kPanelStride, int kTiles, class KeyBlock>
 __device__ __forceinline__ void store_gradient(const float (&acc)[kTiles][4], float factor, unsigned panels_smem,
                                                int barrier, const CUtensorMap* map, int row, const KeyBlock& keys) {
@@ -23,6 +24,9 @@ __device__ __forceinline__ void store_gradient(const float (&acc)[kTiles][4], fl
     for (int i = 0; i < 4; ++i) {
       const float(&x)[4] = acc[d + i / 2];
       reg[i] = Element::pack(x[i % 2 * 2] * factor, x[i % 2 * 2 + 1] * factor);
+      if constexpr (Config::kVarlen) {
+        if (row + tile_row + Fragment::row(i % 2) >= keys.seen_keys) reg[i] = 0;
+      }
     }
     stmatrix_x4(panels_smem + d / 8 * kPanelStride + Panel::offset(tile_row + lane % 16, d % 8 + lane / 16), reg);
   }

@@ -73,6 +73,17 @@ def test_hopper_backward_compiles_without_serialised_wgmma_or_spills(head_dim, i
     compile_(made, (9, 0), spill_bytes=made.spill_bytes)
 
 
+@pytest.mark.parametrize(
+    "tile", [config_hopper_backward.MODIFIED_TILES[-1], config_hopper_backward.WIDE_TILES[-1]]
+)
+def test_hopper_backward_with_every_modifier_compiles_without_serialised_wgmma(tile):
+    flags = ModifierFlags(window=True, softcap=True, alibi=True, sinks=True, dropout=True, varlen=True)
+    made = config_hopper_backward.make_config(
+        tile, dtype="bfloat16", causal=True, deterministic=True, modifiers=flags
+    )
+    compile_(made, (9, 0), spill_bytes=128)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_the_pass_that_lists_blocks_compiles_without_spills(capability):
     for causal in (False, True):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from numerics import assert_within_contract
 from packed import NAMES, Call, expected, make_call, placed, results_of
 
-from cuflash import jit
 from emulator import Emulator
 from emulator.planted import WRONG_RESULT, Bug, noticed_by
 
@@ -50,7 +48,7 @@ def check(cp: Any, call: Call, views: Any = ("contiguous",) * 4, **options: Any)
         assert_within_contract(to_numpy(got), want, standard, name, allowance=eps / 2 * max(largest, 1.0))
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1),
     lengths=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=1, max_size=4),
@@ -85,7 +83,7 @@ def test_any_lengths_in_any_memory_layout_stay_within_the_numerics_contract(
     check(hopper, call if with_dlse else call._replace(dlse=None), views, deterministic=deterministic)
 
 
-@pytest.mark.parametrize("head_dim", [59, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [59, 96, 192])
 def test_every_tile_is_right_at_its_head_dims(hopper, head_dim):
     call = make_call(head_dim, UNEQUAL, (2, 1), (head_dim, head_dim), "float16", CAUSAL[head_dim % 3])
     check(hopper, call, deterministic=head_dim % 2 == 0)
@@ -236,6 +234,7 @@ def test_offsets_that_are_none_leave_all_memory_but_the_results_alone(emulated, 
 
 
 PACKED, KEY_BLOCK, NARROW = "core/packed.cuh", "hopper/key_block.cuh", "hopper/backward_narrow.cu"
+STORE = "hopper/store_gradient.cuh"
 BUGS = [
     Bug("queries that see no key are read", KEY_BLOCK,
         "static_cast<int>(sequence.first_query) + params.first_row;", "static_cast<int>(sequence.first_query);", WRONG_RESULT),
@@ -315,21 +314,21 @@ def test_draws_of_dropout_that_do_not_start_at_a_block_of_them_are_noticed(needs
     )
 
 
-@pytest.mark.parametrize(
-    ("file", "head_dim"), [(NARROW, 64), ("hopper/backward.cu", 128), ("hopper/backward_wide.cu", 256)]
-)
-@pytest.mark.parametrize("gradient", ["acc_dk", "acc_dv"])
-def test_gradients_that_are_not_zeroed_where_no_query_sees_a_key_are_noticed(
-    needs_emulator, file, head_dim, gradient
-):
-    text = (jit.sources_dir() / file).read_text()
-    edited = re.sub(rf" zero_unseen\({gradient}, .*\);", " ;", text)
-    assert edited != text
-
-    def check_nan(session: Emulator) -> None:
-        check_nan_in_use(session.cp, head_dim)
-
-    assert WRONG_RESULT in noticed_by({file: edited}, check_nan, seeds=1, until=WRONG_RESULT)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_gradients_that_are_not_zeroed_where_no_query_sees_a_key_are_noticed(needs_emulator, head_dim):
+    bug = Bug(
+        "",
+        STORE,
+        "if (row + tile_row + Fragment::row(i % 2) >= keys.seen_keys) reg[i] = 0;",
+        "",
+        WRONG_RESULT,
+    )
+    assert WRONG_RESULT in noticed_by(
+        bug.edits(),
+        lambda session: check_nan_in_use(session.cp, head_dim),
+        seeds=1,
+        until=WRONG_RESULT,
+    )
 
 
 def test_nothing_is_noticed_without_a_bug(needs_emulator):
