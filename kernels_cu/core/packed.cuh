@@ -52,8 +52,8 @@ template <class Params>
 using ParamsOf = typename ChosenParamsOf<Config::kVarlen, Params>::Type;
 
 // For queries [first_row, end_row) of the sequence, which are counted from first_row; `call` are the parameters of the call.
-template <class Params>
-__device__ __forceinline__ void restrict_to(Params& params, const Params& call, const Sequence& sequence, int first_row,
+template <class Params, class Call>
+__device__ __forceinline__ void restrict_to(Params& params, const Call& call, const Sequence& sequence, int first_row,
                                             int end_row) {
   params.seqlen_q = end_row - first_row;
   params.seqlen_k_visible = sequence.keys;

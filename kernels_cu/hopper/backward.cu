@@ -111,6 +111,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   const int mapped_key = keys.first_key - first_mapped_key(params);
   const unsigned visits = keys.visits;
   const int first_head = keys.head * params.group_size;
+  // Index of a query block in those of all batch elements and heads.
   const auto block_index = [&](const QueryBlock& at) {
     const long long heads_before = keys.batch_of_blocks() * params.heads_kv * params.group_size;
     return (heads_before + first_head + at.head) * params.m_blocks + keys.first_block + at.m_block;
@@ -307,9 +308,9 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
 
   // Epilogue: dV into this warpgroup's rows of V; dK into those of K, once nobody multiplies by K any more.
   const int row = keys.first_key + warpgroup * 64;
-  store_gradient<Element, VTile::kPanelBytes>(acc_dv, kept_scale(params), my_v_smem, kStaged + warpgroup, &dv_map, row, keys);
-  ds_ring.wait_empty(visits + kDsStages - 1);
-  store_gradient<Element, KTile::kPanelBytes>(acc_dk, params.scale, my_k_smem, kStaged + warpgroup, &dk_map, row,
+  store_gradient<Element, VTile::kPanelBytes>(acc_dv, kept_scale(params), my_v_smem, kStaged + warpgroup, &dv_map, row,
                                               keys);
+  ds_ring.wait_empty(visits + kDsStages - 1);
+  store_gradient<Element, KTile::kPanelBytes>(acc_dk, params.scale, my_k_smem, kStaged + warpgroup, &dk_map, row, keys);
   if (threadIdx.x % kWarpgroupThreads == 0) cp_async_bulk_wait_group_read<0>();  // shared memory outlives its reader
 }

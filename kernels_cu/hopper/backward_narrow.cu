@@ -135,6 +135,7 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
     k_ring.wait_full(block);
     return block_slot->index;
   };
+  // Index of a query block in those of all batch elements and heads.
   const auto block_index = [&](const KeyBlock& keys, const QueryBlock& at) {
     const long long first_head = (keys.batch_of_blocks() * params.heads_kv + keys.head) * params.group_size;
     return (first_head + at.head) * params.m_blocks + keys.first_block + at.m_block;
@@ -182,7 +183,7 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
       k_ring.wait_empty(block);
       block_slot->index = index;
       const bool exists = index < key_blocks();
-        if (exists) loading = key_block_at(index);
+      if (exists) loading = key_block_at(index);
       tell(*block_slot, loading);
       if (exists && loading.visits > 0) {
         to_load = loading.first(params);

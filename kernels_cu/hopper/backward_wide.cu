@@ -152,6 +152,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   const int mapped_key = keys.first_key - first_mapped_key(params);
   const unsigned visits = keys.visits;
   const int first_head = keys.head * params.group_size;
+  // Index of a query block in those of all batch elements and heads.
   const auto block_index = [&](const QueryBlock& at) {
     const long long heads_before = keys.batch_of_blocks() * params.heads_kv * params.group_size;
     return (heads_before + first_head + at.head) * params.m_blocks + keys.first_block + at.m_block;
@@ -264,8 +265,8 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     wgmma_wait_group<0>();
     pin_registers(acc_dv);
     dout_ring.wait_empty(visits);
-    store_gradient<Element, VTile::kPanelBytes>(acc_dv, kept_scale(params), dout_ring.slot(visits), kStaged, &dv_map, keys.first_key,
-                                                keys);
+    store_gradient<Element, VTile::kPanelBytes>(acc_dv, kept_scale(params), dout_ring.slot(visits), kStaged, &dv_map,
+                                                keys.first_key, keys);
     wait_for_stores();
     return;
   }

@@ -176,7 +176,7 @@ __device__ __forceinline__ KeyBlock key_block(int index, int n_blocks, const Bac
   return block;
 }
 
-// The same for one who asks no more of its sequence than the result says.
+// The same, where nobody asks for the parameters of its sequence.
 template <int kBlockM, int kBlockN, bool kCausal, class Params>
 __device__ __forceinline__ KeyBlock key_block(int index, int n_blocks, const Params& call) {
   if constexpr (Config::kVarlen) {
