@@ -52,6 +52,7 @@ def add_options(add: Callable[..., Any]) -> None:
     )
     add("--shapes", type=_shapes, default=MODIFIER_SHAPES, help="modifiers: such as 64x8192,128x4096")
     add("--splits", type=_integers, default=(), help="decode: also these num_splits, in rows of their own")
+    add("--points", default="", help="decode: an expression that names match, such as 'h32:1|b8-s8192-q1'")
     add("--steps", type=int, default=300, help="of each run of train (default 300)")
     add("--topic", default=None, help="rows replace <gpu>-<topic>.json (default <algorithm>-<direction>)")
     add("--results-dir", type=Path, default=RESULTS_DIR, help="folder of the results file")

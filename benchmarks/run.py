@@ -16,13 +16,14 @@ python -m benchmarks.run varlen                          packed documents, again
 
 Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps, counters also
 --families and --topic, modifiers also --cases, --shapes, --algorithm or --families (such as hopper,fa2, which
-then take turns), --budget-ms and --topic, varlen also --budget-ms, decode also --splits, --topic and
---budget-ms; the other options are forward's and backward's.
+then take turns), --budget-ms and --topic, varlen also --budget-ms, decode also --points, --splits, --topic
+and --budget-ms; the other options are forward's and backward's.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -75,7 +76,8 @@ def _decode(options: argparse.Namespace, command: str) -> int:
         return decode.measure(point, options.splits, budget_ms=options.budget_ms)
 
     header = machine.header(command, options.commit, decode.METHOD)
-    return _record(decode.POINTS, measure, Recorder(options.results_dir, options.topic or "decode", header))
+    points = [point for point in decode.POINTS if re.search(options.points, str(point))]
+    return _record(points, measure, Recorder(options.results_dir, options.topic or "decode", header))
 
 
 def _host(options: argparse.Namespace, command: str) -> int:

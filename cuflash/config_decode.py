@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -63,8 +64,12 @@ class DecodeConfig:
         return "decode_attention"
 
     @property
+    def warps(self) -> int:
+        return self.warps_m * self.warps_n
+
+    @property
     def threads(self) -> int:
-        return 32 * self.warps_m * self.warps_n
+        return 32 * self.warps
 
     @property
     def block_m(self) -> int:
@@ -115,7 +120,7 @@ def shared_bytes(config: DecodeConfig) -> int:
     groups = config.warps_n
     slot = config.tile_keys * (config.head_dim + config.head_dim_v) * ELEMENT_BYTES
     loop = config.block_m * config.head_dim * ELEMENT_BYTES + groups * config.stages * slot
-    exchange = groups * config.block_m * ((config.head_dim_v + 8) * 4 + 8) + 4
+    exchange = groups * config.block_m * ((config.head_dim_v + 8) * 4 + 8)
     return max(loop, exchange)
 
 
@@ -176,37 +181,59 @@ def choose(
     return next(c for c in configs if c.min_blocks_per_sm * (shared_bytes(c) + 1024) <= per_block + 1024)
 
 
+class Splits(NamedTuple):
+    """In how many parts a sequence's keys are computed, and the tree in which they are merged."""
+
+    parts: int
+    fan_in: int  # parts that are merged at once
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Nodes of each level of the tree: the parts first, the result last."""
+        levels = [self.parts]
+        while levels[-1] > 1:
+            levels.append(-(-levels[-1] // self.fan_in))
+        return tuple(levels)
+
+
 # In bytes a cycle, of an H100: what each multiprocessor gets of its memory if all read, what one block can
-# take at most, and what a block that merges reads out of L2. A merge costs some cycles more for its start.
+# take at most, and what a block that merges reads out of L2. Every level of merging costs some cycles more.
 _SHARED_RATE = 15
 _BLOCK_RATE = 17
-_MERGE_RATE = 50
-_MERGE_CYCLES = 1500
+_MERGE_RATE = 25
+MERGE_CYCLES = 1500
 
 
 def choose_splits(
     config: DecodeConfig, *, row_blocks: int, rows: int, keys: int, multiprocessors: int, asked: int = 0
-) -> int:
-    """In how many parts each sequence's keys are spread over thread blocks; ``asked``, if it is not 0.
+) -> Splits:
+    """How each sequence's keys are spread over thread blocks; in ``asked`` parts, if it is not 0.
 
     ``row_blocks`` blocks are needed without splits, each for at most ``rows`` rows and ``keys`` keys. No more
     parts are made than a sequence has turns of a block's groups. The estimate: all keys take at least as
-    long as memory does, and every wave of blocks as long as a block does; merging takes longer with every
-    part. The fewest parts of those that are fastest by it.
+    long as memory does, and every wave of blocks as long as a block does; every level of merging takes
+    longer with every part that is merged at once. The fewest parts of those that are fastest by it.
     """
     rounds = max(1, -(-keys // config.round_keys))
     most = min(MAX_SPLITS, rounds)
-    if asked:
-        return min(asked, most)
     round_bytes = config.round_keys * (config.head_dim + config.head_dim_v) * ELEMENT_BYTES
+    part_bytes = min(rows, config.block_m) * config.head_dim_v * 4
     shared = row_blocks * rounds * round_bytes / (multiprocessors * _SHARED_RATE)
     resident = multiprocessors * config.min_blocks_per_sm
 
-    def cycles(splits: int) -> float:
-        waves = -(-row_blocks * splits // resident)
-        alone = waves * -(-rounds // splits) * round_bytes / _BLOCK_RATE
-        part_bytes = min(rows, config.block_m) * config.head_dim_v * 4
-        merge = _MERGE_CYCLES + splits * part_bytes / _MERGE_RATE if splits > 1 else 0
-        return max(shared, alone) + merge
+    def merging(splits: Splits) -> float:
+        return (len(splits.levels) - 1) * (MERGE_CYCLES + splits.fan_in * part_bytes / _MERGE_RATE)
 
-    return min(range(1, most + 1), key=cycles)
+    def with_tree(parts: int) -> Splits:
+        # With n levels of the same fan-in, the smallest that does: others only merge more at once.
+        roots = (math.ceil(parts ** (1 / levels)) for levels in range(1, 5))
+        return min((Splits(parts, max(2, fan_in)) for fan_in in roots), key=merging)
+
+    def cycles(splits: Splits) -> float:
+        waves = -(-row_blocks * splits.parts // resident)
+        alone = waves * -(-rounds // splits.parts) * round_bytes / _BLOCK_RATE
+        return max(shared, alone) + merging(splits)
+
+    if asked:
+        return with_tree(min(asked, most))
+    return min(map(with_tree, range(1, most + 1)), key=cycles)

@@ -44,7 +44,8 @@ DECODE_PARAMS = np.dtype(
         *((name, np.int64) for name in ("cos_row", "cos_column", "sin_row", "sin_column")),
         *((name, np.int64) for name in ("seqlens_stride", "table_row", "table_column")),
         *((name, np.int32) for name in ("seqlen_q", "seqlen_new", "capacity", "page_size")),
-        *((name, np.int32) for name in ("heads_kv", "m_blocks", "splits", "part_rows", "append_blocks")),
+        *((name, np.int32) for name in ("heads_kv", "m_blocks", "append_blocks")),
+        *((name, np.int32) for name in ("splits", "fan_in", "nodes", "part_rows")),
         *((name, np.int32) for name in ("head_dim", "head_dim_v", "window_left", "window_right")),
         *((name, np.int32) for name in ("seqlens_bytes", "table_bytes")),
         *((name, np.int32) for name in ("rotary_bytes", "rotary_pairs", "rotary_positions")),
@@ -100,24 +101,21 @@ def decode_calls(request: KvCacheRequest, options: KvCacheOptions, gpu: Gpu) -> 
         multiprocessors=gpu.multiprocessors,
         asked=options.num_splits,
     )
-    if row_blocks * splits > MAX_GRID:
+    blocks = row_blocks * splits.parts
+    if blocks > MAX_GRID:
         raise ValueError(
-            f"q needs {row_blocks * splits} thread blocks (batch {problem.batch}, {problem.heads_kv} heads "
-            f"of the cache, {m_blocks} blocks of {config.block_m} rows, {splits} splits) and a grid has at "
-            f"most {MAX_GRID}; split the batch"
+            f"q needs {blocks} thread blocks (batch {problem.batch}, {problem.heads_kv} heads of the cache, "
+            f"{m_blocks} blocks of {config.block_m} rows, {splits.parts} splits) and a grid has at most "
+            f"{MAX_GRID}; split the batch"
         )
-    config = dataclasses.replace(config, appends=bool(new) and fused, split=splits > 1)
-    part_rows = row_blocks * splits * min(rows, config.block_m) if splits > 1 else 0
-    params["m_blocks"], params["splits"] = m_blocks, splits
-    params["part_rows"] = min(rows, config.block_m)
-    call = KernelCall((row_blocks * splits,), (config.threads,), shared_bytes(config), params[()])
-    return DecodeCalls(
-        append,
-        (config, call),
-        part_rows * (config.head_dim_v + 2),
-        part_rows,
-        row_blocks if splits > 1 else 0,
-    )
+    config = dataclasses.replace(config, appends=bool(new) and fused, split=splits.parts > 1)
+    nodes = sum(splits.levels)
+    params["m_blocks"], params["part_rows"] = m_blocks, min(rows, config.block_m)
+    params["splits"], params["fan_in"], params["nodes"] = splits.parts, splits.fan_in, nodes
+    call = KernelCall((blocks,), (config.threads,), shared_bytes(config), params[()])
+    part_rows = row_blocks * (nodes - 1) * min(rows, config.block_m)  # the root is the result
+    counters = row_blocks * (nodes - splits.parts) * config.warps
+    return DecodeCalls(append, (config, call), part_rows * (config.head_dim_v + 2), part_rows, counters)
 
 
 def _params(request: KvCacheRequest, options: KvCacheOptions) -> Any:

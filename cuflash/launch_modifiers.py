@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,12 +16,17 @@ from cuflash.problem import Problem
 OPERAND_ARRAYS = ("alibi_slopes", "bias", "mask", "key_padding", "query_padding", "sinks", "seed")
 MODIFIER_ARRAYS = (*OPERAND_ARRAYS, "mask_tiles", "keys_seen")
 
+_TILES_OF_WORD = 32
 _OPERAND_STRIDES = np.dtype([(axis, np.int64) for axis in ("batch", "head", "row", "key")], align=True)
+_TILE_STRIDES = np.dtype(
+    [(name, np.int64) for name in ("batch", "head", "query_block", "of_keys", "key_block")], align=True
+)
 _HEAD_STRIDES = np.dtype([(axis, np.int64) for axis in ("batch", "head")], align=True)
 MODIFIER_PARAMS = np.dtype(
     [
         *((name, np.uint64) for name in MODIFIER_ARRAYS),
-        *((f"{name}_strides", _OPERAND_STRIDES) for name in ("bias", "mask", "mask_tiles")),
+        *((f"{name}_strides", _OPERAND_STRIDES) for name in ("bias", "mask")),
+        ("mask_tiles_strides", _TILE_STRIDES),
         *((f"{name}_strides", _HEAD_STRIDES) for name in ("keys_seen", "slopes", "sinks")),
         *((f"{name}_stride", np.int64) for name in ("key_padding", "query_padding", "seed")),
         *((f"{name}_bytes", np.int32) for name in ("slopes", "sinks", "key_padding", "query_padding")),
@@ -44,7 +48,7 @@ MASK_SUMMARY_PARAMS = np.dtype(
             (name, np.int32)
             for name in (
                 *("first_row", "seqlen_q", "seqlen_k", "heads", "m_blocks", "n_blocks"),
-                *("causal_offset", "window_offset"),
+                *("query_words", "key_words", "causal_offset", "window_offset"),
             )
         ),
     ],
@@ -57,22 +61,37 @@ _LARGE = 1e38
 
 
 class MaskBlocks(NamedTuple):
-    """How a kernel's tiles divide a mask, an axis that is broadcast counting once."""
+    """How a kernel's tiles divide a mask, an axis that is broadcast counting once; words of their bits."""
 
     batch: int
     heads: int
     m_blocks: int
     n_blocks: int
+    query_words: int  # of a query block: TileBits in kernels_cu/core/mask_tiles.cuh
+    key_words: int  # of a key block, which has a bit for each of the kernel's query blocks
 
     @classmethod
     def of(cls, shape: tuple[int, ...], queries: int, block_m: int, block_n: int) -> MaskBlocks:
         """Of ``queries`` of the rows of a mask of this ``shape``, unless they are broadcast."""
         batch, heads, rows, keys = shape
-        return cls(batch, heads, -(-min(queries, rows) // block_m), -(-keys // block_n))
+        n_blocks = -(-keys // block_n)
+        all_m_blocks = -(-queries // block_m)
+        words = -(-n_blocks // _TILES_OF_WORD), -(-all_m_blocks // _TILES_OF_WORD)
+        return cls(batch, heads, -(-min(queries, rows) // block_m), n_blocks, *words)
 
     @property
     def tiles(self) -> int:
-        return math.prod(self)
+        return self.batch * self.heads * self.m_blocks * self.n_blocks
+
+    @property
+    def of_keys(self) -> int:
+        """Where in the words of a head those of its key blocks start."""
+        return self.m_blocks * self.query_words
+
+    @property
+    def of_head(self) -> int:
+        """Words of a head."""
+        return self.of_keys + self.n_blocks * self.key_words
 
 
 def mask_shape(problem: Problem, infos: Mapping[str, ArrayInfo]) -> tuple[int, int, int, int]:
@@ -132,10 +151,9 @@ def modifier_params(
             params[f"{name}_strides"] = element_strides(name, infos[name])
     if mask_blocks is not None:
         batch, heads, rows, keys = mask_shape(problem, infos)
-        per_head = mask_blocks.m_blocks * mask_blocks.n_blocks
-        tiles = (heads * per_head, per_head, mask_blocks.n_blocks)
-        kept = [step if size > 1 else 0 for step, size in zip(tiles, (batch, heads, rows), strict=True)]
-        params["mask_tiles_strides"] = (*kept, 1)
+        steps = (heads * mask_blocks.of_head, mask_blocks.of_head, mask_blocks.query_words)
+        kept = [step if size > 1 else 0 for step, size in zip(steps, (batch, heads, rows), strict=True)]
+        params["mask_tiles_strides"] = (*kept, mask_blocks.of_keys, mask_blocks.key_words)
         params["keys_seen_strides"] = (heads * keys if batch > 1 else 0, keys if heads > 1 else 0)
     for name, field in (("alibi_slopes", "slopes"), ("sinks", "sinks")):
         if name in infos:

@@ -35,7 +35,7 @@ class SummaryPass(NamedTuple):
     config: MaskSummaryConfig
     call: KernelCall
     blocks: MaskBlocks
-    keys: int  # words of keys_seen, before those of mask_tiles
+    keys: int  # words of keys_seen, behind mask_tiles
 
     @classmethod
     def of(
@@ -61,7 +61,12 @@ class SummaryPass(NamedTuple):
     @property
     def words(self) -> int:
         """What it writes, in words of 4 bytes."""
-        return self.keys + self.blocks.tiles
+        return self.tile_words + self.keys
+
+    @property
+    def tile_words(self) -> int:
+        """Of mask_tiles."""
+        return 2 * self.blocks.batch * self.blocks.heads * self.blocks.of_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class SummaryLauncher:
     start: launcher.Launcher
     key: Hashable  # all that its results depend on, but for arrays and numbers
     words: int  # that it writes
-    key_bytes: int
+    tile_bytes: int  # of these, mask_tiles
     mod_args: int  # that it takes: all or none
 
     @classmethod
@@ -80,20 +85,20 @@ class SummaryLauncher:
         start = launcher.load(summary.config, summary.call, arch, addresses=3, arrays=arrays)
         assert start is not None
         key = summary.config, summary.call.grid, summary.call.params.tobytes()
-        return cls(start, key, summary.words, 4 * summary.keys, arrays)
+        return cls(start, key, summary.words, 4 * summary.tile_words, arrays)
 
     def __call__(self, mask: int, mod_args: Sequence[int], workspace: int, stream: int) -> tuple[int, int]:
         """Queue it; the addresses of mask_tiles and keys_seen, in the workspace."""
         from cupy.cuda import runtime
 
         mask_tiles, keys_seen = self.parts(workspace)
-        runtime.memsetAsync(keys_seen, 0, self.key_bytes, stream)
+        runtime.memsetAsync(workspace, 0, 4 * self.words, stream)
         self.start((), (mask, mask_tiles, keys_seen, *mod_args[: self.mod_args]), stream)
         return mask_tiles, keys_seen
 
     def parts(self, workspace: int) -> tuple[int, int]:
         """The addresses of mask_tiles and keys_seen."""
-        return workspace + self.key_bytes, workspace
+        return workspace, workspace + self.tile_bytes
 
 
 class ModifiedLauncher:

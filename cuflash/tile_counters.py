@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 from typing import Any, NamedTuple
 
-_BLOCK = 1 << 16  # counters allocated at once: 256 KB
-_SPARE = 1 << 15  # that a capture finds, which cannot allocate: 64 launches of 512 counters
+_SPARE = 1 << 17  # that a capture finds, which cannot allocate: 256 launches of 512 counters, and
+_LAUNCHES = 128  # so many of a launch that takes more
+_BLOCK = 2 * _SPARE  # allocated at once: 1 MB
 _BYTES = 4
 
 
@@ -26,23 +27,35 @@ _blocks: list[Any] = []  # keeps the memory
 
 
 def address(device: int, stream: int, capturing: bool, count: int = 1) -> int:
-    """The address of ``count`` counters for a launch on ``stream``, a handle, of the current device."""
+    """The address of ``count`` counters for a launch on ``stream``, a handle, of the current device.
+
+    RuntimeError for a capture that has taken all there are: nothing can be allocated before it ends.
+    """
     if capturing:
         with _lock:
+            if _unused[device].size < count:
+                raise RuntimeError(
+                    "a CUDA graph is being captured, and its launches have taken all counters that were made "
+                    "ready; capture fewer launches in a graph, and make a call between captures"
+                )
             return _take(device, count).address
     known = _of_stream.get((device, stream))
     if known is None or known.size < count:
         with _lock:
             known = _of_stream[device, stream] = _take(device, count)
-    if _unused[device].size < _SPARE:
-        prepare(device)
+    if _unused[device].size < _spare(count):
+        prepare(device, count)
     return known.address
 
 
 def prepare(device: int, count: int = 1) -> None:
-    """Allocate counters for the current device, at least ``count``: while a graph captures it is too late."""
+    """Allocate counters for captures of launches with ``count``, on the current device: later is too late."""
     with _lock:
-        _require(device, max(count, _SPARE))
+        _require(device, _spare(count))
+
+
+def _spare(count: int) -> int:
+    return max(_SPARE, _LAUNCHES * count)
 
 
 def _take(device: int, count: int) -> _Counters:

@@ -24,6 +24,8 @@ WEIGHT_DECAY = 0.1
 
 REPORT_EVERY = 10
 
+TEXT = np.frombuffer(TEXT_PATH.read_bytes(), np.uint8)  # Newton's Opticks
+
 
 @dataclass(frozen=True)
 class Size:
@@ -45,9 +47,8 @@ class Size:
 Train = Callable[[Size, str, int, int, str], Iterator[Any]]
 
 
-def batches(size: Size, steps: int, seed: int) -> NDArray[np.uint8]:
-    """(steps, batch, seqlen + 1): bytes of Newton's Opticks, each row from a random place."""
-    text = np.frombuffer(TEXT_PATH.read_bytes(), np.uint8)
+def batches(size: Size, steps: int, seed: int, text: NDArray[np.uint8] = TEXT) -> NDArray[np.uint8]:
+    """(steps, batch, seqlen + 1): pieces of ``text``, each row from a random place."""
     starts = np.random.default_rng(seed).integers(len(text) - size.seqlen, size=(steps, size.batch, 1))
     return text[starts + np.arange(size.seqlen + 1)]
 

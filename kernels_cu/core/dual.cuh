@@ -14,6 +14,10 @@ struct Dual {
   __device__ __forceinline__ explicit operator bool() const { return value != 0.0f; }
 };
 
+// a / b for |b| from 2^−126 to 2^126, to 2 units in the last place: of what is the same for all elements, the reciprocal
+// is taken once.
+__device__ __forceinline__ float quotient(float a, float b) { return a * rcp_approx(b); }
+
 // float(x) of a formula, which has the slope of x.
 __device__ __forceinline__ float cuflash_float(float x) { return x; }
 __device__ __forceinline__ Dual cuflash_float(const Dual& x) { return x; }
@@ -41,13 +45,13 @@ __device__ __forceinline__ Dual operator*(const Dual& a, float b) { return {a.va
 __device__ __forceinline__ Dual operator*(float a, const Dual& b) { return b * a; }
 
 __device__ __forceinline__ Dual operator/(const Dual& a, const Dual& b) {
-  const float quotient = a.value / b.value;
-  return {quotient, (a.slope - quotient * b.slope) / b.value};
+  const float value = quotient(a.value, b.value);
+  return {value, quotient(a.slope - value * b.slope, b.value)};
 }
-__device__ __forceinline__ Dual operator/(const Dual& a, float b) { return {a.value / b, a.slope / b}; }
+__device__ __forceinline__ Dual operator/(const Dual& a, float b) { return {quotient(a.value, b), quotient(a.slope, b)}; }
 __device__ __forceinline__ Dual operator/(float a, const Dual& b) {
-  const float quotient = a / b.value;
-  return {quotient, -quotient * b.slope / b.value};
+  const float value = quotient(a, b.value);
+  return {value, quotient(-value * b.slope, b.value)};
 }
 
 #define CUFLASH_COMPARISON(op)                                                                                     \
@@ -70,8 +74,8 @@ __device__ __forceinline__ Dual exp2(const Dual& x) {
   const float y = exp2f(x.value);
   return chained(x, y, y * kLn2);
 }
-__device__ __forceinline__ Dual log(const Dual& x) { return chained(x, logf(x.value), 1.0f / x.value); }
-__device__ __forceinline__ Dual log2(const Dual& x) { return chained(x, log2f(x.value), kLog2E / x.value); }
+__device__ __forceinline__ Dual log(const Dual& x) { return chained(x, logf(x.value), rcp_approx(x.value)); }
+__device__ __forceinline__ Dual log2(const Dual& x) { return chained(x, log2f(x.value), quotient(kLog2E, x.value)); }
 __device__ __forceinline__ Dual tanh(const Dual& x) {
   const float y = tanh_from_ex2(x.value * (2.0f * kLog2E));
   return chained(x, y, 1.0f - y * y);
@@ -80,11 +84,11 @@ __device__ __forceinline__ Dual sin(const Dual& x) { return chained(x, sinf(x.va
 __device__ __forceinline__ Dual cos(const Dual& x) { return chained(x, cosf(x.value), -sinf(x.value)); }
 __device__ __forceinline__ Dual sqrt(const Dual& x) {
   const float y = sqrtf(x.value);
-  return chained(x, y, 0.5f / y);
+  return chained(x, y, quotient(0.5f, y));
 }
 __device__ __forceinline__ Dual rsqrt(const Dual& x) {
   const float y = rsqrtf(x.value);
-  return chained(x, y, -0.5f * y / x.value);
+  return chained(x, y, quotient(-0.5f * y, x.value));
 }
 __device__ __forceinline__ Dual floor(const Dual& x) { return floorf(x.value); }
 __device__ __forceinline__ Dual ceil(const Dual& x) { return ceilf(x.value); }

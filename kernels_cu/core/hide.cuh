@@ -25,15 +25,11 @@ __device__ __forceinline__ MaskView array_of(const Params& params, int batch, in
 
 // The same and mask_mod, a function that the stub defines.
 template <class Params>
-struct FormulaMaskView {
-  MaskView array;
+struct FormulaMaskView : MaskView {
   const Params& params;
   int batch, head, first_query;
 
-  __device__ __forceinline__ bool hides(int query_index, int key_index) const {
-    if constexpr (Config::kMask) {
-      if (array.hides(query_index, key_index)) return true;
-    }
+  __device__ __forceinline__ bool formula_hides(int query_index, int key_index) const {
     return !mask_mod(params, batch, head, first_query + query_index, key_index);
   }
 };
@@ -64,10 +60,13 @@ __device__ __forceinline__ void hide(float (&scores)[kMTiles][kNTiles][4], int r
 #pragma unroll
         for (int parity = 0; parity < 2; ++parity) {
           const int this_column = lane_column + 8 * j + parity;
+          const int query = kTransposed ? this_column : this_row, key = kTransposed ? this_row : this_column;
           bool hidden = this_column < first || this_column >= end;
-          if constexpr (kMasks) {
-            if (!hidden) hidden = kTransposed ? mask.hides(this_column, this_row) : mask.hides(this_row, this_column);
+          if constexpr (Config::kMask) {
+            if (!hidden) hidden = mask.hides(query, key);
           }
+          // Of all elements, without a branch: what it reads of a row is then read once for all of it.
+          if constexpr (Config::kMaskMod) hidden |= mask.formula_hides(query, key);
           if (hidden) scores[m][j][2 * half + parity] = value;
         }
       }

@@ -10,6 +10,14 @@ struct HeadStrides {
   long long batch, head;
 };
 
+// Of core/mask_tiles.cuh, in its words.
+struct TileBits;
+struct TileStrides {
+  long long batch, head;
+  long long query_block;          // 0 if the mask is broadcast along the queries
+  long long of_keys, key_block;   // where the words of key blocks start, and from one to the next
+};
+
 struct ModifierNumbers {
   // Addresses come first: each call has its own, the rest belongs to the plan.
   const void* alibi_slopes;         // (batch or 1, heads_q)
@@ -19,11 +27,11 @@ struct ModifierNumbers {
   const void* query_padding;        // (batch,)
   const void* sinks;                // (batch or 1, heads_q)
   const void* seed;                 // the array, or with kSeedIsValue the number itself
-  const int* mask_tiles;            // what core/mask_tiles.cuh reads, written by fa2/mask_summary.cu
+  const TileBits* mask_tiles;       // what core/mask_tiles.cuh reads, written by fa2/mask_summary.cu
   const int* keys_seen;             // (batch or 1, heads_q or 1, seqlen_k) of the mask: some query sees this key
 
   OperandStrides bias_strides, mask_strides;
-  OperandStrides mask_tiles_strides;  // row: of query blocks
+  TileStrides mask_tiles_strides;
   HeadStrides keys_seen_strides, slopes_strides, sinks_strides;
   long long key_padding_stride, query_padding_stride, seed_stride;
   int slopes_bytes, sinks_bytes;                 // of an element: 4, or 2 for Element

@@ -22,10 +22,12 @@ __device__ __forceinline__ void apply_score_mod(float (&scores)[kMTiles][kNTiles
         const int this_column = lane_column + 8 * j + r % 2;
         const int query = kTransposed ? this_column : this_row;
         const int key = kTransposed ? this_row : this_column;
-        Dual modified(scores[m][j][r] * scale, 1.0f);
-        if (query < queries && key < keys) modified = score_mod(params, modified, batch, head, first_query + query, key);
-        scores[m][j][r] = modified.value;
-        slope(m, j, r, modified.slope);
+        // Of all elements, without a branch: what it reads of a row, or of a column, is then read once for all of it.
+        const Dual score(scores[m][j][r] * scale, 1.0f);
+        const Dual modified = score_mod(params, score, batch, head, first_query + query, key);
+        const bool exists = query < queries && key < keys;
+        scores[m][j][r] = exists ? modified.value : score.value;
+        slope(m, j, r, exists ? modified.slope : score.slope);
       }
     }
   }

@@ -15,8 +15,11 @@
 // Loop      wait for tile i;  start the load of tile i + kStages − 1;  S = Q Kᵀ;  mask S at the ends;
 //           P = 2^(S·scale_log2 − row_max·scale_log2);  O += P V
 // Then      the groups' O, maxima and sums meet in shared memory. Without splits that is the result. With splits each
-//           block leaves its part in global memory, and the last to arrive merges all those of its rows: one launch, and
-//           nobody waits. `counters` are 0 before and after.
+//           block leaves its part in global memory, and whoever arrives last merges: one launch, and nobody waits. Parts
+//           are the leaves of a tree: the last of `fan_in` neighbours merges them to a part of the next level, the last
+//           at the root writes the result. Each warp arrives and merges for rows of its own, so that blocks that end
+//           together share the work. Parts are merged in order, whoever does it: every run gives the same bits.
+//           `counters` are 0 before and after.
 //
 // Appending if kAppends, the block that visits the slots of new keys and values writes them first (decode/chunk.cuh).
 // Lengths   on the device. Each sequence's own length is cut in `splits` equal parts, some of them perhaps empty.
@@ -24,10 +27,11 @@
 //           0            Q tile, kBlockM · 2·kHeadDim
 //           …            kWarpsN rings of kStages slots, kTileKeys · R each: K, then V
 //           After the loop, from 0 on: O of kWarpsN · kBlockM rows, kHeadDimV + 8 floats each against bank conflicts;
-//           their maxima and sums, 8 bytes each; whether this block is the last, 4.
+//           their maxima and sums, 8 bytes each.
 // Registers O and S: kMTiles · (kHeadDimV/8 + kTileKeys/8) · 4 a thread.
 // Barriers  one per tile and group: the tile's copies have landed for all its warps, which also have left the tile
 //           before, whose slot is loaded next. __syncthreads() after Q and after appending; around the exchange of O.
+//           __syncwarp() around each arrival at a counter: a lane's atomic speaks for the warp.
 // Masks     keys outside a sequence or its window are loaded as zeros. A row that sees no key gives out 0, lse −inf.
 // Numerics  S, sums, O and parts in float32; P rounded to Element for the second product; row_max may lag by 2^8.
 // Configs   head dims to 256 in steps of 16 (others zero-padded by the loads), Dv ≠ D, float16 and bfloat16; rows that are
@@ -55,7 +59,8 @@ constexpr int kWarpsM = Config::kWarpsM;
 constexpr int kWarpsN = Config::kWarpsN;
 constexpr int kTileKeys = Config::kTileKeys;
 constexpr int kStages = Config::kStages;
-constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
+constexpr int kWarps = kWarpsM * kWarpsN;
+constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kWarpRows = 16 * kMTiles;
 constexpr int kBlockM = kWarpsM * kWarpRows;
 constexpr int kSlabs = kTileKeys / (kSlabRows * kWarpsM);  // that a warp loads of each tile
@@ -70,11 +75,10 @@ constexpr int kVOffset = kTileKeys * kHeadDim * 2;  // in a slot
 constexpr int kSlotBytes = kTileKeys * (kHeadDim + kHeadDimV) * 2;
 constexpr int kORow = kHeadDimV + 8;  // floats
 constexpr int kStatisticsOffset = kWarpsN * kBlockM * kORow * 4;
-constexpr int kIsLastOffset = kStatisticsOffset + kWarpsN * kBlockM * 8;
-constexpr int kQuads = kHeadDimV / 4;  // what a thread has of a row of O at a time
-constexpr int kPartsAtOnce = 16;       // that a thread has in flight as it merges: 96 registers, free after the loop
-
-struct alignas(8) Vector8 { unsigned words[2]; };
+constexpr int kQuads = kHeadDimV / 4;  // of columns in a row of O: a thread merges and writes one at a time
+// In flight to a thread that merges: parts of a quad, times quads. 96 or 192 registers, free after the loop.
+constexpr int kPartsAtOnce = kBlockM == 16 ? 16 : 8;
+constexpr int kQuadsAtOnce = kBlockM == 16 ? 1 : 4;
 
 // Of all blocks on the rows of one m_block of one head of one sequence.
 struct Rows {
@@ -89,13 +93,13 @@ __device__ __forceinline__ void write(Element* out, float* lse, const Rows& rows
   const int query = packed / Config::kGroup, head = rows.head_kv * Config::kGroup + packed % Config::kGroup;
   Element* const out_row = out + rows.batch * params.out.outer + query * params.out.row + head * params.out.head;
   const Floats4 o = result.normalised();
-  const Vector8 vector = {{Element::pack(o.x[0], o.x[1]), Element::pack(o.x[2], o.x[3])}};
+  const unsigned words[2] = {Element::pack(o.x[0], o.x[1]), Element::pack(o.x[2], o.x[3])};
   if constexpr (Config::kAligned) {
-    if (quad * 4 < params.head_dim_v) *reinterpret_cast<Vector8*>(out_row + quad * 4) = vector;
+    if (quad * 4 < params.head_dim_v) st_global_v2(out_row + quad * 4, words);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const unsigned short bits = vector.words[i / 2] >> (i % 2 * 16);
+      const unsigned short bits = words[i / 2] >> (i % 2 * 16);
       if (quad * 4 + i < params.head_dim_v) out_row[(quad * 4 + i) * params.out.column].bits = bits;
     }
   }
@@ -117,9 +121,9 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
                  const void* __restrict__ table,          // (batch, pages), or rows (batch,), or null
                  const void* __restrict__ cos,            // (positions, pairs), or null
                  const void* __restrict__ sin,
-                 float* parts,                            // (Rows, splits, part_rows, kHeadDimV), or null
-                 Statistics* parts_statistics,            // (Rows, splits, part_rows), or null
-                 unsigned* counters,                      // (Rows,), or null
+                 float* parts,                            // (Rows, nodes − 1, part_rows, kHeadDimV), or null
+                 Statistics* parts_statistics,            // (Rows, nodes − 1, part_rows), or null
+                 unsigned* counters,                      // (Rows, nodes − splits, kWarps), or null
                  long long uniform, const __grid_constant__ DecodeParams params) {
   DYN_SMEM(smem);
   const unsigned smem_address = cvta_to_shared(smem);
@@ -162,13 +166,21 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
     }
   }
 
-  // The group's tiles are begin + warp_n, + kWarpsN …. Where the warp's next slabs of them lie, its lanes know, one each:
-  // a page table is another trip to memory, so one load goes for 32 slabs, as soon as those before are in use.
+  // The group's tiles are begin + warp_n, + kWarpsN …. Where the warp's next slabs of them lie, its lanes know, one each.
+  // A page table is another trip to memory, which queues behind the keys that are on their way: one load goes for 32
+  // slabs, a tile before they are needed, and finds in L2 what a prefetch brought there while the 32 before were in use.
   const unsigned ring = kRingOffset + warp_n * kStages * kSlotBytes;
   const auto first_key = [&](int tile, int slab) { return tile * kTileKeys + (warp_m * kSlabs + slab) * kSlabRows; };
   const auto locate = [&](int tile) {
-    const int key = first_key(tile + Fragment::lane() / kSlabs * kWarpsN, Fragment::lane() % kSlabs);
-    return Config::kPageKeys == kSlabRows && key < high ? slots.at(key) : Slot{};
+    if constexpr (Config::kPageKeys != kSlabRows) return Slot{};
+    else {
+      const auto key_of = [&](int tile) {
+        return first_key(tile + Fragment::lane() / kSlabs * kWarpsN, Fragment::lane() % kSlabs);
+      };
+      const int key = key_of(tile), next = key_of(tile + kWarpSize / kSlabs * kWarpsN);
+      if (next < min(high, end * kTileKeys)) slots.prefetch(next);
+      return key < high ? slots.at(key) : Slot{};
+    }
   };
   Slot located = locate(begin + warp_n);
   const auto load = [&](int tile, int slot) {
@@ -242,7 +254,6 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
   __syncthreads();
   float* const o_smem = reinterpret_cast<float*>(smem);
   Statistics* const statistics_smem = reinterpret_cast<Statistics*>(smem + kStatisticsOffset);
-  int* const is_last_smem = reinterpret_cast<int*>(smem + kIsLastOffset);
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -260,32 +271,40 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
   }
   __syncthreads();
 
-  const long long first_part = rows.index * params.splits * params.part_rows;  // of all splits of these rows
-  for (int item = threadIdx.x; item < rows.count * kQuads; item += kThreads) {
-    const int row = item / kQuads, quad = item % kQuads;
-    const Partial part =
-        merge<kWarpsN>(kWarpsN, statistics_smem + row, o_smem + row * kORow + quad * 4, kBlockM, kORow);
-    if constexpr (Config::kSplit) {
-      const long long part_row = first_part + split * params.part_rows + row;
-      *reinterpret_cast<Floats4*>(parts + part_row * kHeadDimV + quad * 4) = part.o;
-      if (quad == 0) parts_statistics[part_row] = part.of_row;
-    } else {
-      write(out, lse, rows, row, quad, part, params);
-    }
-  }
-  if constexpr (Config::kSplit) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      *is_last_smem = atom_acq_rel_gpu_inc(counters + rows.index, params.splits - 1) == params.splits - 1u;
-    }
-    __syncthreads();
-    if (*is_last_smem == 0) return;
-    for (int item = threadIdx.x; item < rows.count * kQuads; item += kThreads) {
-      const int row = item / kQuads, quad = item % kQuads;
-      const Partial merged =
-          merge<kPartsAtOnce>(params.splits, parts_statistics + first_part + row,
-                              parts + (first_part + row) * kHeadDimV + quad * 4, params.part_rows, kHeadDimV);
-      write(out, lse, rows, row, quad, merged, params);
-    }
+  const Parts<const Statistics*, const float*> groups = {statistics_smem, o_smem, kBlockM, kORow};
+  if constexpr (!Config::kSplit) {
+    merge_rows<kWarps, kQuads, kWarpsN, 1>(groups, 0, kWarpsN, rows.count, [&](int row, int quad, const Partial& result) {
+      write(out, lse, rows, row, quad, result, params);
+    });
+  } else {
+    // Nodes of the tree: the splits, then level after level what is merged of them, at last the root.
+    const long long first_part = rows.index * (params.nodes - 1) * params.part_rows;
+    const Parts<Statistics*, float*> nodes = {parts_statistics + first_part, parts + first_part * kHeadDimV,
+                                              params.part_rows, kHeadDimV};
+    counters += rows.index * (params.nodes - params.splits) * kWarps + warp;
+    int node = split, level_begin = 0, level_nodes = params.splits;
+    merge_rows<kWarps, kQuads, kWarpsN, 1>(groups, 0, kWarpsN, rows.count, [&](int row, int quad, const Partial& part) {
+      nodes.write(node, row, quad, part);
+    });
+    do {
+      const int parent = (node - level_begin) / params.fan_in;  // in its level
+      const int first = level_begin + parent * params.fan_in;
+      level_begin += level_nodes;
+      const int children = min(params.fan_in, level_begin - first);
+      level_nodes = ceil_div(level_nodes, params.fan_in);
+      node = level_begin + parent;
+      __syncwarp();
+      unsigned arrived = 0;
+      if (Fragment::lane() == 0) {
+        arrived = atom_acq_rel_gpu_inc(counters + (node - params.splits) * kWarps, children - 1);
+      }
+      __syncwarp();
+      if (__shfl_sync(0xffffffffu, arrived, 0) != children - 1u) return;
+      merge_rows<kWarps, kQuads, kPartsAtOnce, kQuadsAtOnce>(
+          nodes, first, children, rows.count, [&](int row, int quad, const Partial& part) {
+            if (level_nodes > 1) nodes.write(node, row, quad, part);
+            else write(out, lse, rows, row, quad, part, params);
+          });
+    } while (level_nodes > 1);
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include "core/read_value.cuh"
 #include "core/types.cuh"
+#include "ptx/prefetch.cuh"
 
 // How a kernel walks (batch, seqlen, heads, head_dim), or a cache of (pages, page_size, heads, head_dim).
 struct RowStrides {
@@ -13,7 +14,8 @@ struct DecodeParams {
   long long cos_row, cos_column, sin_row, sin_column;     // in elements, as all strides here
   long long seqlens_stride, table_row, table_column;      // of cache_seqlens, and of block_table or cache_batch_idx
   int seqlen_q, seqlen_new, capacity, page_size;          // capacity: keys that the cache can hold of one sequence
-  int heads_kv, m_blocks, splits, part_rows, append_blocks;  // part_rows: rows of a block, at most those there are
+  int heads_kv, m_blocks, append_blocks;
+  int splits, fan_in, nodes, part_rows;  // of the tree of parts; part_rows: rows of a block, at most those there are
   int head_dim, head_dim_v, window_left, window_right;
   int seqlens_bytes, table_bytes, rotary_bytes, rotary_pairs, rotary_positions;
   float scale_log2;  // |scale|·log2(e)
@@ -67,6 +69,11 @@ struct Slots {
       const int page = position / page_size;
       return {read_index(table, page * table_column, table_bytes), position - page * page_size};
     }
+  }
+
+  // What at(position) reads of a page table comes to L2.
+  __device__ __forceinline__ void prefetch(int position) const {
+    prefetch_l2(static_cast<const char*>(table) + position / page_size * table_column * table_bytes);
   }
 };
 

@@ -291,12 +291,15 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
   QueryBlock first = {0, m_begin};
   // To the next block, or to the first that the mask does not hide.
   const auto skip_hidden = [&](QueryBlock& at) {
-    while (at.head < params.group_size && mask_tiles(at.head).hides(at.m_block)) at.advance(m_begin, m_end);
+    for (; at.head < params.group_size; ++at.head, at.m_block = m_begin) {
+      at.m_block = mask_tiles(at.head).shown_from(at.m_block, m_end);
+      if (at.m_block < m_end) return;
+    }
   };
   if constexpr (kMasks) {
     if (visits > 0) {
       visits = 0;
-      for (int i = 0; i < params.group_size; ++i) visits += count_shown(mask_tiles(i), m_begin, m_end);
+      for (int i = 0; i < params.group_size; ++i) visits += mask_tiles(i).count_shown(m_begin, m_end);
       skip_hidden(first);
     }
   }
@@ -310,7 +313,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
     if constexpr (Config::kDeterministic && kBanded) {
       const int from = first_visited<kBlockM, kBlockN>(params, at.m_block);
       if constexpr (!kMasks) return n_block - from;
-      else return count_shown(tiles_of_queries(params, tile.batch, first_head + at.head, at.m_block), from, n_block);
+      else return tiles_of_queries(params, tile.batch, first_head + at.head, at.m_block).count_shown(from, n_block);
     } else {
       return n_block;
     }

@@ -7,6 +7,7 @@
 // Threads  kThreads; kBlockN neighbours read a row.
 // Memory   reads the mask once, through its strides. keys_seen is zeros before; whoever sees a key makes it 1, in any
 //          order.
+// Words    of tiles, in any order: an OR of bits.
 // Masks    what a causal mask and a window hide is no part of the mask here, but keeps a tile from being visited all the
 //          same, and a key from being seen. A mask that is broadcast along the queries has one row, which stands for all.
 // Speed    limited by memory.
@@ -19,6 +20,7 @@ struct MaskSummaryNumbers {
   int first_row;             // where the kernel's queries start
   int seqlen_q, seqlen_k;    // of the mask from there on: seqlen_q is 1 if it is broadcast
   int heads, m_blocks, n_blocks;
+  int query_words, key_words;  // of a query block, and of a key block: of all of the kernel's query blocks
   int causal_offset, window_offset;
 };
 struct MaskSummaryParams : ModArgAddresses<Config::kModArgs>, MaskSummaryNumbers, ModArgLayouts<Config::kModArgs> {};
@@ -38,7 +40,7 @@ __device__ __forceinline__ bool shows(const Params& params, int batch, int head,
 
 extern "C" __global__ void __launch_bounds__(kThreads)
 fa2_mask_summary(const unsigned char* __restrict__ mask,  // (batch or 1, heads or 1, seqlen_q or 1, seqlen_k)
-                 int* __restrict__ mask_tiles,            // (batch or 1, heads or 1, m_blocks, n_blocks)
+                 TileBits* __restrict__ mask_tiles,       // (batch or 1, heads or 1, words), zeros before
                  int* __restrict__ keys_seen,             // (batch or 1, heads or 1, seqlen_k)
                  const __grid_constant__ MaskSummaryParams params) {
   DYN_SMEM(smem);
@@ -82,6 +84,18 @@ fa2_mask_summary(const unsigned char* __restrict__ mask,  // (batch or 1, heads 
       some |= warp_state[i] & 1;
       whole &= warp_state[i];
     }
-    mask_tiles[blockIdx.x] = !some ? kHiddenTile : whole ? kFullTile : kMixedTile;
+    const int of_keys = params.m_blocks * params.query_words;
+    mask_tiles += (long long)batch_head * (of_keys + params.n_blocks * params.key_words);
+    const auto set = [&](TileBits& word, unsigned bits) {
+      if (some) atomicOr(&word.shown, bits);
+      if (!whole) atomicOr(&word.mixed, bits);
+    };
+    set(mask_tiles[m_block * params.query_words + n_block / kTilesOfWord], 1u << n_block % kTilesOfWord);
+    TileBits* const of_key_block = mask_tiles + of_keys + n_block * params.key_words;
+    if (params.seqlen_q > 1) {
+      set(of_key_block[m_block / kTilesOfWord], 1u << m_block % kTilesOfWord);
+    } else {
+      for (int word = 0; word < params.key_words; ++word) set(of_key_block[word], ~0u);
+    }
   }
 }

@@ -100,7 +100,7 @@ struct KeyBlock : SequenceRows<Config::kVarlen> {
     if constexpr (kBanded) {
       const int from = first_visited<kBlockM, kBlockN>(params, at.m_block);
       const MaskTiles tiles = tiles_of_queries(params, batch, head * params.group_size + at.head, at.m_block);
-      return kMasks ? count_shown(tiles, from, n_block) : n_block - from;
+      return kMasks ? tiles.count_shown(from, n_block) : n_block - from;
     } else {
       return n_block;
     }
@@ -116,7 +116,10 @@ struct KeyBlock : SequenceRows<Config::kVarlen> {
 
   template <class Params>
   __device__ __forceinline__ void skip_hidden(QueryBlock& at, const Params& params) const {
-    while (at.head < params.group_size && mask_tiles(params, at.head).hides(at.m_block)) next(at);
+    for (; at.head < params.group_size; ++at.head, at.m_block = m_begin) {
+      at.m_block = mask_tiles(params, at.head).shown_from(at.m_block, m_end);
+      if (at.m_block < m_end) return;
+    }
   }
 };
 
@@ -169,7 +172,7 @@ __device__ __forceinline__ KeyBlock key_block(int index, int n_blocks, const Bac
     if (block.visits > 0) {
       block.visits = 0;
       for (int i = 0; i < params.group_size; ++i) {
-        block.visits += count_shown(block.mask_tiles(params, i), block.m_begin, block.m_end);
+        block.visits += block.mask_tiles(params, i).count_shown(block.m_begin, block.m_end);
       }
     }
   }

@@ -13,7 +13,7 @@ def test_documents_fill_the_tokens_and_none_passes_the_context(tokens, context):
     assert sum(packed) == tokens
     assert 0 < min(packed) <= max(packed) <= context
     assert packed == documents.lengths(tokens, context)
-    assert len(set(packed)) > len(packed) // 4, "hardly any two are alike"
+    assert len(set(packed)) > min(100, len(packed) // 4), "documents are of many lengths"
 
 
 def test_equal_sequences_of_as_many_tokens_are_as_much_work():

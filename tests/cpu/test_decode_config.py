@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cuflash.arrays import ArrayInfo
 from cuflash.checks_kv_cache import KvCacheOptions, KvCacheRequest
-from cuflash.config_decode import MAX_SPLITS, DecodeFeatures, choose, choose_splits, shared_bytes
+from cuflash.config_decode import MAX_SPLITS, DecodeFeatures, Splits, choose, choose_splits, shared_bytes
 from cuflash.families import Gpu
 from cuflash.launch import contiguous_strides
 from cuflash.launch_decode import DECODE_PARAMS, DecodeCalls, decode_calls
@@ -38,7 +38,7 @@ def problem_of(
     return make_problem(*shapes, "bfloat16", causal=True)
 
 
-def splits_of(batch: int, seqlen_k: int, heads: tuple[int, int] = (32, 8), asked: int = 0) -> int:
+def splits_of(batch: int, seqlen_k: int, heads: tuple[int, int] = (32, 8), asked: int = 0) -> Splits:
     problem = problem_of(batch, seqlen_k, heads)
     config = choose(problem, (9, 0), PLAIN)
     return choose_splits(
@@ -79,21 +79,36 @@ def test_an_h100_streams_through_two_blocks_with_two_tiles_a_warp_in_flight() ->
 
 def test_few_sequences_are_split_until_every_multiprocessor_reads_and_many_are_not() -> None:
     for batch, seqlen_k in ((1, 65536), (2, 32768), (4, 16384), (8, 8192)):
-        assert 110 <= batch * 8 * splits_of(batch, seqlen_k) <= 264
-    assert splits_of(32, 8192) == splits_of(128, 2048) == splits_of(16, 8192) == 1
-    assert 8 <= splits_of(1, 4096) <= 33
-    assert splits_of(1, 64) == 1, "one turn of a block's groups"
+        assert 110 <= batch * 8 * splits_of(batch, seqlen_k).parts <= 264
+    assert splits_of(32, 8192).parts == splits_of(128, 2048).parts == splits_of(16, 8192).parts == 1
+    assert 8 <= splits_of(1, 4096).parts <= 33
+    assert splits_of(1, 64).parts == 1, "one turn of a block's groups"
 
 
 @given(batch=st.integers(1, 300), seqlen_k=st.integers(0, 1 << 20), asked=st.integers(0, 1000))
 def test_there_are_never_more_splits_than_turns_nor_than_a_merge_takes(
     batch: int, seqlen_k: int, asked: int
 ) -> None:
-    splits = splits_of(batch, seqlen_k, asked=asked)
+    splits, _ = splits_of(batch, seqlen_k, asked=asked)
     most = min(MAX_SPLITS, max(1, -(-seqlen_k // 64)))
     assert 1 <= splits <= most
     if asked:
         assert splits == min(asked, most)
+
+
+def test_many_large_parts_are_merged_in_a_tree_and_few_or_small_ones_at_once() -> None:
+    assert splits_of(4, 16384, (32, 1)).levels == (32, 6, 1), "parts of 16 KB"
+    assert splits_of(1, 4096).levels == (16, 1), "parts of 2 KB"
+    assert splits_of(8, 8192).levels == (2, 1)
+    assert splits_of(32, 8192).levels == (1,)
+
+
+@given(asked=st.integers(1, MAX_SPLITS), heads=st.sampled_from([(32, 32), (32, 8), (32, 1)]))
+def test_every_level_of_a_tree_has_fewer_nodes_up_to_one_root(asked: int, heads: tuple[int, int]) -> None:
+    parts, fan_in = splits_of(1, 1 << 20, heads, asked)
+    levels = Splits(parts, fan_in).levels
+    assert (levels[0], levels[-1]) == (asked, 1)
+    assert all(fan_in * (above - 1) < below <= fan_in * above for below, above in itertools.pairwise(levels))
 
 
 # --- launches -----------------------------------------------------------------------------------------------
@@ -184,9 +199,13 @@ def test_parts_have_room_for_every_row_of_every_split() -> None:
     assert config.split
     assert call.grid == (2 * 2 * 3,)
     assert call.params["part_rows"] == 4
-    assert calls.counters == 2 * 2
+    assert (call.params["splits"], call.params["fan_in"], call.params["nodes"]) == (3, 3, 4)
+    assert calls.counters == 2 * 2 * config.warps, "each warp has a root of its own"
     assert calls.part_rows == 2 * 2 * 3 * 4
     assert calls.part_floats == calls.part_rows * (64 + 2)
+    tree = calls_of(heads=(32, 1), d=128, capacity=1 << 14, num_splits=29)  # 29 parts, 5 of these, the result
+    assert tree.counters == 2 * (5 + 1) * 4
+    assert tree.part_rows == 2 * (29 + 5) * 32
     whole = calls_of(num_splits=1)
     assert (whole.part_floats, whole.counters) == (0, 0)
 

@@ -49,7 +49,7 @@ def test_params_have_the_members_of_the_kernels_struct_in_its_order(
     assert [name for name, _ in members(path, struct)] == list(dtype.names or ())
     for name, kind in members(path, struct):
         if kind.endswith("Strides"):
-            assert dtype[name].itemsize == {"OperandStrides": 32, "HeadStrides": 16}[kind]
+            assert dtype[name].itemsize == {"OperandStrides": 32, "HeadStrides": 16, "TileStrides": 40}[kind]
         else:
             assert dtype[name].str == ("<u8" if kind.endswith("*") else KINDS[kind])
     assert dtype.itemsize % 8 == 0, "a struct that derives from it starts where this one ends"
@@ -68,11 +68,15 @@ def test_an_axis_that_is_broadcast_is_walked_in_steps_of_zero() -> None:
 def test_a_mask_is_divided_as_the_kernel_divides_its_queries() -> None:
     infos = {"mask": facts((2, 1, 300, 500), "bool")}
     blocks = MaskBlocks.of(infos["mask"].shape, 250, 64, 128)
-    assert blocks == (2, 1, 4, 4)
+    assert blocks == (2, 1, 4, 4, 1, 1)
     params = modifier_params(problem_of(), infos, 1.0, mask_blocks=blocks)
-    assert params["mask_tiles_strides"].item() == (16, 0, 4, 1)
+    assert params["mask_tiles_strides"].item() == (8, 0, 1, 4, 1)
     assert params["keys_seen_strides"].item() == (500, 0)
-    assert MaskBlocks.of((1, 1, 1, 500), 300, 64, 128).m_blocks == 1
+    broadcast = MaskBlocks.of((1, 1, 1, 5000), 3000, 64, 128)
+    assert broadcast == (1, 1, 1, 40, 2, 2), "a key block has bits of all query blocks, 47 here"
+    infos = {"mask": facts((1, 1, 1, 5000), "bool")}
+    params = modifier_params(problem_of(), infos, 1.0, mask_blocks=broadcast)
+    assert params["mask_tiles_strides"].item() == (0, 0, 0, 2, 2)
 
 
 @pytest.mark.parametrize("name", ["mask", "mask_mod"])

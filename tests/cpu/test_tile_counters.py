@@ -54,6 +54,24 @@ def test_a_call_between_captures_refills_what_they_took(allocated: list[int]) ->
 
 def test_more_counters_than_a_block_has_are_allocated_at_once(allocated: list[int]) -> None:
     tile_counters.prepare(0, 1 << 20)
-    assert allocated == [1 << 20]
-    tile_counters.address(0, 1, True, 1 << 20)
+    assert allocated == [128 << 20]
+    for _ in range(128):
+        tile_counters.address(0, 1, True, 1 << 20)
+    assert len(allocated) == 1
+
+
+def test_a_call_makes_counters_ready_for_captures_of_its_like(allocated: list[int]) -> None:
+    tile_counters.address(0, 1, False, 5000)
+    before = len(allocated)
+    for _ in range(128):
+        tile_counters.address(0, 1, True, 5000)
+    assert len(allocated) == before
+
+
+def test_a_capture_of_too_many_launches_is_told_so_and_allocates_nothing(allocated: list[int]) -> None:
+    tile_counters.prepare(0, 5000)
+    for _ in range(128):
+        tile_counters.address(0, 1, True, 5000)
+    with pytest.raises(RuntimeError, match="capture fewer launches in a graph"):
+        tile_counters.address(0, 1, True, 5000)
     assert len(allocated) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from arrays import make_inputs
 from numerics import Inputs
@@ -62,11 +63,16 @@ def what_notices(
 
 
 def noticed_by(
-    edits: dict[str, str], run: Callable[[Emulator], None], seeds: int = 3, until: str | None = None
+    edits: dict[str, str],
+    run: Callable[[Emulator], None],
+    seeds: int = 3,
+    until: str | None = None,
+    **options: Any,
 ) -> dict[str, str]:
     """The checks that report something in any of some interleavings, each with its first report.
 
     ``until`` names the check that is waited for: the interleavings after its report are left out.
+    ``options`` are the emulator's.
     """
     noticed: dict[str, str] = {}
     for seed in range(seeds):
@@ -74,7 +80,7 @@ def noticed_by(
         for check_races in (True, False):
             if until in noticed:
                 return noticed
-            with emulator(edits=edits, seed=seed, check_races=check_races) as session:
+            with emulator(edits=edits, seed=seed, check_races=check_races, **options) as session:
                 try:
                     run(session)
                 except KernelFault as fault:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from kv_cases import Case
 
 import cuflash
-from cuflash import jit
+from cuflash import config_decode, jit
 from emulator import emulator
 
 NOTHING = (None, None)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=3),
     seqlen_q=st.integers(1, 5),
@@ -72,7 +72,20 @@ def test_all_split_counts_agree_also_where_parts_are_empty(cp, causal):
     case = Case(
         [0, 1, 300, 517], new=3, seqlen_q=3, capacity=600, causal=causal, head_dims=(64, 64), dtype="float16"
     )
-    results = [check_on_device(cp, case, num_splits=splits) for splits in (1, 2, 3, 7, 100, 0)]
+    _check_split_counts(cp, case, (1, 2, 3, 100, 0))
+
+
+# Parts of 1 and of 32 rows, which a thread merges 16 and 8 at a time: more of them than that, trees of two
+# and more levels, parents with fewer children than others, down to one.
+@pytest.mark.parametrize(("rows", "keys"), [(1, 4500), (32, 1000)])
+def test_all_split_counts_agree_also_where_parts_are_merged_in_a_tree(cp, monkeypatch, rows, keys):
+    monkeypatch.setattr(config_decode, "MERGE_CYCLES", 0)  # of a level: two of them at least for 7 parts
+    case = Case([keys], capacity=keys, heads=(rows, 1), head_dims=(80, 16), dtype="float16")
+    _check_split_counts(cp, case, (1, 7, 9, 70) if rows == 1 else (1, 3, 7, 16))
+
+
+def _check_split_counts(cp, case: Case, counts: tuple[int, ...]) -> None:
+    results = [check_on_device(cp, case, num_splits=splits) for splits in counts]
     for out, lse in results[1:]:
         np.testing.assert_allclose(out.astype("f"), results[0][0].astype("f"), atol=2e-3)
         np.testing.assert_allclose(lse, results[0][1], atol=1e-5)
@@ -202,16 +215,19 @@ def test_memory_that_is_shared_is_refused_also_where_a_plan_is_kept(cp):
 # --- what only the emulator can show -----------------------------------------------------------------------
 
 
-def test_a_hundred_interleavings_raise_no_report_and_agree_bit_for_bit(emulated):
+def test_a_hundred_interleavings_raise_no_report_and_agree_bit_for_bit(emulated, monkeypatch):
+    monkeypatch.setattr(config_decode, "MERGE_CYCLES", 0)  # seven parts are a tree of two levels
     case = Case([250, 70], new=2, seqlen_q=2, capacity=256, page_size=16, head_dims=(32, 32), dtype="float16")
+    deep = Case([440], capacity=448, page_size=16, heads=(2, 1), head_dims=(80, 16), dtype="float16")
     results = set()
     for seed in range(100):
         emulated.seed = seed
         emulated.resident_blocks = 1 + seed % 6
-        out, lse = check_on_device(emulated.cp, case, num_splits=1 + seed % 2 * 2)
-        results.add((seed % 2, out.tobytes(), lse.tobytes()))
+        splits = (1, 2, 7)[seed % 3]
+        out, lse = check_on_device(emulated.cp, deep if splits == 7 else case, num_splits=splits)
+        results.add((splits, out.tobytes(), lse.tobytes()))
     assert emulated.launches == 100
-    assert len(results) == 2, "one for each number of splits"
+    assert len(results) == 3, "one for each number of splits"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6)])
@@ -238,8 +254,15 @@ def test_no_shared_memory_access_meets_a_bank_conflict(needs_emulator, head_dim)
             check_on_device(counting.cp, case, num_splits=2)
         counts = counting.bank_conflicts()
     assert len(counts) >= 8, "loads of Q, K and V, their reads, and the exchange of O"
-    # g++ stores a vector that was put together in registers word by word, NVRTC at once (STS.128).
-    source = (jit.sources_dir() / "decode/attention.cu").read_text().splitlines()
-    (store_of_q,) = (i for i, line in enumerate(source, 1) if "QTile::offset(row, chunk)) = vector;" in line)
-    in_words = f"decode/attention.cu:{store_of_q}"
-    assert [count for count in counts if count.extra and count.line != in_words] == []
+    # g++ moves vectors word by word where it takes them apart in registers; NVRTC at once (LDS.128, STS.128).
+    in_words = {
+        f"{file}:{i}"
+        for file, text in (
+            ("decode/attention.cu", "QTile::offset(row, chunk)) = vector;"),
+            ("decode/partial.cuh", "*reinterpret_cast<const Floats4*>"),
+        )
+        for i, line in enumerate((jit.sources_dir() / file).read_text().splitlines(), 1)
+        if text in line
+    }
+    assert len(in_words) == 2
+    assert [count for count in counts if count.extra and count.line.split(" in ")[0] not in in_words] == []

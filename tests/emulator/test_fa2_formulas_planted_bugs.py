@@ -65,7 +65,7 @@ BUGS = [
     planted("a summary of the kernel's first query", "fa2/mask_summary.cu",
         "params.first_row + query, key);", "query, key);", DIAGONAL, (400, 250), causal=True),
     planted("the first batch element's tiles for all", "core/mask_tiles.cuh",
-        "return {params.mask_tiles + batch * s.batch + head * s.head + m_block * s.row, s.key};", "return {params.mask_tiles + head * s.head + m_block * s.row, s.key};", OF_BATCH, (300, 300)),
+        "batch * s.batch + head * s.head + m_block * s.query_block", "head * s.head + m_block * s.query_block", OF_BATCH, (300, 300)),
     planted("strides of the first axis for all", "core/mod_args.cuh",
         "axes.strides[kAxis]", "axes.strides[0]", CASES["relative positions"], check="bounds"),
     planted("indices not clamped at the end", "core/mod_args.cuh",

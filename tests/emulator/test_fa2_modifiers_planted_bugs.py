@@ -71,7 +71,7 @@ BUGS = [
     planted("a window in the backward one key too wide", VISIBLE,
         "row - params.window_offset + 1);", "row - params.window_offset + 2);", NARROW),
     planted("softcap without its gradient", PROBABILITIES,
-        "Config::kSoftcap ? x * slope[j][r] : x;", "x;", SOFTCAP),
+        "Config::kSoftcap ? x * slope[i / 4][i % 4] : x;", "x;", SOFTCAP),
     planted("softcap's gradient in dV", BACKWARD,
         "constexpr bool kSplitP = kColumnWarps > 1 &&", "constexpr bool kSplitP = false &&", SOFTCAP_256),
     planted("tanh with half its argument", "core/score.cuh",
@@ -99,9 +99,9 @@ BUGS = [
     planted("the mask of another query", "core/hide.cuh",
         "mask[query_index * row +", "mask[(query_index ^ 1) * row +", MASK),
     planted("a mixed tile taken for a full one", SUMMARY,
-        "whole ? kFullTile : kMixedTile", "kFullTile", MASK),
+        "if (!whole) atomicOr", "if (false) atomicOr", MASK),
     planted("a mixed tile taken for a hidden one", SUMMARY,
-        "!some ? kHiddenTile", "!whole ? kHiddenTile", DOCUMENTS),
+        "if (some) atomicOr", "if (whole) atomicOr", DOCUMENTS),
     planted("the load after a hidden tile is of the tile before", "fa2/forward.cu",
         "kMasks ? mask_tiles.before(n_block) : n_block - kStages / 2;", "n_block - kStages / 2;", DOCUMENTS),
     planted("turns are counted as if no tile were passed over", BACKWARD,
@@ -129,7 +129,7 @@ BUGS = [
     planted("dP of dropped probabilities kept", "core/dropout.cuh",
         "__float_as_int(p) < 0 ? 0.0f : dp * kept_scale", "dp * kept_scale", DROPOUT),
     planted("draws counted from the kernel's first query", PROBABILITIES,
-        "(this_key, params.first_row + this_query,", "(this_key, this_query,", DROPOUT),
+        "(strip_key, params.first_row + strip_query,", "(strip_key, strip_query,", DROPOUT),
 ]  # fmt: skip
 
 

@@ -86,9 +86,9 @@ BUGS = [
     planted("Q and dO not awaited by each other's warpgroup", WIDE,
         "      bar_sync(kZeroedQueries, 2 * kWarpgroupThreads);\n", "", PADDED_256, "race"),
     planted("hidden blocks counted as visits", KEY_BLOCK,
-        "block.visits += count_shown(block.mask_tiles(params, i), block.m_begin, block.m_end);", "block.visits += block.m_end - block.m_begin;", DOCUMENTS, "deadlock"),
+        "block.visits += block.mask_tiles(params, i).count_shown(block.m_begin, block.m_end);", "block.visits += block.m_end - block.m_begin;", DOCUMENTS, "deadlock"),
     planted("turns are counted as if no tile were passed over", KEY_BLOCK,
-        "kMasks ? count_shown(tiles, from, n_block) : n_block - from;", "n_block - from;", DOCUMENTS, "deadlock"),
+        "kMasks ? tiles.count_shown(from, n_block) : n_block - from;", "n_block - from;", DOCUMENTS, "deadlock"),
     planted("softcap without its gradient", BACKWARD,
         "PFragments::load(kept_reg, p_fragments);", "for (int k = 0; k < kNTiles / 2; ++k) for (int i = 0; i < 4; ++i) kept_reg[k][i] = p_reg[k][i];", SOFTCAP),
     planted("P for dS stored while the one before is read", WIDE,
@@ -141,7 +141,8 @@ def check(session, problem, inputs, causal, *, case):
 
 @pytest.mark.parametrize("planted", BUGS, ids=lambda planted: planted.bug.name)
 def test_a_planted_bug_is_noticed_by_its_check(needs_emulator, planted):
-    noticed = what_notices(planted.bug.edits(), Call(), functools.partial(check, case=planted.case), seeds=1)
+    on = functools.partial(check, case=planted.case)
+    noticed = what_notices(planted.bug.edits(), Call(), on, seeds=1, until=planted.bug.check)
     assert planted.bug.check in noticed, noticed
 
 

@@ -33,9 +33,12 @@ def test_real_sizes(heads, seqlen_q, page_size):
     check_on_device(cp, case)
 
 
-@pytest.mark.parametrize("num_splits", [0, 1, 7])
-def test_a_hundred_runs_behind_a_slow_producer_agree_bit_for_bit(num_splits):
-    case = Case([3000, 77], new=2, seqlen_q=2, capacity=3100, head_dims=(64, 64), dtype="float16")
+@pytest.mark.parametrize(("num_splits", "heads"), [(0, (4, 2)), (1, (4, 2)), (7, (4, 2)), (40, (32, 1))])
+def test_a_hundred_runs_behind_a_slow_producer_agree_bit_for_bit(num_splits, heads):
+    # 40 parts of 64 rows are merged in a tree.
+    case = Case(
+        [3000, 77], new=2, seqlen_q=2, capacity=3100, heads=heads, head_dims=(64, 64), dtype="float16"
+    )
     (q, k_cache, v_cache), options = placed(case)
     untouched = k_cache.copy()
     expected, expected_lse = cuflash.attention_kv_cache(

@@ -49,6 +49,7 @@ static uint32_t combine(Atomic operation, uint32_t old, uint32_t value, uint32_t
     }
     case Atomic::kIncrement: return old >= value ? 0 : old + 1;
     case Atomic::kMax: return static_cast<uint32_t>(std::max(static_cast<int>(old), static_cast<int>(value)));
+    case Atomic::kOr: return old | value;
     case Atomic::kExchange: return value;
     case Atomic::kCompareAndSwap: return old == compare ? value : old;
   }

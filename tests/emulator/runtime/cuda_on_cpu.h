@@ -126,6 +126,7 @@ EMU_INLINE unsigned atomicAdd(unsigned* p, unsigned value) { return emu_atomic(e
 EMU_INLINE float atomicAdd(float* p, float value) { return emu_atomic(emu::Atomic::kAddFloat, p, value); }
 EMU_INLINE unsigned atomicInc(unsigned* p, unsigned limit) { return emu_atomic(emu::Atomic::kIncrement, p, limit); }
 EMU_INLINE int atomicMax(int* p, int value) { return emu_atomic(emu::Atomic::kMax, p, value); }
+EMU_INLINE unsigned atomicOr(unsigned* p, unsigned value) { return emu_atomic(emu::Atomic::kOr, p, value); }
 EMU_INLINE int atomicExch(int* p, int value) { return emu_atomic(emu::Atomic::kExchange, p, value); }
 EMU_INLINE int atomicCAS(int* p, int compare, int value) {
   return emu_atomic(emu::Atomic::kCompareAndSwap, p, value, compare);

@@ -31,7 +31,7 @@ extern ThreadView* running __attribute__((visibility("default")));
 
 enum class Shuffle { kIndex, kXor, kUp, kDown };
 enum class Vote { kAny, kAll, kBallot, kMax, kMin, kAdd, kAnd, kOr };
-enum class Atomic { kAddInt, kAddFloat, kIncrement, kMax, kExchange, kCompareAndSwap };
+enum class Atomic { kAddInt, kAddFloat, kIncrement, kMax, kOr, kExchange, kCompareAndSwap };
 
 // Warps and blocks.
 EMU_ENTRY uint32_t shuffle(uint32_t mask, uint32_t value, int argument, int width, Shuffle mode);
