@@ -68,7 +68,7 @@ POINTS = tuple(
     for head_dim, heads_q, heads_kv in ((64, 16, 16), (128, 32, 8))
     for tokens, context in ((16384, 2048), (65536, 8192), (131072, 16384))
 )
-FAMILIES = {"forward": ("hopper", "fa2"), "backward": ("fa2",)}
+FAMILIES: dict[str, tuple[str, ...]] = {"forward": ("hopper", "fa2"), "backward": ("hopper", "fa2")}
 
 
 @dataclass(frozen=True)

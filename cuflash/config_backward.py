@@ -225,7 +225,7 @@ def with_passes(main: BackwardConfig) -> BackwardConfigs:
             main.dtype,
             main.head_dim,
             main.block_m,
-            modifiers=ModifierFlags(query_padding=flags.query_padding, varlen=flags.varlen),
+            modifiers=flags.of_preprocess,
         ),
         main,
         PostprocessConfig(
@@ -234,6 +234,6 @@ def with_passes(main: BackwardConfig) -> BackwardConfigs:
             main.block_m,
             main.vector_reductions,
             main.vector_out,
-            modifiers=ModifierFlags(varlen=flags.varlen),
+            modifiers=flags.of_postprocess,
         ),
     )

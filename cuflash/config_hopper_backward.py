@@ -21,6 +21,7 @@ _MAIN_WARPGROUPS = 2
 _WARPGROUP_THREADS = 128
 _BARRIER_BYTES = 8
 _BLOCK_SLOT_BYTES = 8  # which key block K is of
+_PACKED_BLOCK_SLOT_BYTES = 64  # and of which sequence
 _DS_STAGES = 2  # of P too, where it passes between warpgroups
 
 
@@ -83,7 +84,8 @@ class HopperBackwardConfig:
         ds = _tile_bytes(self.block_m, self.block_n)
         barriers = _BARRIER_BYTES * (3 * self.stages + 2 * _DS_STAGES + 2)  # q, dout, ds; k and v
         # Persistent, K is also emptied, and its slot says which key block it is of.
-        next_block = _BARRIER_BYTES + _BLOCK_SLOT_BYTES if self.is_persistent else 0
+        slot = _PACKED_BLOCK_SLOT_BYTES if self.modifiers.varlen else _BLOCK_SLOT_BYTES
+        next_block = _BARRIER_BYTES + slot if self.is_persistent else 0
         second_p = ds if self.modifiers.makes_two_ps else 0  # what makes dS, as fragments
         return _streamed_bytes(self) + _DS_STAGES * ds + second_p + barriers + next_block
 
@@ -347,7 +349,7 @@ def make_config(
     modifiers: ModifierFlags = PLAIN,
 ) -> MainConfig:
     """``tile`` as a Config."""
-    if modifiers:
+    if modifiers.modify:
         tile = tile._replace(spill_bytes=MODIFIED_SPILL_BYTES)
     if isinstance(tile, WideTile):
         return HopperWideBackwardConfig(
@@ -369,7 +371,7 @@ def make_config(
     return HopperBackwardConfig(
         dtype=dtype,
         block_n=MAIN_ROWS * _MAIN_WARPGROUPS,
-        dynamic_blocks=causal and not tile.dq_warpgroup,
+        dynamic_blocks=(causal or modifiers.varlen) and not tile.dq_warpgroup,
         causal=causal,
         deterministic=deterministic,
         modifiers=modifiers,
@@ -380,15 +382,15 @@ def make_config(
 def with_passes(main: MainConfig, *, vector_out: bool = True) -> HopperBackwardConfigs:
     """``main`` and the programs that run before and after it."""
     return HopperBackwardConfigs(
-        PreprocessConfig(
+        PreprocessConfig(main.dtype, main.head_dim, main.block_m, modifiers=main.modifiers.of_preprocess),
+        main,
+        PostprocessConfig(
             main.dtype,
             main.head_dim,
             main.block_m,
-            modifiers=ModifierFlags(query_padding=main.modifiers.query_padding),
-        ),
-        main,
-        PostprocessConfig(
-            main.dtype, main.head_dim, main.block_m, vector_reductions=True, vector_out=vector_out
+            vector_reductions=True,
+            vector_out=vector_out,
+            modifiers=main.modifiers.of_postprocess,
         ),
     )
 
@@ -407,8 +409,8 @@ def _pairs_pay(problem: Problem, deterministic: bool) -> bool:
 
 def _tile(problem: Problem, deterministic: bool, modifiers: ModifierFlags) -> AnyTile:
     tiles: tuple[AnyTile, ...] = (*TILES, *WIDE_TILES)
-    if modifiers:
+    if modifiers.modify:
         tiles = (*MODIFIED_TILES, *MODIFIED_WIDE_TILES)
-    elif _pairs_pay(problem, deterministic):
+    elif not modifiers.varlen and _pairs_pay(problem, deterministic):
         tiles = (*TILES[:-1], *TILES_PAIR, *WIDE_TILES)
     return next(t for t in tiles if problem.head_dim <= t.head_dim and problem.head_dim_v <= t.head_dim_v)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,21 @@ class ModifierFlags:
     def constants(self) -> dict[str, int]:
         """What a stub defines of them."""
         return self._flags() | {"modified": bool(self), "mod_args": len(self.mod_args)}
+
+    @property
+    def modify(self) -> bool:
+        """Whether there are any modifiers."""
+        return replace(self, varlen=False) != PLAIN
+
+    @property
+    def of_preprocess(self) -> ModifierFlags:
+        """Those that the pass before a backward knows."""
+        return replace(self.of_postprocess, query_padding=self.query_padding)
+
+    @property
+    def of_postprocess(self) -> ModifierFlags:
+        """Those that the pass after a backward knows: with dropout, sequences start elsewhere."""
+        return ModifierFlags(varlen=self.varlen, dropout=self.varlen and self.dropout)
 
     @property
     def masks(self) -> bool:

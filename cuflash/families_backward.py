@@ -29,7 +29,7 @@ from cuflash.modified_backward import ModifiedConfigs, ModifiedSteps, load_modif
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.standard_backward import StandardSteps, load_standard_steps
-from cuflash.tensor_map import why_not_mapped
+from cuflash.tensor_map import why_not_mapped, why_not_packed
 
 Steps = FlashSteps | ModifiedSteps | StandardSteps
 
@@ -186,6 +186,11 @@ def hopper_backward_layouts(problem: Problem, infos: Infos, layout: str) -> Back
     return _layouts(problem, infos, layout, _HOPPER)
 
 
+def packed_backward_layouts(problem: Problem, infos: Infos) -> BackwardLayouts:
+    """The same of packed sequences, with a batch axis of one."""
+    return _layouts(problem, infos, "bshd", _HOPPER_PACKED)
+
+
 def standard_backward_layouts(problem: Problem, infos: Infos, layout: str) -> BackwardLayouts:
     """What cuBLAS reads in place. Nothing reads out: dS follows from P and dP."""
     read = why_not_read_by_cublas(layout)
@@ -205,6 +210,10 @@ def _not_moved_by_tma(operand: Operand, pointer: int) -> str | None:
     return why_not_mapped(*operand, pointer)
 
 
+def _sequences_not_moved_by_tma(operand: Operand, pointer: int) -> str | None:
+    return why_not_packed(*operand, pointer)
+
+
 # The preprocess reads dout and out, the main kernel dout too.
 _FA2 = _Objections(dout=(why_not_read,), q_k_v=why_not_read, out=why_not_read)
 _HOPPER = _Objections(
@@ -212,6 +221,11 @@ _HOPPER = _Objections(
     q_k_v=_not_moved_by_tma,
     out=why_not_read,
     dk_dv=_not_moved_by_tma,
+)
+_HOPPER_PACKED = _HOPPER._replace(
+    dout=(why_not_read, _sequences_not_moved_by_tma),
+    q_k_v=_sequences_not_moved_by_tma,
+    dk_dv=_sequences_not_moved_by_tma,
 )
 
 

@@ -6,18 +6,24 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cuflash import config, config_backward, config_hopper, launch, launch_packed
+from cuflash import (
+    config,
+    config_backward,
+    config_hopper,
+    config_hopper_backward,
+    launch,
+    launch_packed,
+)
 from cuflash.arrays import ArrayInfo
 from cuflash.checks_varlen import PACKED_OPERANDS, VarlenOptions, VarlenRequest
 from cuflash.config import Config
-from cuflash.config_backward import BackwardConfigs
 from cuflash.config_hopper import HopperConfig
 from cuflash.config_modifiers import ModifierFlags, flags_of
 from cuflash.config_packed import Band, BlocksConfig
 from cuflash.families import Gpu, pick
-from cuflash.families_backward import BackwardLayouts, fa2_backward_layouts
+from cuflash.families_backward import BackwardLayouts, fa2_backward_layouts, packed_backward_layouts
 from cuflash.launch import KernelCall
-from cuflash.launch_backward import BackwardCalls
+from cuflash.launch_backward import BackwardCalls, FlashConfigs
 from cuflash.launch_hopper import HopperCall
 from cuflash.launch_modifiers import modifier_params
 from cuflash.launch_packed import PackedSizes
@@ -27,7 +33,6 @@ from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 
 _NOT_PACKED = {"fa1": "it has no packed sequences", "standard": "it has no packed sequences"}
-_OBJECTIONS_TO_BACKWARD = {"hopper": "it has no backward of packed sequences yet", "fa2": None, **_NOT_PACKED}
 
 
 class Blocks(NamedTuple):
@@ -52,7 +57,7 @@ class VarlenBackward(NamedTuple):
 
     layouts: BackwardLayouts
     blocks: Blocks
-    configs: BackwardConfigs
+    configs: FlashConfigs
     calls: BackwardCalls
     sinks: SinksGradient | None
 
@@ -125,9 +130,8 @@ def _why_not_hopper(packed: Packed, options: VarlenOptions, gpu: Gpu) -> str | N
     problem, infos, _, band = packed
     if reason := config_hopper.why_not(dataclasses.replace(problem, causal_offset=None), gpu.capability):
         return reason
-    modifiers = [name for name in problem.modifiers if name != "window"]
-    if band.window_offset is not None or modifiers:
-        return f"only fa2 has {' and '.join(modifiers or ['window'])}"
+    if reason := _why_not_modified(problem, band):
+        return reason
     if options.algorithm == "auto":
         copied_by_both = fa2_layouts(problem, infos, "bshd").copies
         for name, reason in packed_layouts(problem, infos).copies.items():
@@ -143,9 +147,25 @@ def _of_mean_length(packed: Packed) -> Problem:
 
 
 def choose_backward(request: VarlenRequest, options: VarlenOptions, gpu: Gpu) -> VarlenBackward:
-    """ValueError if ``options.algorithm`` names another family than fa2."""
-    pick(options.algorithm, _OBJECTIONS_TO_BACKWARD, "the backward of packed sequences")
-    problem, infos, batch, band = _packed(request, options)
+    """ValueError if ``options.algorithm`` names a family that cannot."""
+    packed = _packed(request, options)
+    objections = {"hopper": _why_not_hopper_backward(packed, options, gpu), "fa2": None, **_NOT_PACKED}
+    chosen, _ = pick(options.algorithm, objections, "the backward of packed sequences")
+    made = _hopper_backward if chosen == "hopper" else _fa2_backward
+    layouts, blocks, configs, calls = made(packed, options, gpu)
+    problem, infos, _, band = packed
+    sinks = None
+    if "sinks" in options.wanted and "sinks" in infos:
+        params = _params(problem, infos, band, problem.scale)
+        sinks = launch_packed.sinks_gradient(problem, infos, blocks.sizes, layouts.strides.dlse, params)
+    return VarlenBackward(layouts, blocks, configs, calls, sinks)
+
+
+_MadeBackward = tuple[BackwardLayouts, Blocks, FlashConfigs, BackwardCalls]
+
+
+def _fa2_backward(packed: Packed, options: VarlenOptions, gpu: Gpu) -> _MadeBackward:
+    problem, infos, batch, band = packed
     layouts = fa2_backward_layouts(problem, infos, "bshd")
     configs = config_backward.choose(
         problem,
@@ -166,11 +186,51 @@ def choose_backward(request: VarlenRequest, options: VarlenOptions, gpu: Gpu) ->
         gpu.l2_bytes,
         _params(problem, infos, band, problem.scale),
     )
-    sinks = None
-    if "sinks" in options.wanted and "sinks" in infos:
-        params = _params(problem, infos, band, problem.scale)
-        sinks = launch_packed.sinks_gradient(problem, infos, blocks.sizes, layouts.strides.dlse, params)
-    return VarlenBackward(layouts, blocks, configs, calls, sinks)
+    return layouts, blocks, configs, calls
+
+
+def _hopper_backward(packed: Packed, options: VarlenOptions, gpu: Gpu) -> _MadeBackward:
+    problem, infos, batch, band = packed
+    layouts = packed_backward_layouts(problem, infos)
+    configs = config_hopper_backward.choose_hopper(
+        problem, deterministic=options.deterministic, modifiers=_flags(problem, infos, band)
+    )
+    main = configs.main
+    blocks = _blocks(problem, infos, batch, band, main.block_m, main.block_n, of_keys=True)
+    calls = launch_packed.hopper_backward_calls(
+        problem,
+        configs,
+        blocks.sizes,
+        band,
+        layouts.strides,
+        layouts.operands,
+        _longest(options.max_seqlen_q, problem.seqlen_q, batch),
+        gpu.multiprocessors,
+        gpu.l2_bytes,
+        _params(problem, infos, band, problem.scale),
+    )
+    return layouts, blocks, configs, calls
+
+
+def _why_not_hopper_backward(packed: Packed, options: VarlenOptions, gpu: Gpu) -> str | None:
+    """As ``_why_not_hopper``, of the backward."""
+    problem, infos, *_ = packed
+    all_keys = dataclasses.replace(problem, causal_offset=None)  # each sequence has its own diagonal
+    if reason := config_hopper_backward.why_not(all_keys, gpu.capability):
+        return reason
+    if options.algorithm == "auto":
+        copied_by_both = fa2_backward_layouts(problem, infos, "bshd").copies
+        for name, reason in packed_backward_layouts(problem, infos).copies.items():
+            if name in infos and name not in copied_by_both:
+                return f"TMA cannot read {name} where it lies, as fa2 can: {reason}"
+    return None
+
+
+def _why_not_modified(problem: Problem, band: Band) -> str | None:
+    modifiers = [name for name in problem.modifiers if name != "window"]
+    if band.window_offset is not None or modifiers:
+        return f"only fa2 has {' and '.join(modifiers or ['window'])}"
+    return None
 
 
 class Packed(NamedTuple):

@@ -32,7 +32,8 @@ def _arrays_of(
     config: BackwardConfig | MainConfig | PreprocessConfig | PostprocessConfig,
 ) -> tuple[str, ...]:
     """The arrays of packed sequences and modifiers, at the start of the params of a kernel that has some."""
-    blocks = "key_blocks" if isinstance(config, BackwardConfig) else "query_blocks"
+    of_queries = isinstance(config, PreprocessConfig | PostprocessConfig)
+    blocks = "query_blocks" if of_queries else "key_blocks"
     packed = ("sequences", blocks) if config.modifiers.varlen else ()
     if isinstance(config, PostprocessConfig) or not config.modifiers:
         return packed

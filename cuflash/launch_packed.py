@@ -16,6 +16,7 @@ from cuflash.arrays import ArrayInfo
 from cuflash.config import Config
 from cuflash.config_backward import BackwardConfigs
 from cuflash.config_hopper import WARPGROUP_ROWS, HopperConfig
+from cuflash.config_hopper_backward import MAIN_ROWS, HopperBackwardConfigs
 from cuflash.config_modifiers import ModifierFlags, SinksGradientConfig
 from cuflash.config_packed import Band, BlocksConfig
 from cuflash.launch import (
@@ -34,11 +35,14 @@ from cuflash.launch_backward import (
     PREPROCESS_PARAMS,
     BackwardCalls,
     BackwardStrides,
+    FlashConfigs,
+    MapOf,
     Workspace,
     kernel_call,
 )
 from cuflash.launch_hopper import FORWARD_PARAMS as HOPPER_FORWARD_PARAMS
 from cuflash.launch_hopper import MAX_HEADS_PER_WAVE, MAX_TILES, HopperCall
+from cuflash.launch_hopper_backward import MODIFIED_BACKWARD_PARAMS as HOPPER_BACKWARD_PARAMS
 from cuflash.launch_modifiers import element_strides
 from cuflash.modified_backward import SINKS_PARAMS, SinksGradient
 from cuflash.problem import Problem
@@ -267,11 +271,93 @@ def backward_calls(
 ) -> BackwardCalls:
     """The launches of the fa2 backward, as ``cuflash.launch_backward.backward_calls``."""
     check_ranges(problem)
+    main, s = configs.main, strides
+    call = kernel_call(
+        "k",
+        problem.heads_kv * sizes.key_blocks,
+        main.threads,
+        main.shared_bytes,
+        BACKWARD_PARAMS,
+        *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
+        *(0, problem.seqlen_q, problem.seqlen_k, problem.seqlen_k),
+        *(problem.heads_kv, _group_size(problem), problem.heads_kv, problem.head_dim, problem.head_dim_v),
+        *(
+            band.causal_offset,
+            sizes.query_blocks,
+            sizes.key_blocks,
+            _kv_heads_per_wave(problem, longest, l2_bytes),
+        ),
+        *(problem.scale * LOG2_E, problem.scale),
+        modifiers=modifiers,
+    )
+    return _with_passes(problem, configs, sizes, strides, call, modifiers)
+
+
+def hopper_backward_calls(
+    problem: Problem,
+    configs: HopperBackwardConfigs,
+    sizes: PackedSizes,
+    band: Band,
+    strides: BackwardStrides,
+    operands: Mapping[str, Operand],
+    longest: int,
+    multiprocessors: int,
+    l2_bytes: int,
+    modifiers: Any,
+) -> BackwardCalls:
+    """The same of the Hopper backward; ``operands`` are q, k, v, dout, dk and dv as TMA meets them."""
+    check_ranges(problem)
+    main = configs.main
+    key_blocks = problem.heads_kv * sizes.key_blocks
+    call = kernel_call(
+        "k",
+        min(key_blocks, multiprocessors) if main.is_persistent else key_blocks,
+        main.threads,
+        main.shared_bytes,
+        HOPPER_BACKWARD_PARAMS,
+        *(0, problem.seqlen_q, problem.seqlen_k),
+        *(problem.heads_kv, _group_size(problem), problem.heads_kv),
+        *(
+            band.causal_offset,
+            sizes.query_blocks,
+            sizes.key_blocks,
+            _kv_heads_per_wave(problem, longest, l2_bytes),
+        ),
+        *(key_blocks, problem.scale * LOG2_E, problem.scale),
+        modifiers=modifiers,
+    )
+    rows = {"q": main.block_m, "k": main.block_n, "v": main.block_n, "dout": main.block_m}
+    rows |= {"dk": MAIN_ROWS, "dv": MAIN_ROWS}
+    maps = tuple(
+        MapOf(name, packed_map(*operands[name], problem.dtype, rows=box_rows), 0)
+        for name, box_rows in rows.items()
+    )
+    return _with_passes(problem, configs, sizes, strides, call, modifiers, maps)
+
+
+def _group_size(problem: Problem) -> int:
+    return problem.group_size if problem.heads_kv else 0
+
+
+def _kv_heads_per_wave(problem: Problem, longest: int, l2_bytes: int) -> int:
+    """As ``heads_per_wave``, of a backward: what has to stay in L2 are Q, dO and float32 dQ."""
+    row_bytes = (problem.head_dim + problem.head_dim_v) * ELEMENT_BYTES + problem.head_dim * 4
+    fitting = l2_bytes * 16 // 25 // max(1, longest * _group_size(problem) * row_bytes)
+    return max(1, min(problem.heads_kv, fitting))
+
+
+def _with_passes(
+    problem: Problem,
+    configs: FlashConfigs,
+    sizes: PackedSizes,
+    strides: BackwardStrides,
+    main_call: KernelCall | None,
+    modifiers: Any,
+    maps: tuple[MapOf, ...] = (),
+) -> BackwardCalls:
+    """As ``cuflash.launch_backward.with_passes``."""
     preprocess, main, postprocess = configs
     s, blocks = strides, sizes.query_blocks
-    group_size = problem.group_size if problem.heads_kv else 0
-    row_bytes = (problem.head_dim + problem.head_dim_v) * ELEMENT_BYTES + problem.head_dim * 4
-    fitting = l2_bytes * 16 // 25 // max(1, longest * group_size * row_bytes)
     of_all = problem.heads_q * blocks
     vector_words = of_all * main.block_m
     turns = 2 * vector_words + vector_words * main.head_dim
@@ -287,19 +373,7 @@ def backward_calls(
             *(0, problem.seqlen_q, problem.heads_q, problem.head_dim_v, blocks, main.turns_per_block),
             modifiers=modifiers,
         ),
-        kernel_call(
-            "k",
-            problem.heads_kv * sizes.key_blocks,
-            main.threads,
-            main.shared_bytes,
-            BACKWARD_PARAMS,
-            *(s.q, s.k, s.v, s.dout, s.dk, s.dv),
-            *(0, problem.seqlen_q, problem.seqlen_k, problem.seqlen_k),
-            *(problem.heads_kv, group_size, problem.heads_kv, problem.head_dim, problem.head_dim_v),
-            *(band.causal_offset, blocks, sizes.key_blocks, max(1, min(problem.heads_kv, fitting))),
-            *(problem.scale * LOG2_E, problem.scale),
-            modifiers=modifiers,
-        ),
+        main_call,
         kernel_call(
             "q",
             of_all,
@@ -311,4 +385,5 @@ def backward_calls(
             modifiers=packed_params(),
         ),
         workspace,
+        maps,
     )

@@ -204,6 +204,8 @@ def _backward_plan(
 ) -> BackwardPlan:
     layouts = kernels.layouts
     steps = load_flash_steps(kernels.configs, kernels.calls, arch)
+    if steps.takes_counter:
+        tile_counters.prepare(device)
     blocks_word = -(-steps.workspace_words // 4) * 4
     return BackwardPlan(
         device=device,
@@ -290,14 +292,23 @@ def _run_backward(
         name: gpu.padded(x, plan.copied[name]) if name in plan.copied else x for name, x in arrays.items()
     }
     made = {"dq": dq, "dk": dk, "dv": dv, **others}
-    at = {name: gpu.pointer(x) for name, x in (inputs | made).items()}
-    at = dict.fromkeys((*MODIFIER_ARRAYS, "dlse"), 0) | at | dict(values)
+    targets = {
+        name: gpu.empty((*x.shape[:2], plan.copied[name]), dtype, plan.device)
+        for name, x in made.items()
+        if name in plan.copied
+    }
+    at = {name: gpu.pointer(x) for name, x in (inputs | made | targets).items()}
+    at = dict.fromkeys((*MODIFIER_ARRAYS, "dlse", "counter"), 0) | at | dict(values)
     stream, workspace = gpu.stream(plan.device), gpu.pointer(buffer)
+    if plan.steps.takes_counter:
+        at["counter"] = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
     at |= plan.blocks(at, workspace + 4 * plan.blocks_word, stream)
     plan.steps.run(at, workspace, {}, stream)
     if plan.sinks is not None:
         at |= plan.steps.sums_at(workspace) | {"blocks": 0}
         plan.sinks((), [at[name] for name in (*SINKS_TAKES, *PACKED_ARRAYS, *MODIFIER_ARRAYS)], stream)
     if not gpu.keeps_temporaries():  # and not if a launch was refused
-        _captured.append((buffer, inputs))
+        _captured.append((buffer, inputs, targets))
+    for name, padded in targets.items():
+        gpu.assign(made[name], padded[..., : made[name].shape[2]])
     return tuple(made.values())

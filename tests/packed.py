@@ -114,14 +114,16 @@ def placed(cp: Any, call: Call, views: Sequence[str] = ("contiguous",) * 4) -> d
 
 
 def results_of(cp: Any, call: Call, arrays: dict[str, Any], **options: Any) -> tuple[Any, ...]:
-    """out, lse, dq, dk and dv; with sinks dsinks too."""
+    """out, lse, dq, dk and dv; with sinks dsinks too. ``backward`` names its family, if that is another."""
     given = arrays | {
         name: cp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in call.modifiers.items()
     }
     dout, deterministic = given.pop("dout"), options.pop("deterministic", False)
+    family = options.pop("backward", options.get("algorithm", "auto"))
     options["causal"] = call.causal
     out, lse = cuflash.attention_varlen(**given, return_lse=True, **options)
     dlse = None if call.dlse is None else cp.asarray(call.dlse)
+    options["algorithm"] = family
     gradients = cuflash.attention_varlen_backward(
         dout, **given, out=out, lse=lse, dlse=dlse, deterministic=deterministic, **options
     )

@@ -30,10 +30,10 @@ __device__ __forceinline__ KeyIsRead<Params> keys_read(const Params& params, int
   return {params, batch, head, heads, first};
 }
 
-// A visited query may see no key: what hides keys one by one may hide all, and dropout's kernels, and those of
-// packed sequences, start before the first query that sees one.
+// A visited query may see no key: what hides keys one by one may hide all, and dropout's kernels start before the first
+// query that sees one.
 constexpr bool kHasBlindRows = Config::kDropout || Config::kWindow || kMasks || Config::kBias || Config::kKeyPadding ||
-                               Config::kScoreMod || Config::kVarlen;
+                               Config::kScoreMod;
 
 // Of a tile of Q or dO, its rows' lse in base 2 from `lse_log2` on: +inf where a row sees no key.
 struct QueryIsRead {

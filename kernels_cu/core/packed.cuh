@@ -51,14 +51,20 @@ struct ChosenParamsOf<true, Params> {
 template <class Params>
 using ParamsOf = typename ChosenParamsOf<Config::kVarlen, Params>::Type;
 
-// For the first `queries` of the sequence.
-template <class Params>
-__device__ __forceinline__ void restrict_to(Params& params, const Sequence& sequence, int queries) {
-  params.seqlen_q = queries;
+// For queries [first_row, end_row) of the sequence, which are counted from first_row; `call` are the parameters of the call.
+template <class Params, class Call>
+__device__ __forceinline__ void restrict_to(Params& params, const Call& call, const Sequence& sequence, int first_row,
+                                            int end_row) {
+  params.seqlen_q = end_row - first_row;
   params.seqlen_k_visible = sequence.keys;
-  params.causal_offset += sequence.diagonal;
-  params.window_offset += sequence.diagonal;
+  params.causal_offset = call.causal_offset + sequence.diagonal + first_row;
+  params.window_offset = call.window_offset + sequence.diagonal + first_row;
   params.diagonal = sequence.diagonal;
   params.first_key = max(0, params.window_offset);
-  params.blind_rows = sequence.sees_begin;
+}
+
+// What a backward counts queries from: the first that sees a key, so that those before it are not read. Dropout's draws are
+// for blocks of 16 queries, so that it needs them whole.
+__device__ __forceinline__ int first_row_of(const Sequence& sequence) {
+  return Config::kDropout ? sequence.sees_begin / 16 * 16 : sequence.sees_begin;
 }

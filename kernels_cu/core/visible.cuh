@@ -68,10 +68,11 @@ __device__ __forceinline__ Visible<Params> visible_in(const Params& params, int 
   return visible;
 }
 
-// Where the tensor maps of K and V start: at the first key that some query sees. TMA reads zeros before it.
+// Where the tensor maps of K and V start: at the first key that some query sees. TMA reads zeros before it. Those of packed
+// sequences have no such start.
 template <class Params>
 __device__ __forceinline__ int first_mapped_key(const Params& params) {
-  if constexpr (Config::kWindow) return params.first_key;
+  if constexpr (Config::kWindow && !Config::kVarlen) return params.first_key;
   else return 0;
 }
 

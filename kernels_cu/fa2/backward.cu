@@ -209,10 +209,11 @@ __device__ __forceinline__ void accumulate_dq(float* workspace, int* turn, int m
 
 // core/packed.cuh's restrict_to, and what only this kernel knows.
 template <class Params>
-__device__ __forceinline__ void restrict_keys_to(Params& params, const Sequence& sequence) {
-  restrict_to(params, sequence, sequence.sees_end);
+__device__ __forceinline__ void restrict_keys_to(Params& params, const BackwardParams& call, const Sequence& sequence) {
+  params.first_row = first_row_of(sequence);
+  restrict_to(params, call, sequence, params.first_row, sequence.sees_end);
   params.seqlen_k = sequence.key_rows;
-  params.m_blocks = ceil_div(sequence.sees_end, kBlockM);
+  params.m_blocks = ceil_div(params.seqlen_q, kBlockM);
 }
 
 // Keys of packed sequences that no query sees are zeros loaded, whose gradients may be NaN even so: 0 times what others see.
@@ -259,7 +260,7 @@ fa2_backward(const Element* __restrict__ q,     // (batch, seqlen_q, heads_q, he
     if (sequence.key_rows == 0) return;
   }
   ParamsOf<BackwardParams> params = call;
-  if constexpr (Config::kVarlen) restrict_keys_to(params, sequence);
+  if constexpr (Config::kVarlen) restrict_keys_to(params, call, sequence);
   const int block_key = n_block * kBlockN;
   const Visible<BackwardParams> visible = visible_in(params, tile.batch, params.first_row);
   const int keys = visible.keys() - block_key;

@@ -4,7 +4,8 @@
 //
 // Grid     one dimension: for each (head, batch) a thread block for every block of the workspace, after those for kBlockM
 //          queries each before the first that sees a key, which get zeros. Backwards: what was added last is still in L2.
-// Packed   with kVarlen the blocks are those of all sequences (core/packed.cuh), in the list's order.
+// Packed   with kVarlen the blocks are those of all sequences (core/packed.cuh), in the list's order. A sequence's start at
+//          the first query that sees a key, and end with those before it, which get zeros.
 // Threads  kThreads; a thread makes 16 bytes each of two rows, r and r + 8, from the four lanes' shares of a fragment
 //          (core/dq_workspace.cuh), which lie together where four floats were added at once. Neighbouring threads do
 //          neighbouring chunks of a row.
@@ -69,13 +70,15 @@ fa2_backward_postprocess(const float* __restrict__ workspace,  // (batch, heads_
   const bool in_workspace = m_block >= 0;
   int first_query = in_workspace ? params.first_row + m_block * kBlockM : dq_block * kBlockM;
   int end_query = in_workspace ? params.seqlen_q : params.first_row;
+  [[maybe_unused]] int rows_of_blocks = 0;
   Sequence sequence = {};
   if constexpr (Config::kVarlen) {
     int block_of_sequence = m_block;
     sequence = find_sequence(params, block_of_sequence, batch);
     if (sequence.query_rows == 0) return;
-    first_query = block_of_sequence * kBlockM;
+    first_query = first_row_of(sequence) + block_of_sequence * kBlockM;
     end_query = sequence.query_rows;
+    rows_of_blocks = ceil_div(end_query, kBlockM) * kBlockM;
     dq += sequence.first_query * params.dq.row;
   }
   const float* const block = workspace + ((long long)batch_head * params.m_blocks + m_block) * Workspace::kBlock;
@@ -99,8 +102,9 @@ fa2_backward_postprocess(const float* __restrict__ workspace,  // (batch, heads_
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int query = first_query + row_tile * 16 + row_in_tile + half * 8;
+      int query = first_query + row_tile * 16 + row_in_tile + half * 8;
       if constexpr (Config::kVarlen) {
+        if (query >= rows_of_blocks) query -= rows_of_blocks;
         // What sees no key has sums of dS = 0 times keys, which need not be 0.
         if (query < sequence.sees_begin || query >= sequence.sees_end) rows[half] = {};
       }

@@ -7,7 +7,8 @@
 // Grid     one dimension: a thread block per (kBlockM queries, head, batch). Backwards: what the main kernel starts with is
 //          then still in L2.
 // Threads  kThreads; groups of eight lanes sum one row, 16 bytes a lane and step.
-// Packed   with kVarlen the blocks are those of all sequences (core/packed.cuh), in the list's order.
+// Packed   with kVarlen the blocks are those of all sequences (core/packed.cuh), in the list's order; each sequence's start
+//          at the first query that sees a key.
 // Memory   reads dO, O, lse and dlse in place through their strides; writes whole blocks, for rows past the last too:
 //          there delta = 0 and lse_log2 = +inf, so that backward.cu gets P = 2^(S − inf) = 0 without a mask. A row that
 //          sees no key, lse = −inf, gets +inf for the same reason, and so does a query that is padding.
@@ -51,9 +52,10 @@ fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, 
   const int head = batch_head - batch * params.heads_q;
   Sequence sequence = {};
   if constexpr (Config::kVarlen) sequence = find_sequence(params, m_block, batch);
+  const auto first_row = [&] { return Config::kVarlen ? first_row_of(sequence) : params.first_row; };
   const int lane = threadIdx.x % kLanesPerRow;
-  dout += batch * params.dout.batch + head * params.dout.head + params.first_row * params.dout.row;
-  out += batch * params.out.batch + head * params.out.head + params.first_row * params.out.row;
+  dout += batch * params.dout.batch + head * params.dout.head + first_row() * params.dout.row;
+  out += batch * params.out.batch + head * params.out.head + first_row() * params.out.row;
   if constexpr (Config::kVarlen) {
     dout += sequence.first_query * params.dout.row;
     out += sequence.first_query * params.out.row;
@@ -61,8 +63,8 @@ fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, 
     if (dlse != nullptr) dlse += sequence.first_query * params.dlse.row;
   }
   const auto sees_a_key = [&](int row) {
-    if constexpr (Config::kVarlen) return row >= sequence.sees_begin && row < sequence.sees_end;
-    else return row < real_queries(params, batch, params.first_row);
+    if constexpr (Config::kVarlen) return first_row() + row >= sequence.sees_begin && first_row() + row < sequence.sees_end;
+    else return row < real_queries(params, batch, first_row());
   };
 
 #pragma unroll
@@ -88,7 +90,7 @@ fa2_backward_preprocess(const Element* __restrict__ dout,  // (batch, seqlen_q, 
       const long long target = (long long)index * kBlockM + row_in_block;
       float row_lse = infinity();
       if (inside) {
-        const int query = params.first_row + row;
+        const int query = first_row() + row;
         row_lse = lse[batch * params.lse.batch + head * params.lse.head + query * params.lse.row];
         const bool is_blind = row_lse == -infinity();
         if (is_blind) row_lse = infinity();

@@ -150,7 +150,7 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
     if (tile.m_block * kBlockM >= sequence.queries) sequence.keys = 0;         // a block that is not in use
   }
   ParamsOf<ForwardParams> params = call;
-  if constexpr (Config::kVarlen) restrict_to(params, sequence, sequence.queries);
+  if constexpr (Config::kVarlen) restrict_to(params, call, sequence, 0, sequence.queries);
   const int block_row = tile.m_block * kBlockM;
   const int warp_row = block_row + warp * kWarpRows;
   const int head_kv = tile.head / params.group_size;

@@ -36,6 +36,9 @@
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > query + causal_offset get P = 0. lse is +inf, hence P = 0, for rows
 //           past the last. TMA reads rows outside the tensors as zeros; the host starts Q and dO at the first query
 //           that sees a key and ends K and V at the last key some query sees. Other keys get zeros.
+// Packed    with kVarlen a block of keys is of one sequence among many (core/packed.cuh), as a list on the device has them.
+//           The tensor maps end with the sequence (PackedRows in hopper/tile.cuh); queries are loaded from the first on that
+//           sees a key. Keys that no query sees get zeros.
 // Modifiers (docs/modifiers.md) each behind an if constexpr: scores, masks and dropout as in the forward, transposed
 //           (core/modified_probabilities.cuh). Where dS takes another P than dV, its thread keeps that in shared memory.
 //           The maps start at the first key, and query, that meets one; other keys that nobody sees, padding among
@@ -83,7 +86,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
                 const float* __restrict__ delta,               // (batch, heads_q, m_blocks · kBlockM)
                 float* __restrict__ workspace,  // (batch, heads_q, m_blocks) blocks of dQ, core/dq_workspace.cuh
                 int* __restrict__ turns,        // (batch, heads_q, m_blocks, 4); null unless kDeterministic
-                const __grid_constant__ BackwardParams params) {
+                const __grid_constant__ BackwardParams call) {
   DYN_SMEM(smem);
   const unsigned k_smem = cvta_to_shared(smem);
   const unsigned v_smem = k_smem + kVOffset;
@@ -102,14 +105,16 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   }
   __syncthreads();
 
-  const KeyBlock keys = key_block<kBlockM, kBlockN, Config::kCausal>(blockIdx.x, params);
+  ParamsOf<BackwardParams> params = call;
+  const KeyBlock keys = key_block<kBlockM, kBlockN, Config::kCausal>(blockIdx.x, call.n_blocks, call, params);
+  if (keys.is_none()) return;
   const int mapped_key = keys.first_key - first_mapped_key(params);
   const unsigned visits = keys.visits;
   const int first_head = keys.head * params.group_size;
-  // Index of a query block in (batch, heads_q, m_blocks).
+  // Index of a query block in those of all batch elements and heads.
   const auto block_index = [&](const QueryBlock& at) {
-    const long long heads_before = static_cast<long long>(keys.batch) * params.heads_kv * params.group_size;
-    return (heads_before + first_head + at.head) * params.m_blocks + at.m_block;
+    const long long heads_before = keys.batch_of_blocks() * params.heads_kv * params.group_size;
+    return (heads_before + first_head + at.head) * params.m_blocks + keys.first_block + at.m_block;
   };
   const int lane = Fragment::lane();
   const int warp = threadIdx.x / kWarpSize % 4;
@@ -123,15 +128,15 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     const auto load_q = [&](unsigned use) {
       q_ring.wait_empty(use);
       mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes + kFloatsBytes);
-      QTile::load(q_ring.slot(use), &q_map, q_ring.full(use), mapped_row<kBlockM>(params, to_load.m_block),
-                  first_head + to_load.head, keys.batch);
+      load_queries<QTile>(q_ring.slot(use), &q_map, q_ring.full(use), mapped_row<kBlockM>(params, to_load.m_block),
+                          first_head + to_load.head, keys);
       cp_async_bulk_load(k_smem + kLseOffset + use % kStages * kFloatsBytes, lse_log2 + block_index(to_load) * kBlockM,
                          kFloatsBytes, q_ring.full(use));
     };
     const auto load_dout = [&](unsigned use) {  // after load_q of the same use
       mbarrier_arrive_expect_tx(dout_ring.full(use), DoutTile::kBytes + kFloatsBytes);
-      DoutTile::load(dout_ring.slot(use), &dout_map, dout_ring.full(use), mapped_row<kBlockM>(params, to_load.m_block),
-                     first_head + to_load.head, keys.batch);
+      load_queries<DoutTile>(dout_ring.slot(use), &dout_map, dout_ring.full(use),
+                             mapped_row<kBlockM>(params, to_load.m_block), first_head + to_load.head, keys);
       cp_async_bulk_load(k_smem + kDeltaOffset + use % kStages * kFloatsBytes, delta + block_index(to_load) * kBlockM,
                          kFloatsBytes, dout_ring.full(use));
     };
@@ -145,10 +150,10 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     };
     if (loads && visits > 0) {  // what is needed first comes first
       mbarrier_arrive_expect_tx(k_full, KTile::kBytes);
-      KTile::load(k_smem, &k_map, k_full, mapped_key, keys.head, keys.batch);
+      load_keys<KTile>(k_smem, &k_map, k_full, mapped_key, keys);
       load_q(0);
       mbarrier_arrive_expect_tx(v_full, VTile::kBytes);
-      VTile::load(v_smem, &v_map, v_full, mapped_key, keys.head, keys.batch);
+      load_keys<VTile>(v_smem, &v_map, v_full, mapped_key, keys);
       load_dout(0);
       keys.advance(to_load, params);
       loaded = 1;
@@ -303,10 +308,9 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
 
   // Epilogue: dV into this warpgroup's rows of V; dK into those of K, once nobody multiplies by K any more.
   const int row = keys.first_key + warpgroup * 64;
-  store_gradient<Element, VTile::kPanelBytes>(acc_dv, kept_scale(params), my_v_smem, kStaged + warpgroup, &dv_map, row, keys.head,
-                                              keys.batch);
+  store_gradient<Element, VTile::kPanelBytes>(acc_dv, kept_scale(params), my_v_smem, kStaged + warpgroup, &dv_map, row,
+                                              keys);
   ds_ring.wait_empty(visits + kDsStages - 1);
-  store_gradient<Element, KTile::kPanelBytes>(acc_dk, params.scale, my_k_smem, kStaged + warpgroup, &dk_map, row,
-                                              keys.head, keys.batch);
+  store_gradient<Element, KTile::kPanelBytes>(acc_dk, params.scale, my_k_smem, kStaged + warpgroup, &dk_map, row, keys);
   if (threadIdx.x % kWarpgroupThreads == 0) cp_async_bulk_wait_group_read<0>();  // shared memory outlives its reader
 }

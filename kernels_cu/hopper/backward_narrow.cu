@@ -23,7 +23,7 @@
 //             wait for dK;  release Q and dO
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers |
-//           which key block K is of, 8 bytes
+//           which key block K is of, 8 bytes, or with kVarlen 64
 //           The epilogue stages dV and dK in the panels of dS that the warpgroup stores: the next K and V are on their way.
 // Registers dK and dV: kHeadDim/2 + kHeadDimV/2 a thread, S, dP: kBlockM/2 each, P and dS kBlockM/4 each, dQ
 //           kDqColumns/2; docs/hopper-backward.md has ptxas's figures.
@@ -37,7 +37,8 @@
 //           q.empty          main threads, after a visit            loader, before it loads Q, then dO
 //           bar kDsStored    the main warpgroups, when dS is stored; when it is no longer read
 //           bar kStaged + w  main warpgroup w, when dV or dK is staged; when it has left
-// Masks, order as in hopper/backward.cu.
+// Masks, order, packed sequences as in hopper/backward.cu; of those, the loader tells the main warps beside K's barrier what
+//           it has looked up.
 // Numerics  S, dP, dV, dK and dQ in float32; P and dS rounded to Element for the products.
 // Configs   head dims up to 64 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
 //           (cuflash/config_hopper_backward.py).
@@ -60,10 +61,31 @@
 using KRing = Ring<1, KTile::kBytes>;
 using VRing = FilledRing<1, VTile::kBytes>;  // emptied with K
 static_assert(Part::kParts == kMainWarpgroups, "a part of dQ for each main warpgroup");
-static_assert(!Config::kModified, "modifiers take registers: hopper/backward.cu has them");
+static_assert(!kChangesP && !kZeroesKeys, "modifiers take registers: hopper/backward.cu has them");
+
+// How the loader tells the main warps which key block K is of: its index and, of packed sequences, what it has looked up.
+template <bool kVarlen>
+struct BlockSlot {
+  int index;
+};
+template <>
+struct BlockSlot<true> {
+  int index;
+  KeyBlock keys;
+};
+using Slot = BlockSlot<Config::kVarlen>;
+template <class Slot>
+__device__ __forceinline__ void tell(Slot& slot, const KeyBlock& keys) {
+  if constexpr (Config::kVarlen) slot.keys = keys;
+}
+template <class Slot, class KeyBlockAt>
+__device__ __forceinline__ KeyBlock told(const Slot& slot, const KeyBlockAt& key_block_at) {
+  if constexpr (Config::kVarlen) return slot.keys;
+  else return key_block_at(slot.index);
+}
 
 constexpr int kBlockSlotOffset = kKvBarriersOffset + KRing::kBarrierBytes + VRing::kBarrierBytes;
-static_assert(kBlockSlotOffset + 8 == Config::kSharedBytes, "the host's map is the same");
+static_assert(kBlockSlotOffset + (sizeof(Slot) + 7) / 8 * 8 == Config::kSharedBytes, "the host's map is the same");
 
 // dV and dK leave by way of a main warpgroup's own panels of dS, of which each slot has one.
 static_assert(VTile::kPanels + KTile::kPanels <= kDsStages, "a slot for each");
@@ -91,7 +113,7 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
   const unsigned ds_smem = k_smem + kDsOffset;
   const KRing k_ring{{k_smem, k_smem + kKvBarriersOffset}};
   const VRing v_ring{v_smem, k_ring.barriers_smem + KRing::kBarrierBytes};
-  int* const block_slot = reinterpret_cast<int*>(smem + kBlockSlotOffset);  // index of the key block that K is of
+  Slot* const block_slot = reinterpret_cast<Slot*>(smem + kBlockSlotOffset);
 
   if (threadIdx.x == 0) {
     q_ring.init(kMainWarpgroups * kWarpgroupThreads);
@@ -102,16 +124,21 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
   }
   __syncthreads();
 
-  const auto key_block_at = [&](int index) { return key_block<kBlockM, kBlockN, Config::kCausal>(index, params); };
+  const int packed_blocks = packed_key_blocks_of(params);
+  const auto n_blocks = [&] { return Config::kVarlen ? packed_blocks : params.n_blocks; };
+  const auto key_blocks = [&] { return Config::kVarlen ? packed_blocks * params.heads_kv : params.key_blocks; };
+  const auto key_block_at = [&](int index) {
+    return key_block<kBlockM, kBlockN, Config::kCausal>(index, n_blocks(), params);
+  };
   // The key block that everybody is to work on as number `block`; past the last if there is none.
   const auto receive_block = [&](unsigned block) {
     k_ring.wait_full(block);
-    return *block_slot;
+    return block_slot->index;
   };
-  // Index of a query block in (batch, heads_q, m_blocks).
+  // Index of a query block in those of all batch elements and heads.
   const auto block_index = [&](const KeyBlock& keys, const QueryBlock& at) {
-    const long long first_head = (static_cast<long long>(keys.batch) * params.heads_kv + keys.head) * params.group_size;
-    return (first_head + at.head) * params.m_blocks + at.m_block;
+    const long long first_head = (keys.batch_of_blocks() * params.heads_kv + keys.head) * params.group_size;
+    return (first_head + at.head) * params.m_blocks + keys.first_block + at.m_block;
   };
   const auto ds_slot = [&](unsigned use) { return ds_smem + use % kDsStages * DsTile::kBytes; };
   const int lane = Fragment::lane();
@@ -130,21 +157,21 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
     QueryBlock to_load = {};
     // Late, to balance the load, but before the block is needed: the counter takes its time to answer.
     const auto claim_block = [&] {
-      if constexpr (Config::kDynamicBlocks) index = gridDim.x + atomicInc(blocks_taken, params.key_blocks - 1);
+      if constexpr (Config::kDynamicBlocks) index = gridDim.x + atomicInc(blocks_taken, key_blocks() - 1);
       else index += gridDim.x;
     };
     const auto load_q = [&] {
       q_ring.wait_empty(use);
       mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes + kFloatsBytes);
-      QTile::load(q_ring.slot(use), &q_map, q_ring.full(use), to_load.m_block * kBlockM,
-                  loading.head * params.group_size + to_load.head, loading.batch);
+      load_queries<QTile>(q_ring.slot(use), &q_map, q_ring.full(use), to_load.m_block * kBlockM,
+                          loading.head * params.group_size + to_load.head, loading);
       cp_async_bulk_load(k_smem + kLseOffset + use % kStages * kFloatsBytes,
                          lse_log2 + block_index(loading, to_load) * kBlockM, kFloatsBytes, q_ring.full(use));
     };
     const auto load_dout = [&] {  // after load_q
       mbarrier_arrive_expect_tx(dout_ring.full(use), DoutTile::kBytes + kFloatsBytes);
-      DoutTile::load(dout_ring.slot(use), &dout_map, dout_ring.full(use), to_load.m_block * kBlockM,
-                     loading.head * params.group_size + to_load.head, loading.batch);
+      load_queries<DoutTile>(dout_ring.slot(use), &dout_map, dout_ring.full(use), to_load.m_block * kBlockM,
+                             loading.head * params.group_size + to_load.head, loading);
       cp_async_bulk_load(k_smem + kDeltaOffset + use % kStages * kFloatsBytes,
                          delta + block_index(loading, to_load) * kBlockM, kFloatsBytes, dout_ring.full(use));
       loading.advance(to_load, params);
@@ -154,17 +181,18 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
     // Says which key block is next and loads K, V and its first visit, what is needed first first. False if none is.
     const auto start_block = [&] {
       k_ring.wait_empty(block);
-      *block_slot = index;
-      const bool exists = index < params.key_blocks;
+      block_slot->index = index;
+      const bool exists = index < key_blocks();
       if (exists) loading = key_block_at(index);
+      tell(*block_slot, loading);
       if (exists && loading.visits > 0) {
         to_load = loading.first(params);
         to_come = loading.visits;
         mbarrier_arrive_expect_tx(k_ring.full(block), KTile::kBytes);
-        KTile::load(k_smem, &k_map, k_ring.full(block), loading.first_key, loading.head, loading.batch);
+        load_keys<KTile>(k_smem, &k_map, k_ring.full(block), loading.first_key, loading);
         load_q();
         mbarrier_arrive_expect_tx(v_ring.full(v_use), VTile::kBytes);
-        VTile::load(v_smem, &v_map, v_ring.full(v_use), loading.first_key, loading.head, loading.batch);
+        load_keys<VTile>(v_smem, &v_map, v_ring.full(v_use), loading.first_key, loading);
         load_dout();
         ++v_use;
       } else {
@@ -192,8 +220,8 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
   unsigned v_use = 0;  // key blocks with visits before this one
   for (unsigned block = 0;; ++block) {
     const int index = receive_block(block);
-    if (index >= params.key_blocks) break;
-    const KeyBlock keys = key_block_at(index);
+    if (index >= key_blocks()) break;
+    const KeyBlock keys = told(*block_slot, key_block_at);
     const unsigned end = use + keys.visits;
     QueryBlock at = keys.first(params);
     float acc_dk[kHeadDim / 8][4] = {};
@@ -210,14 +238,15 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
     // own: a branch around the mask would keep ptxas from moving exponentials past the next wait.
     const auto is_masked = [&](const QueryBlock& at) {
       const int last_key = keys.first_key + warpgroup * 64 + 63;
-      return last_key >= params.seqlen_k_visible || (Config::kCausal && last_key > at.m_block * kBlockM + params.causal_offset);
+      return last_key >= keys_seen(keys, params) ||
+             (Config::kCausal && last_key > at.m_block * kBlockM + causal_offset_of(keys, params));
     };
     // From the scores of a visit to its P.
     const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned use, auto masked) {
       exponentiate(acc_s[0], params.scale_log2, lane_pairs(smem + kLseOffset + use % kStages * kFloatsBytes));
       if constexpr (decltype(masked)::value) {
-        zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp_row, at.m_block * kBlockM, params.seqlen_k_visible,
-                                     params.causal_offset);
+        zero_hidden<Config::kCausal>(acc_s, keys.first_key + warp_row, at.m_block * kBlockM, keys_seen(keys, params),
+                                     causal_offset_of(keys, params));
       }
     };
     const auto delta_of = [&](unsigned use) { return lane_pairs(smem + kDeltaOffset + use % kStages * kFloatsBytes); };
@@ -279,9 +308,9 @@ hopper_backward_narrow(const __grid_constant__ CUtensorMap q_map,     // (batch,
     bar_sync(kDsStored, kMainWarpgroups * kWarpgroupThreads);
     const unsigned staged = ds_smem + warpgroup * DsTile::kPanelBytes;
     const int row = keys.first_key + warpgroup * 64;
-    store_gradient<Element, DsTile::kBytes>(acc_dv, 1.0f, staged, kStaged + warpgroup, &dv_map, row, keys.head, keys.batch);
+    store_gradient<Element, DsTile::kBytes>(acc_dv, 1.0f, staged, kStaged + warpgroup, &dv_map, row, keys);
     store_gradient<Element, DsTile::kBytes>(acc_dk, params.scale, staged + DsTile::kBytes, kStaged + warpgroup, &dk_map, row,
-                                            keys.head, keys.batch);
+                                            keys);
   }
   if (stores) cp_async_bulk_wait_group_read<0>();  // shared memory outlives its reader
 }

@@ -143,7 +143,7 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   barrier_cluster_wait();
 
   const int rank = cluster_ctarank(), peer = rank ^ 1;
-  const KeyBlock pair = key_block<kBlockM, kPair * kBlockN, Config::kCausal>(blockIdx.x / kPair, params);
+  const KeyBlock pair = key_block<kBlockM, kPair * kBlockN, Config::kCausal>(blockIdx.x / kPair, params.n_blocks, params);
   const int first_key = pair.first_key + rank * kBlockN;
   const unsigned visits = pair.visits;
   const int first_head = pair.head * params.group_size;
@@ -312,10 +312,8 @@ hopper_backward_pair(const __grid_constant__ CUtensorMap q_map,     // (batch, h
 
   // Epilogue: dV into this warpgroup's rows of V; dK into those of K, once nobody multiplies by K any more.
   const int row = first_key + warpgroup * 64;
-  store_gradient<Element, VTile::kPanelBytes>(acc_dv, 1.0f, my_v_smem, kStored + warpgroup, &dv_map, row, pair.head,
-                                              pair.batch);
+  store_gradient<Element, VTile::kPanelBytes>(acc_dv, 1.0f, my_v_smem, kStored + warpgroup, &dv_map, row, pair);
   for (unsigned use = visits; use < visits + kDsStages; ++use) ds_ring.wait_empty(use);
-  store_gradient<Element, KTile::kPanelBytes>(acc_dk, params.scale, my_k_smem, kStored + warpgroup, &dk_map, row,
-                                              pair.head, pair.batch);
+  store_gradient<Element, KTile::kPanelBytes>(acc_dk, params.scale, my_k_smem, kStored + warpgroup, &dk_map, row, pair);
   if (threadIdx.x % kWarpgroupThreads == 0) cp_async_bulk_wait_group_read<0>();  // shared memory outlives its reader
 }

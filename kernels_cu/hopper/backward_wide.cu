@@ -41,8 +41,8 @@
 // Arrivals  are every thread's, 128 a warpgroup. Those that release what was read come after the first use of the values:
 //           a load that is only issued may still be overtaken. On the H100 (CUDA 13.0), P released right after its loads
 //           was overwritten under them.
-// Masks, modifiers, numerics, order as in hopper/backward.cu: dS too is made from P rounded to Element; p is the P that
-//           makes dS, if that is another.
+// Masks, packed sequences, modifiers, numerics, order as in hopper/backward.cu: dS too is made from P rounded to Element; p
+//           is the P that makes dS, if that is another.
 // Configs   head dims up to 256 that are multiples of 8 (TMA pads them), Dv ≠ D, float16 and bfloat16
 //           (cuflash/config_hopper_backward.py).
 // Speed     docs/hopper-backward.md.
@@ -125,7 +125,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
                      const float* __restrict__ delta,               // (batch, heads_q, m_blocks · kBlockM)
                      float* __restrict__ workspace,  // (batch, heads_q, m_blocks) blocks of dQ, core/dq_workspace.cuh
                      int* __restrict__ turns,        // (batch, heads_q, m_blocks, 4); null unless kDeterministic
-                     const __grid_constant__ BackwardParams params) {
+                     const __grid_constant__ BackwardParams call) {
   DYN_SMEM(smem);
   const unsigned k_smem = cvta_to_shared(smem);
   const unsigned v_smem = k_smem + kVOffset;
@@ -146,14 +146,16 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
   }
   __syncthreads();
 
-  const KeyBlock keys = key_block<kBlockM, kBlockN, Config::kCausal>(blockIdx.x, params);
+  ParamsOf<BackwardParams> params = call;
+  const KeyBlock keys = key_block<kBlockM, kBlockN, Config::kCausal>(blockIdx.x, call.n_blocks, call, params);
+  if (keys.is_none()) return;
   const int mapped_key = keys.first_key - first_mapped_key(params);
   const unsigned visits = keys.visits;
   const int first_head = keys.head * params.group_size;
-  // Index of a query block in (batch, heads_q, m_blocks).
+  // Index of a query block in those of all batch elements and heads.
   const auto block_index = [&](const QueryBlock& at) {
-    const long long heads_before = static_cast<long long>(keys.batch) * params.heads_kv * params.group_size;
-    return (heads_before + first_head + at.head) * params.m_blocks + at.m_block;
+    const long long heads_before = keys.batch_of_blocks() * params.heads_kv * params.group_size;
+    return (heads_before + first_head + at.head) * params.m_blocks + keys.first_block + at.m_block;
   };
   const int lane = Fragment::lane();
   const int warp = threadIdx.x / kWarpSize % 4;
@@ -170,24 +172,24 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     // Two threads, since Q and dO come free at different times.
     if (threadIdx.x == 0 && visits > 0) {
       mbarrier_arrive_expect_tx(k_full, KTile::kBytes);
-      KTile::load(k_smem, &k_map, k_full, mapped_key, keys.head, keys.batch);
+      load_keys<KTile>(k_smem, &k_map, k_full, mapped_key, keys);
       for (unsigned visit = 0; visit < visits; ++visit, keys.advance(at, params)) {
         q_ring.wait_empty(visit);
         mbarrier_arrive_expect_tx(q_ring.full(visit), QTile::kBytes + kFloatsBytes);
-        QTile::load(q_ring.slot(visit), &q_map, q_ring.full(visit), mapped_row<kBlockM>(params, at.m_block),
-                    first_head + at.head, keys.batch);
+        load_queries<QTile>(q_ring.slot(visit), &q_map, q_ring.full(visit), mapped_row<kBlockM>(params, at.m_block),
+                            first_head + at.head, keys);
         cp_async_bulk_load(k_smem + kLseOffset + visit % kStages * kFloatsBytes, lse_log2 + block_index(at) * kBlockM,
                            kFloatsBytes, q_ring.full(visit));
       }
     }
     if (threadIdx.x == kWarpSize && visits > 0) {
       mbarrier_arrive_expect_tx(v_full, VTile::kBytes);
-      VTile::load(v_smem, &v_map, v_full, mapped_key, keys.head, keys.batch);
+      load_keys<VTile>(v_smem, &v_map, v_full, mapped_key, keys);
       for (unsigned visit = 0; visit < visits; ++visit, keys.advance(at, params)) {
         dout_ring.wait_empty(visit);
         mbarrier_arrive_expect_tx(dout_ring.full(visit), DoutTile::kBytes + kFloatsBytes);
-        DoutTile::load(dout_ring.slot(visit), &dout_map, dout_ring.full(visit), mapped_row<kBlockM>(params, at.m_block),
-                       first_head + at.head, keys.batch);
+        load_queries<DoutTile>(dout_ring.slot(visit), &dout_map, dout_ring.full(visit),
+                               mapped_row<kBlockM>(params, at.m_block), first_head + at.head, keys);
         cp_async_bulk_load(k_smem + kDeltaOffset + visit % kStages * kFloatsBytes, delta + block_index(at) * kBlockM,
                            kFloatsBytes, dout_ring.full(visit));
       }
@@ -263,8 +265,8 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     wgmma_wait_group<0>();
     pin_registers(acc_dv);
     dout_ring.wait_empty(visits);
-    store_gradient<Element, VTile::kPanelBytes>(acc_dv, kept_scale(params), dout_ring.slot(visits), kStaged, &dv_map, keys.first_key,
-                                                keys.head, keys.batch);
+    store_gradient<Element, VTile::kPanelBytes>(acc_dv, kept_scale(params), dout_ring.slot(visits), kStaged, &dv_map,
+                                                keys.first_key, keys);
     wait_for_stores();
     return;
   }
@@ -311,7 +313,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
     pin_registers(acc_dk);
     q_ring.wait_empty(visits);
     store_gradient<Element, KTile::kPanelBytes>(acc_dk, params.scale, q_ring.slot(visits), kStaged + 1, &dk_map,
-                                                keys.first_key, keys.head, keys.batch);
+                                                keys.first_key, keys);
     wait_for_stores();
     return;
   }

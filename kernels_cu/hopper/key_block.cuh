@@ -3,8 +3,10 @@
 #include "core/is_read.cuh"
 #include "core/mask_tiles.cuh"
 #include "core/modifier_params.cuh"
+#include "core/packed.cuh"
 #include "core/scheduler.cuh"
 #include "core/visible.cuh"
+#include "hopper/tile.cuh"
 
 // Of the queries, which are counted from the first that is visited. A plain program is told by lse = +inf where they end.
 template <bool kModified>
@@ -14,7 +16,9 @@ struct QueryRange {
 template <>
 struct QueryRange<false> {};
 
-struct BackwardParams : ModifierParams<Config::kModified>, QueryRange<Config::kModified> {
+struct BackwardParams : PackedArrays<Config::kVarlen>,
+                        ModifierParams<Config::kModified>,
+                        QueryRange<Config::kModified> {
   int seqlen_k_visible;  // keys that some query sees
   int heads_kv, group_size, batch_heads;  // batch_heads = batch · heads_kv
   int causal_offset;
@@ -24,16 +28,36 @@ struct BackwardParams : ModifierParams<Config::kModified>, QueryRange<Config::kM
 };
 
 constexpr bool kBanded = Config::kWindow || kMasks;  // more than the ends of rows is hidden
-constexpr bool kZeroesKeys = kMasks || Config::kKeyPadding || Config::kQueryPadding;  // TMA brings keys that nobody sees
+// TMA brings keys that nobody sees. Not those before the first that somebody sees, nor after the last: the maps leave those
+// out, but for the former of packed sequences.
+constexpr bool kZeroesKeys = kMasks || Config::kKeyPadding || Config::kQueryPadding || (Config::kWindow && Config::kVarlen);
 // TMA brings queries that are padding, or see no key. Not those before the first that sees one, nor past a window of every
-// key: the maps leave those out.
+// key: the maps leave those out, but for the former of packed sequences with dropout.
 constexpr bool kZeroesQueries = kMasks || Config::kBias || Config::kScoreMod || Config::kQueryPadding ||
-                                (Config::kWindow && Config::kKeyPadding);
+                                (Config::kWindow && Config::kKeyPadding) || (Config::kDropout && Config::kVarlen);
 
 // A query block visited: of a query head of the group, counted from the group's first.
 struct QueryBlock { int head, m_block; };
 
-struct KeyBlock {
+// Where the rows of a key block's sequence are, with kVarlen.
+template <bool kVarlen>
+struct SequenceRows {
+  static constexpr int first_block = 0;
+  static constexpr bool is_none() { return false; }
+};
+template <>
+struct SequenceRows<true> {
+  int query_row, queries;  // of packed Q and dO: those that are counted
+  int key_row, seen_keys;  // of packed K and V: those that some query sees, …
+  int key_rows;            // … and of packed dK and dV: all
+  int first_block;         // its first block of queries, among those of all sequences
+  int causal_offset;
+
+  // There are fewer key blocks than there could be.
+  __device__ __forceinline__ bool is_none() const { return key_rows == 0; }
+};
+
+struct KeyBlock : SequenceRows<Config::kVarlen> {
   int n_block, head, batch;  // head counts key/value heads
   int first_key;
   int m_begin, m_end;        // the query blocks that see some of its keys, the same of every query head of the group
@@ -60,6 +84,9 @@ struct KeyBlock {
     if constexpr (Config::kModified) return visible_in(params, batch, params.first_row).keys();
     else return params.seqlen_k_visible;
   }
+
+  // Query blocks are (batch, heads_q, m_blocks), or with kVarlen those of all sequences, (heads_q, m_blocks).
+  __device__ __forceinline__ long long batch_of_blocks() const { return Config::kVarlen ? 0 : batch; }
 
   // Of one query head of the group, by query block.
   template <class Params>
@@ -96,21 +123,47 @@ struct KeyBlock {
   }
 };
 
-// Early keys are seen by the most queries under a causal mask, so those blocks come first.
+// How many blocks of keys packed sequences have; the host knows only params.n_blocks, how many they can have.
+template <class Params>
+__device__ __forceinline__ int packed_key_blocks_of(const Params& params) {
+  if constexpr (Config::kVarlen) return params.blocks[params.n_blocks].block;
+  else return 0;
+}
+
+template <class KeyBlock, class Params>
+__device__ __forceinline__ void place(KeyBlock& block, const Sequence& sequence, const Params& params) {
+  block.query_row = static_cast<int>(sequence.first_query) + params.first_row;
+  block.queries = params.seqlen_q;
+  block.key_row = static_cast<int>(sequence.first_key);
+  block.seen_keys = sequence.keys;
+  block.key_rows = sequence.key_rows;
+  block.first_block = sequence.first_block;
+  block.causal_offset = params.causal_offset;
+}
+
+// Early keys are seen by the most queries under a causal mask, so those blocks come first. There are n_blocks of them, or
+// fewer, for each head. With kVarlen `params` become `call` for the block's sequence.
 template <int kBlockM, int kBlockN, bool kCausal, class Params>
-__device__ __forceinline__ KeyBlock key_block(int index, const Params& params) {
-  const Tile tile = longest_first(index, params.n_blocks, params.heads_kv, params.batch_heads, params.heads_per_wave);
+__device__ __forceinline__ KeyBlock key_block(int index, int n_blocks, const BackwardParams& call, Params& params) {
+  const Tile tile = longest_first(index, n_blocks, params.heads_kv, params.batch_heads, params.heads_per_wave);
   KeyBlock block;
-  block.n_block = params.n_blocks - 1 - tile.m_block;
+  block.n_block = n_blocks - 1 - tile.m_block;
   block.head = tile.head;
   block.batch = tile.batch;
+  if constexpr (Config::kVarlen) {
+    const Sequence sequence = find_sequence(params, block.n_block, block.batch);
+    params.first_row = first_row_of(sequence);
+    restrict_to(params, call, sequence, params.first_row, sequence.sees_end);
+    place(block, sequence, params);
+  }
   block.first_key = block.n_block * kBlockN;
   block.m_begin = kCausal ? max(0, block.first_key - params.causal_offset) / kBlockM : 0;
   block.m_end = params.m_blocks;
+  if constexpr (Config::kVarlen) block.m_end = ceil_div(params.seqlen_q, kBlockM);
   int keys = params.seqlen_k_visible;
   if constexpr (Config::kModified) {
-    const Visible<Params> visible = visible_in(params, block.batch, params.first_row);
-    block.m_end = visited_end<kBlockM, kBlockN>(visible, block.first_key, params.m_blocks);
+    const auto visible = visible_in(params, block.batch, params.first_row);
+    block.m_end = visited_end<kBlockM, kBlockN>(visible, block.first_key, block.m_end);
     keys = visible.keys();
   }
   const int of_each_head = block.first_key < keys ? max(0, block.m_end - block.m_begin) : 0;
@@ -126,12 +179,45 @@ __device__ __forceinline__ KeyBlock key_block(int index, const Params& params) {
   return block;
 }
 
+// The same, where nobody asks for the parameters of its sequence.
+template <int kBlockM, int kBlockN, bool kCausal, class Params>
+__device__ __forceinline__ KeyBlock key_block(int index, int n_blocks, const Params& call) {
+  if constexpr (Config::kVarlen) {
+    Params params = call;
+    return key_block<kBlockM, kBlockN, kCausal>(index, n_blocks, call, params);
+  } else {
+    return key_block<kBlockM, kBlockN, kCausal>(index, n_blocks, call, call);
+  }
+}
+
 // The row of the maps of Q and dO, which start at the first query that sees a key, where a query block starts. TMA reads
 // zeros before it: with dropout the first block may start at a few blind queries.
 template <int kBlockM, class Params>
 __device__ __forceinline__ int mapped_row(const Params& params, int m_block) {
-  if constexpr (Config::kDropout) return m_block * kBlockM - params.blind_rows;
+  if constexpr (Config::kDropout && !Config::kVarlen) return m_block * kBlockM - params.blind_rows;
   else return m_block * kBlockM;
+}
+
+// Starts the load of queries of Q or dO from row `row` of their map on, or with kVarlen of their sequence.
+template <class Tile, class KeyBlock>
+__device__ __forceinline__ void load_queries(unsigned tile_smem, const CUtensorMap* map, unsigned mbarrier_smem, int row,
+                                             int head, const KeyBlock& keys) {
+  if constexpr (Config::kVarlen) {
+    Tile::load_of_sequence(tile_smem, map, mbarrier_smem, row, head, keys.query_row, keys.queries);
+  } else {
+    Tile::load(tile_smem, map, mbarrier_smem, row, head, keys.batch);
+  }
+}
+
+// The same of keys of K or V.
+template <class Tile, class KeyBlock>
+__device__ __forceinline__ void load_keys(unsigned tile_smem, const CUtensorMap* map, unsigned mbarrier_smem, int row,
+                                          const KeyBlock& keys) {
+  if constexpr (Config::kVarlen) {
+    Tile::load_of_sequence(tile_smem, map, mbarrier_smem, row, keys.head, keys.key_row, keys.seen_keys);
+  } else {
+    Tile::load(tile_smem, map, mbarrier_smem, row, keys.head, keys.batch);
+  }
 }
 
 // Whether a query of the block does not see one of kKeys keys.
@@ -146,4 +232,16 @@ __device__ __forceinline__ bool hides_some(const KeyBlock& keys, const QueryBloc
     return last_key >= params.seqlen_k_visible ||
            (Config::kCausal && last_key > at.m_block * kBlockM + params.causal_offset);
   }
+}
+
+// What a program without modifiers hides: keys from keys_seen on, and those after the diagonal.
+template <class KeyBlock, class Params>
+__device__ __forceinline__ int keys_seen(const KeyBlock& keys, const Params& params) {
+  if constexpr (Config::kVarlen) return keys.seen_keys;
+  else return params.seqlen_k_visible;
+}
+template <class KeyBlock, class Params>
+__device__ __forceinline__ int causal_offset_of(const KeyBlock& keys, const Params& params) {
+  if constexpr (Config::kVarlen) return keys.causal_offset;
+  else return params.causal_offset;
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_compile import CAPABILITIES
 
-from cuflash import config, config_backward, config_hopper, jit
+from cuflash import config, config_backward, config_hopper, config_hopper_backward, jit
 from cuflash.config_modifiers import ModifierFlags
 from cuflash.config_packed import BlocksConfig
 from cuflash.problem import make_problem
@@ -57,6 +57,31 @@ def test_kernels_spill_hardly_more_than_plain_ones(capability, causal, determini
 def test_hopper_forward_compiles_without_serialised_wgmma_or_spills(tile, causal):
     made = config_hopper.make_config(tile, dtype="bfloat16", causal=causal, dynamic_tiles=True, varlen=True)
     compile_(made, (9, 0), made.blocks_per_sm, made.spill_bytes)
+
+
+@pytest.mark.parametrize("in_order_and_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_hopper_backward_compiles_without_serialised_wgmma_or_spills(head_dim, in_order_and_causal):
+    tiles = (*config_hopper_backward.TILES, *config_hopper_backward.WIDE_TILES)
+    made = config_hopper_backward.make_config(
+        next(tile for tile in tiles if tile.head_dim == head_dim),
+        dtype="bfloat16",
+        causal=in_order_and_causal,
+        deterministic=in_order_and_causal,
+        modifiers=PACKED,
+    )
+    compile_(made, (9, 0), spill_bytes=made.spill_bytes)
+
+
+@pytest.mark.parametrize(
+    "tile", [config_hopper_backward.MODIFIED_TILES[-1], config_hopper_backward.WIDE_TILES[-1]]
+)
+def test_hopper_backward_with_every_modifier_compiles_without_serialised_wgmma(tile):
+    flags = ModifierFlags(window=True, softcap=True, alibi=True, sinks=True, dropout=True, varlen=True)
+    made = config_hopper_backward.make_config(
+        tile, dtype="bfloat16", causal=True, deterministic=True, modifiers=flags
+    )
+    compile_(made, (9, 0), spill_bytes=128)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")

@@ -58,7 +58,7 @@ BUGS = [
     Bug("dK without the scale", BACKWARD,
         "store_gradient<kHeadDim>(acc_dk, params.scale,", "store_gradient<kHeadDim>(acc_dk, 1.0f,", WRONG_RESULT),
     Bug("dS without delta", BACKWARD,
-        "(dp[i % 2 * 2] - delta_of.lo)", "dp[i % 2 * 2]", WRONG_RESULT),
+        "dp[i % 2 * 2], delta_of.lo, params)", "dp[i % 2 * 2], 0.0f, params)", WRONG_RESULT),
     Bug("only the first query head of a group", BACKWARD,
         "max(0, m_end - m_begin) * params.group_size : 0", "max(0, m_end - m_begin) : 0", WRONG_RESULT, GROUPED),
     Bug("the query heads of another group", BACKWARD,

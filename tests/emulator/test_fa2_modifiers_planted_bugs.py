@@ -71,7 +71,7 @@ BUGS = [
     planted("a window in the backward one key too wide", VISIBLE,
         "row - params.window_offset + 1);", "row - params.window_offset + 2);", NARROW),
     planted("softcap without its gradient", PROBABILITIES,
-        "Config::kSoftcap ? x * slope[j][r] : x;", "x;", SOFTCAP),
+        "Config::kSoftcap ? x * slope[i / 4][i % 4] : x;", "x;", SOFTCAP),
     planted("softcap's gradient in dV", BACKWARD,
         "constexpr bool kSplitP = kColumnWarps > 1 &&", "constexpr bool kSplitP = false &&", SOFTCAP_256),
     planted("tanh with half its argument", "core/score.cuh",
@@ -129,7 +129,7 @@ BUGS = [
     planted("dP of dropped probabilities kept", "core/dropout.cuh",
         "__float_as_int(p) < 0 ? 0.0f : dp * kept_scale", "dp * kept_scale", DROPOUT),
     planted("draws counted from the kernel's first query", PROBABILITIES,
-        "(this_key, params.first_row + this_query,", "(this_key, this_query,", DROPOUT),
+        "(strip_key, params.first_row + strip_query,", "(strip_key, strip_query,", DROPOUT),
 ]  # fmt: skip
 
 

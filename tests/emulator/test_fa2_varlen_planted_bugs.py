@@ -14,7 +14,6 @@ from emulator import Emulator
 from emulator.planted import WRONG_RESULT, Bug, noticed_by
 
 PACKED = "core/packed.cuh"
-IS_READ = "core/is_read.cuh"
 BLOCKS = "packed/blocks.cu"
 FORWARD = "fa2/forward.cu"
 BACKWARD = "fa2/backward.cu"
@@ -53,8 +52,10 @@ BUGS = [
         "(long long)tile.head * call.seqlen_q + sequence.first_query", "(long long)tile.head * call.seqlen_q", WRONG_RESULT),
     Bug("only rows in use are written", FORWARD,
         "return Config::kVarlen ? sequence.query_rows : params.seqlen_q;", "return params.seqlen_q;", WRONG_RESULT),
-    Bug("queries that see no key are read", IS_READ,
-        "Config::kScoreMod || Config::kVarlen;", "Config::kScoreMod;", WRONG_RESULT),
+    Bug("queries that see no key are read", PACKED,
+        ": sequence.sees_begin;", ": 0;", WRONG_RESULT),
+    Bug("blocks of dQ that leave out the queries that see no key", POSTPROCESS,
+        "if (query >= rows_of_blocks) query -= rows_of_blocks;", "", WRONG_RESULT),
     Bug("dQ of the first sequence for all", BACKWARD,
         "call.m_blocks + sequence.first_block + at.m_block", "call.m_blocks + at.m_block", WRONG_RESULT),
     Bug("only keys in use get gradients", BACKWARD,

@@ -16,6 +16,7 @@ from cuflash.config_hopper_backward import TILES, TILES_PAIR
 from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
 
 PAIR_CU = "hopper/backward_pair.cu"
+KEY_BLOCK = "hopper/key_block.cuh"
 TILE = "hopper/tile.cuh"
 
 # Several rounds of the rings, two pairs, a causal diagonal, a peer without keys.
@@ -95,11 +96,11 @@ BUGS = [
     Bug("both thread blocks take the same turns", PAIR_CU,
         "turns + (block_index(at) * kPair + rank) * 4 + warp;", "turns + block_index(at) * kPair * 4 + warp;", "deadlock"),
     Bug("dQ added to another block", PAIR_CU,
-        "workspace + block_index(at) *", "workspace + block_index(pair.first()) *", WRONG_RESULT),
-    Bug("P not masked on the diagonal", PAIR_CU,
+        "workspace + block_index(at) *", "workspace + block_index(pair.first(params)) *", WRONG_RESULT),
+    Bug("P not masked on the diagonal", KEY_BLOCK,
         "(Config::kCausal && last_key > at.m_block * kBlockM + params.causal_offset)", "false", WRONG_RESULT),
-    Bug("P not masked after the last key", PAIR_CU,
-        "return last_key >= params.seqlen_k || (", "return (", WRONG_RESULT, Call(seqlens=(200, 1), heads=(1, 1), head_dims=(128, 128), causal=False, scale=3.0)),
+    Bug("P not masked after the last key", KEY_BLOCK,
+        "last_key >= params.seqlen_k_visible ||\n", "\n", WRONG_RESULT, Call(seqlens=(200, 1), heads=(1, 1), head_dims=(128, 128), causal=False, scale=3.0)),
     Bug("dK staged over K that is read, and the end before the peer's", PAIR_CU,
         "  for (unsigned use = visits; use < visits + kDsStages; ++use) ds_ring.wait_empty(use);\n", "", "in flight"),
     Bug("the end before the peer has read the last dS", PAIR_CU,

@@ -139,7 +139,7 @@ def test_out_of_any_strides_is_written_and_nothing_beside_it(hopper):
     assert (guarded == 7.0).all(), "an element outside out was written"
 
 
-def test_modifiers_and_the_backward_are_fa2s(hopper):
+def test_modifiers_are_fa2s(hopper):
     call = make_call(7, UNEQUAL, (2, 1), (64, 64), "float16", True)
     with pytest.raises(ValueError, match=r'^algorithm="hopper" .*: only fa2 has softcap'):
         attend(hopper, call, softcap=2.0)

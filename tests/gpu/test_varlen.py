@@ -1,6 +1,7 @@
 """``attention_varlen`` on a GPU at real sizes: streams, graphs, frameworks, indices past 32 bits.
 
-tests/emulator/test_fa2_varlen.py runs here too, on the same GPU.
+tests/emulator/test_fa2_varlen.py, test_hopper_varlen.py and test_hopper_varlen_backward.py run here too, on
+the same GPU.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ def random_arrays(total: int, heads: tuple[int, int] = (8, 2), head_dim: int = 1
 def both(q, k, v, dout, cu, algorithm="auto"):
     out, lse = cuflash.attention_varlen(q, k, v, cu, cu, causal=True, return_lse=True, algorithm=algorithm)
     gradients = cuflash.attention_varlen_backward(
-        dout, q, k, v, out, lse, cu, cu, causal=True, deterministic=True
+        dout, q, k, v, out, lse, cu, cu, causal=True, deterministic=True, algorithm=algorithm
     )
     return out, lse, *gradients
 
 
 @pytest.fixture(params=["fa2", "hopper"])
 def family(request):
-    """Those that have packed sequences; the backward is fa2's."""
+    """Those that have packed sequences."""
     return hopper_or_skip() if request.param == "hopper" else request.param
 
 
@@ -111,6 +112,32 @@ def test_a_graph_takes_the_lengths_from_memory_at_every_replay(family):
             stream.synchronize()
             for got, want in zip(captured, expected, strict=True):
                 assert (got == want).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_queries_that_see_no_key_are_not_read_by_the_backward(family, head_dim):
+    """Of sequences with more queries than keys, whose first queries are before all keys."""
+    of_q, of_k = documents(40), documents(40, seed=4)
+    cu_q, cu_k = offsets(of_q), offsets(of_k)
+    q, *_, dout = random_arrays(sum(of_q), head_dim=head_dim)
+    _, k, v, _ = random_arrays(sum(of_k), head_dim=head_dim)
+
+    def run():
+        options = {"causal": True, "algorithm": family}
+        out, lse = cuflash.attention_varlen(q, k, v, cu_q, cu_k, return_lse=True, **options)
+        return out, *cuflash.attention_varlen_backward(
+            dout, q, k, v, out, lse, cu_q, cu_k, deterministic=True, **options
+        )
+
+    clean = run()
+    blind = np.concatenate([np.arange(m) < m - n for m, n in zip(of_q, of_k, strict=True)])
+    rows = cp.asarray(np.flatnonzero(blind))
+    assert rows.size
+    for x in (q, dout):
+        x[rows] = cp.nan
+    for got, want in zip(run(), clean, strict=True):
+        assert (got == want).all()
+    assert (clean[1][rows] == 0).all()
 
 
 def test_the_call_returns_before_the_device_has_run_it():
@@ -226,27 +253,32 @@ def test_jax_differentiates_under_jit(head_dim):
         np.testing.assert_allclose(np.asarray(got).astype("f"), want.get().astype("f"), atol=2e-2, rtol=2e-2)
 
 
-def test_nan_after_a_sequence_stays_out_of_it_and_nothing_of_the_next_is_written(family):
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_nan_after_a_sequence_stays_out_of_it_and_nothing_of_the_next_is_written(family, head_dim):
     """Of rows that are not in use, which TMA must fill with zeros and clip."""
     rng = np.random.default_rng(2)
     lengths = documents(60, seed=3)
     total, cu = sum(lengths) + 100, offsets(lengths)
     used = cp.asarray([int(rng.integers(0, n + 1)) for n in lengths], cp.int32)
-    q, k, v, _ = random_arrays(total, head_dim=128)
+    q, k, v, dout = random_arrays(total, head_dim=head_dim)
 
     def run():
-        return cuflash.attention_varlen(
-            q, k, v, cu, cu, seqused_q=used, seqused_k=used, causal=True, return_lse=True, algorithm=family
+        options = {"seqused_q": used, "seqused_k": used, "causal": True, "algorithm": family}
+        out, lse = cuflash.attention_varlen(q, k, v, cu, cu, return_lse=True, **options)
+        gradients = cuflash.attention_varlen_backward(
+            dout, q, k, v, out, lse, cu, cu, deterministic=True, **options
         )
+        return out, lse, *gradients
 
     clean = run()
     unused = np.ones(total, bool)
     for start, n in zip(cu.get(), used.get(), strict=False):
         unused[start : start + n] = False
     rows = cp.asarray(np.flatnonzero(unused))
-    for x in (q, k, v):
+    for x in (q, k, v, dout):
         x[rows] = cp.nan
     for got, want in zip(run(), clean, strict=True):
         assert (got == want).all()
-    assert (clean[0][rows] == 0).all()
-    assert cp.isneginf(clean[1][:, rows]).all()
+    out, lse, *gradients = clean
+    assert cp.isneginf(lse[:, rows]).all()
+    assert all((x[rows] == 0).all() for x in (out, *gradients))
