@@ -111,7 +111,7 @@ BUGS = [
     planted("padding among queries sees keys", VISIBLE,
         "if (row_end < min(row_begin + kBlockM, params.seqlen_q)) tiles.full_end = 0;", "", Case((("query_padding", True),), causal=False)),
     planted("padding queries have an lse in the backward", "fa2/backward_preprocess.cu",
-        "row < real_queries(params, batch, params.first_row);", "row < params.seqlen_q;", Case((("query_padding", "nan"),), (180, 180))),
+        "row < real_queries(params, batch, first_row());", "row < params.seqlen_q;", Case((("query_padding", "nan"),), (180, 180))),
     planted("a sink in half of its rows' denominators", "core/sinks.cuh",
         "of_row / (row_sum * of_row + ex2_approx(log2 - largest))", "of_row / (row_sum * of_row)", SINKED),
     planted("dsinks of the first batch element only", SINKS,
