@@ -27,7 +27,7 @@ UNEQUAL = (
 
 
 def check(cp: Any, call: Call, views: tuple[str, ...] = ("contiguous",) * 4, **options: Any) -> None:
-    """Hold out, lse, dq, dk and dv to the contract, or to half a unit in the last place of the largest, or of 1."""
+    """Hold all results to the contract, or to half a unit in the last place of the largest, or of 1."""
     arrays = placed(cp, call, views)
     actual = results_of(cp, call, arrays, algorithm="fa2", **options)
     right, allowed = expected(call)
