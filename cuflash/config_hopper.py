@@ -72,7 +72,8 @@ class HopperConfig:
         tiles = self.q_stages * q + self.stages * (k + v) + (o if self.q_stages == 2 else 0)
         barriers = _BARRIER_BYTES * (2 * (self.q_stages + 2 * self.stages) + 1)
         # Where V is not ready when TMA is done, another barrier, and which block it is.
-        landed = self.stages * (_BARRIER_BYTES + _TILE_SLOT_BYTES) if self.modifiers.hides_keys else 0
+        zeroes_v = self.modifiers.hides_keys or (self.varlen and self.modifiers.window)
+        landed = self.stages * (_BARRIER_BYTES + _TILE_SLOT_BYTES) if zeroes_v else 0
         slot = _PACKED_TILE_SLOT_BYTES if self.varlen else _TILE_SLOT_BYTES
         return tiles + slot * self.q_stages + barriers + landed
 

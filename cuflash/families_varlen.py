@@ -18,7 +18,7 @@ from cuflash.arrays import ArrayInfo
 from cuflash.checks_varlen import PACKED_OPERANDS, VarlenOptions, VarlenRequest
 from cuflash.config import Config
 from cuflash.config_hopper import HopperConfig
-from cuflash.config_modifiers import ModifierFlags, flags_of
+from cuflash.config_modifiers import PLAIN, ModifierFlags, flags_of
 from cuflash.config_packed import Band, BlocksConfig
 from cuflash.families import Gpu, pick
 from cuflash.families_backward import BackwardLayouts, fa2_backward_layouts, packed_backward_layouts
@@ -26,7 +26,7 @@ from cuflash.launch import KernelCall
 from cuflash.launch_backward import BackwardCalls, FlashConfigs
 from cuflash.launch_hopper import HopperCall
 from cuflash.launch_modifiers import modifier_params
-from cuflash.launch_packed import PackedSizes
+from cuflash.launch_packed import PackedSizes, packed_params
 from cuflash.layouts import Layouts, fa2_layouts, packed_layouts
 from cuflash.modified_backward import SinksGradient
 from cuflash.problem import Problem
@@ -101,14 +101,16 @@ def _fa2(packed: Packed, options: VarlenOptions, gpu: Gpu) -> VarlenForward:
 def _hopper(packed: Packed, options: VarlenOptions, gpu: Gpu) -> VarlenForward:
     problem, infos, batch, band = packed
     layouts = packed_layouts(problem, infos)
-    tile = next(tile for tile in config_hopper.TILES if tile.takes(_of_mean_length(packed)))
+    flags = _flags(problem, infos, band)
+    tiles = config_hopper.MODIFIED_TILES if flags.modify else config_hopper.TILES
     chosen = config_hopper.make_config(
-        tile,
+        next(tile for tile in tiles if tile.takes(_of_mean_length(packed))),
         dtype=problem.dtype,
         causal=band.causal,
         negative_scale=problem.scale < 0,
         dynamic_tiles=True,
         varlen=True,
+        modifiers=flags if flags.modify else PLAIN,
     )
     blocks = _blocks(problem, infos, batch, band, chosen.block_m, chosen.block_n, of_keys=False)
     q, k, v, out = layouts[:4]
@@ -121,6 +123,7 @@ def _hopper(packed: Packed, options: VarlenOptions, gpu: Gpu) -> VarlenForward:
         _longest(options.max_seqlen_k, problem.seqlen_k, batch),
         gpu.multiprocessors,
         gpu.l2_bytes,
+        _params(problem, infos, band, launch.kernel_scale(problem)) if flags.modify else packed_params(),
     )
     return VarlenForward(layouts, blocks, chosen, call)
 
@@ -130,9 +133,9 @@ def _why_not_hopper(packed: Packed, options: VarlenOptions, gpu: Gpu) -> str | N
     problem, infos, _, band = packed
     if reason := config_hopper.why_not(dataclasses.replace(problem, causal_offset=None), gpu.capability):
         return reason
-    if reason := _why_not_modified(problem, band):
-        return reason
     if options.algorithm == "auto":
+        if _flags(problem, infos, band).modify:
+            return "with modifiers it has not been compared with fa2 yet"  # to be measured on a device
         copied_by_both = fa2_layouts(problem, infos, "bshd").copies
         for name, reason in packed_layouts(problem, infos).copies.items():
             if name in infos and name not in copied_by_both and not (name == "out" and "v" in copied_by_both):
@@ -226,13 +229,6 @@ def _why_not_hopper_backward(packed: Packed, options: VarlenOptions, gpu: Gpu) -
     return None
 
 
-def _why_not_modified(problem: Problem, band: Band) -> str | None:
-    modifiers = [name for name in problem.modifiers if name != "window"]
-    if band.window_offset is not None or modifiers:
-        return f"only fa2 has {' and '.join(modifiers or ['window'])}"
-    return None
-
-
 class Packed(NamedTuple):
     problem: Problem  # as if all were one sequence
     infos: dict[str, ArrayInfo]  # of arrays with a batch axis of one sequence
@@ -280,7 +276,7 @@ def _flags(problem: Problem, infos: Mapping[str, ArrayInfo], band: Band) -> Modi
 def _params(problem: Problem, infos: Mapping[str, ArrayInfo], band: Band, scale: float) -> object:
     params = modifier_params(problem, infos, scale)
     params["diagonal"], params["window_offset"] = 0, band.window_offset or 0  # from each sequence's diagonal
-    return launch_packed.packed_params(params)
+    return packed_params(params)
 
 
 def _blocks(

@@ -224,8 +224,12 @@ def hopper_forward_call(
     longest: int,
     multiprocessors: int,
     l2_bytes: int,
+    modifiers: Any,
 ) -> HopperCall:
-    """The launch of ``hopper_forward``; ``operands`` are q, k, v and out, with a batch axis of one."""
+    """The launch of ``hopper_forward``, as ``forward_call``.
+
+    ``operands`` are q, k, v and out, with a batch axis of one.
+    """
     check_ranges(problem)
     tiles = sizes.query_blocks * problem.heads_q
     if tiles > MAX_TILES:
@@ -242,7 +246,7 @@ def hopper_forward_call(
             min(heads_per_wave(problem, longest, l2_bytes), MAX_HEADS_PER_WAVE),
             *(scale * LOG2_E, scale),
         ),
-        packed_params(),
+        modifiers,
     )
     q, k, v, out = operands
 

@@ -65,6 +65,7 @@ class ForwardPlan:
     blocks: BlocksLauncher | None  # None: the output is empty
     main: launcher.Launcher | None
     encoders: tuple[Encoder, ...] | None  # of q, k, v and out, for the kernel that takes tensor maps
+    is_modified: bool  # the kernel takes the addresses of modifiers too
     workspace_words: int
     get_current_device: Callable[[], int]
 
@@ -167,18 +168,18 @@ def _forward_plan(
     arch: str,
     get_current_device: Callable[[], int],
 ) -> ForwardPlan:
-    copied, blocks, main, encoders, words = {}, None, None, None, 0
+    copied, blocks, main, encoders, modified, words = {}, None, None, None, False, 0
     if kernels is not None:
         layouts = kernels.layouts
         copied = {name: getattr(layouts, name).shape[3] for name in layouts.copies}
         blocks = BlocksLauncher.load(kernels.blocks, arch)
-        call, arrays = kernels.call, len(PACKED_ARRAYS)
+        call, modified = kernels.call, bool(kernels.config.modifiers)
+        arrays = len(PACKED_ARRAYS) + (len(MODIFIER_ARRAYS) if modified else 0)
         if isinstance(call, HopperCall):
             encoders = tuple(map(Encoder, call.maps))
             main = launcher.load(kernels.config, call, arch, maps=len(call.maps), addresses=2, arrays=arrays)
             tile_counters.prepare(device)
         else:
-            arrays += len(MODIFIER_ARRAYS)
             main = launcher.load(kernels.config, call, arch, addresses=len(_FORWARD_TAKES), arrays=arrays)
         words = kernels.blocks.sizes.words
     return ForwardPlan(
@@ -190,6 +191,7 @@ def _forward_plan(
         blocks=blocks,
         main=main,
         encoders=encoders,
+        is_modified=modified,
         workspace_words=words,
         get_current_device=get_current_device,
     )
@@ -264,14 +266,14 @@ def _run_forward(
     at = {name: gpu.pointer(x) for name, x in inputs.items()}
     at |= {"out": gpu.pointer(target), "lse": 0 if lse is None else gpu.pointer(lse), **values}
     lists = plan.blocks(at, gpu.pointer(workspace), stream)
-    packed = lists["sequences"], lists["query_blocks"]
+    operands = (at.get(name, 0) for name in MODIFIER_ARRAYS) if plan.is_modified else ()
+    params = lists["sequences"], lists["query_blocks"], *operands
     if plan.encoders is None:
-        operands = (at.get(name, 0) for name in MODIFIER_ARRAYS)
-        plan.main((), (*(at[name] for name in _FORWARD_TAKES), *packed, *operands), stream)
+        plan.main((), (*(at[name] for name in _FORWARD_TAKES), *params), stream)
     else:
         maps = [encode(at[name]) for encode, name in zip(plan.encoders, _FORWARD_TAKES, strict=False)]
         counter = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
-        plan.main(maps, (at["lse"], counter, *packed), stream)
+        plan.main(maps, (at["lse"], counter, *params), stream)
     if not gpu.keeps_temporaries():  # and not if a launch was refused
         _captured.append(workspace)
     if target is not result:

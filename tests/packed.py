@@ -98,6 +98,34 @@ def make_call(
     )
 
 
+# Modifiers, and causal: for calls in which some queries see no key, and some keys are before all windows.
+MODIFIED: dict[str, tuple[dict[str, Any], bool]] = {
+    "window and sinks": ({"window": (40, 0), "sinks": True}, True),
+    "softcap and slopes": ({"softcap": 2.0, "alibi_slopes": True, "window": (20, 70)}, False),
+    "dropout": ({"dropout_p": 0.2, "seed": 2**40 + 1, "softcap": 1.5, "window": (50, None)}, True),
+}
+
+
+def modified(name: str, head_dims: tuple[int, int]) -> tuple[Call, Call]:
+    """A call of MODIFIED with queries and keys that nobody meets, and the same with NaN in them."""
+    modifiers, causal = MODIFIED[name]
+    lengths = ((5, 0, 90, 40), (9, 6, 20, 200))
+    call = make_call(
+        8, lengths, (2, 1), head_dims, "float16", causal, tails=(3, 3), used=(True, True),
+        modifiers=modifiers, per_sequence=True,
+    )  # fmt: skip
+    call = call._replace(seqused_q=np.array([5, 0, 85, 40]), seqused_k=np.array([9, 0, 20, 190]))
+    queries, keys = call.unused()
+    if causal:
+        queries[5:70] = True
+        left = modifiers.get("window", (None, None))[0]
+        keys[35 : 35 if left is None else 35 + 190 - 40 - left] = True
+    spoilt = {name: getattr(call, name).copy() for name in ("q", "dout", "k", "v")}
+    for name, rows in (("q", queries), ("dout", queries), ("k", keys), ("v", keys)):
+        spoilt[name][rows] = np.nan
+    return call, call._replace(**spoilt)
+
+
 def _per_head(rng: np.random.Generator, batch: int, heads: int, per_sequence: bool) -> Array:
     return rng.uniform(0, 1, (batch, heads) if per_sequence else heads).astype("float32")
 

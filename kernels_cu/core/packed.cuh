@@ -51,8 +51,9 @@ struct ChosenParamsOf<true, Params> {
 template <class Params>
 using ParamsOf = typename ChosenParamsOf<Config::kVarlen, Params>::Type;
 
-// For queries [first_row, end_row) of the sequence, which are counted from first_row; `call` are the parameters of the call.
-template <class Params, class Call>
+// For queries [first_row, end_row) of the sequence, which are counted from first_row; `call` are the parameters of the call,
+// and `sequence` is a Sequence or what else has its keys and diagonal.
+template <class Params, class Call, class Sequence>
 __device__ __forceinline__ void restrict_to(Params& params, const Call& call, const Sequence& sequence, int first_row,
                                             int end_row) {
   params.seqlen_q = end_row - first_row;

@@ -39,8 +39,9 @@
 // Modifiers (docs/modifiers.md) each behind an if constexpr. Scores: core/score.cuh; which blocks are visited, and what is
 //           hidden in them: core/visible.cuh, core/mask_tiles.cuh, core/hide.cuh; then core/dropout.cuh between the two
 //           products and core/sinks.cuh at the end. The maps of K and V start at the first key that a window shows: TMA
-//           reads zeros before it. Other keys that no query sees, because of a length or a mask, are zeros to a warp of the
-//           producer's, which is between TMA and the consumers of V: v.landed, then v.full.
+//           reads zeros before it. Other keys that no query sees, because of a length or a mask, or before the windows of a
+//           packed sequence, become zeros by a warp of the producer's, between TMA and the consumers of V: v.landed, then
+//           v.full. Of packed sequences each has its own parameters (restrict_to_all in hopper/packed.cuh).
 // Numerics  S, P's sums and O in float32; P rounded to Element for the second product.
 // Configs   head dims that are multiples of 8 (TMA pads them), Dv ≠ D, float16, bfloat16 (cuflash/config_hopper.py).
 // Speed     docs/hopper-forward.md, generated from benchmarks/results/.
@@ -48,9 +49,7 @@
 #include "core/dropout.cuh"
 #include "core/fragment.cuh"
 #include "core/hide.cuh"
-#include "core/is_read.cuh"
 #include "core/mask.cuh"
-#include "core/mask_tiles.cuh"
 #include "core/modifier_params.cuh"
 #include "core/packed.cuh"
 #include "core/scheduler.cuh"
@@ -64,7 +63,7 @@
 #include "hopper/products.cuh"
 #include "hopper/softmax.cuh"
 #include "hopper/tile.cuh"
-#include "hopper/zero_rows.cuh"
+#include "hopper/visited_keys.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
@@ -96,13 +95,12 @@ constexpr int kWarpgroupThreads = 4 * kWarpSize;
 constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
 constexpr int kNTiles = kBlockN / 8;
 constexpr int kDTiles = kHeadDimV / 8;
-constexpr bool kBanded = Config::kWindow || Config::kQueryPadding || kMasks;  // more than the end of a row is hidden
-constexpr bool kZeroesV = kMasks || Config::kKeyPadding || Config::kQueryPadding;  // TMA brings keys that nobody sees
 static_assert(kBlockM == 64 * kWarpgroups && kBlockN % 16 == 0, "whole wgmma tiles");
 static_assert(64 % kPack == 0, "whole queries in the rows of a warpgroup");
 static_assert(kPack == 1 || !Config::kModified, "modifiers take rows for queries of one head");
 static_assert(!Config::kVarlen || (kPack == 1 && Config::kDynamicTiles), "packed sequences are of many lengths");
-static_assert(!Config::kVarlen || !Config::kModified, "modifiers count from the start of a tensor");
+static_assert(!Config::kVarlen || !(kMasks || Config::kBias || Config::kKeyPadding || Config::kQueryPadding),
+              "operands with rows or columns of a batch element's");
 static_assert(kQStages == 1 || kQStages == 2, "the next Q waits for this one, or has its own slot");
 
 using QTile = PanelTile<kBlockM, kHeadDim>;
@@ -138,49 +136,6 @@ struct alignas(16) VBlock {
   int is_full;
 };
 constexpr int kNoBlock = -1;  // in place of n_block: there is no further V
-
-// The key blocks that a tile visits, from the last down.
-struct KeyBlocks : KeyTiles {
-  MaskTiles mask_tiles;
-  int first_shown;  // if kBanded, the one visited first
-
-  __device__ __forceinline__ int first() const { return kBanded ? first_shown : end - 1; }
-  __device__ __forceinline__ int second() const { return kBanded ? after(first_shown) : end - 2; }
-  __device__ __forceinline__ int after(int n_block) const { return kMasks ? mask_tiles.before(n_block) : n_block - 1; }
-  __device__ __forceinline__ bool is_full(int n_block) const {
-    return n_block >= full_begin && n_block < full_end && !mask_tiles.is_mixed(n_block);
-  }
-};
-
-// After the last tile comes none, which is computed as if it were the first and dropped: where modifiers read, it must exist.
-__device__ __forceinline__ int block_of(const Tile& tile) {
-  return Config::kModified ? max(tile.m_block, 0) : tile.m_block;
-}
-
-// A tile that sees no key passes through the pipeline as one masked block, the first.
-template <class Keys = KeyBlocks, class Params, class WorkTile>
-__device__ __forceinline__ Keys key_blocks(const Params& params, const WorkTile& tile) {
-  Keys keys;
-  const int query = block_of(tile) * kQueries;
-  if constexpr (Config::kVarlen) {
-    static_cast<TileRange&>(keys) =
-        key_tiles<kBlockN, Config::kCausal>(query, min(query + kQueries, tile.queries), tile.keys,
-                                            causal_offset_of(tile, params));
-  } else {
-    static_cast<KeyTiles&>(keys) = visited_tiles<kQueries, kBlockN>(visible_in(params, tile.batch, 0), query);
-  }
-  if constexpr (kBanded) {
-    keys.mask_tiles = tiles_of_queries(params, tile.batch, tile.head, block_of(tile));
-    keys.first_shown = keys.after(keys.end);
-    if (keys.first_shown < keys.begin) {
-      keys.first_shown = 0;
-      if constexpr (Config::kWindow) keys.begin = 0;
-    }
-  } else {
-    keys.end = max(keys.end, 1);
-  }
-  return keys;
-}
 
 struct Work {  // a tile, and what its divisions give: they would delay each load
   WorkTile tile;
@@ -267,11 +222,8 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
           const VBlock block = v_blocks[use % kStages];
           if (block.n_block == kNoBlock) return;
           if (!block.is_full) {
-            const int first_key = block.n_block * kBlockN;
-            const int keys = visible_in(params, block.batch, 0).keys() - first_key;
-            const auto is_read = keys_read(params, block.batch, block.head, 1, first_key);
-            zero_unread_rows<VTile, kBlockN>(smem + kVOffset + use % kStages * VTile::kBytes, 0,
-                                             [&](int row) { return row < keys && is_read(row); });
+            zero_unseen_keys<VTile, kBlockN>(smem + kVOffset + use % kStages * VTile::kBytes, params, block.batch,
+                                             block.head, block.n_block * kBlockN);
           }
           mbarrier_arrive(v_ring.full(use));
         }
@@ -321,7 +273,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       const Tile at = longest_first(index, m_blocks(), params.heads_q, params.batch_heads, params.heads_per_wave);
       int first_key = 0;
       const WorkTile tile = tile_at<kBlockM>(params, at, m_blocks(), first_key);
-      const KeyBlocks keys = key_blocks(params, tile);
+      const KeyBlocks keys = key_blocks<kQueries, kBlockN>(params, tile);
       const int kv_head = tile.head / params.group_size;
       if constexpr (kBanded) return Work{tile, kv_head, keys.first(), first_key, keys};
       else return Work{tile, kv_head, keys.first(), first_key};
@@ -340,8 +292,18 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       tile_slots[q_use % kQStages].tile = WorkTile{kNoTile, 0, 0};
       mbarrier_arrive(q_ring.full(q_use));
     };
+    const auto finish_v = [&] {
+      if constexpr (kZeroesV) {
+        v_ring.wait_empty(use);
+        v_blocks[use % kStages] = {0, 0, kNoBlock, 0};
+        mbarrier_arrive(v_landed.full(use));
+      }
+    };
     if constexpr (Config::kVarlen) {
-      if (work.tile.m_block == kNoTile) return finish();  // there are fewer tiles than the host had to allow for
+      if (work.tile.m_block == kNoTile) {  // there are fewer tiles than the host had to allow for
+        finish();
+        return finish_v();
+      }
     }
     start_tile(q_use, use, work);
     while (true) {
@@ -372,12 +334,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       work = next;
     }
     finish();
-    if constexpr (kZeroesV) {
-      v_ring.wait_empty(use);
-      v_blocks[use % kStages] = {0, 0, kNoBlock, 0};
-      mbarrier_arrive(v_landed.full(use));
-    }
-    return;
+    return finish_v();
   }
 
   setmaxnreg_inc<Config::kConsumerRegisters>();
@@ -406,12 +363,14 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   if constexpr (Config::kVarlen) {
     if (tile.m_block == kNoTile) return;
   }
-  KeyBlocks keys = key_blocks(params, tile);
+  KeyBlocks keys = key_blocks<kQueries, kBlockN>(params, tile);
   const auto scale_log2 = [&] { return kModifiesScores ? 1.0f : params.scale_log2; };  // modified ones are in base 2 already
   const Dropout dropout = dropout_of(params, 0, 0);
   const auto modifiers_of = [&](const WorkTile& tile) {
-    const Visible<ForwardParams> visible = visible_in(params, tile.batch, 0);
-    return TileModifiers{visible.queries(), visible.keys(), score_modifiers<Element>(params, tile.batch, tile.head, 0)};
+    SequenceParams<ForwardParams> of_tile = params;
+    restrict_to_all(of_tile, tile);
+    const Visible<ForwardParams> visible = visible_in(of_tile, tile.batch, 0);
+    return TileModifiers{visible.queries(), visible.keys(), score_modifiers<Element>(of_tile, tile.batch, tile.head, 0)};
   };
   TileModifiers modifiers = modifiers_of(tile);
 
@@ -431,7 +390,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       modifiers.scores.template apply<false>(acc_s, row, key, modifiers.queries, modifiers.keys,
                                              [](int, int, int, float) {});
     }
-    const Visible<ForwardParams> visible = {params, modifiers.queries, modifiers.keys};
+    SequenceParams<ForwardParams> of_tile = params;
+    restrict_to_all(of_tile, tile);
+    const Visible<ForwardParams> visible = {of_tile, modifiers.queries, modifiers.keys};
     if constexpr (kBanded) {
       if (masked) hide<false>(acc_s, row, key, visible, mask_of(params, tile.batch, tile.head, 0), -infinity());
     } else if (masked && (Config::kCausal || Config::kKeyPadding || Config::kVarlen ||
@@ -532,7 +493,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       ++use;
     } else {
       next_tile = receive_tile(q_use + 1);
-      next_keys = key_blocks(params, next_tile);
+      next_keys = key_blocks<kQueries, kBlockN>(params, next_tile);
       next_modifiers = modifiers_of(next_tile);
       next_block(next_softmax, next_tile, next_modifiers, q_use + 1, next_keys.first(), next_tile.m_block != kNoTile,
                  Constant<true>{});
@@ -595,23 +556,22 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
         const int row = warp_row + Fragment::row(half);
         const int query = tile.m_block * kQueries + row / kPack;
         const long long head = pack * kPack + row % kPack;
-        if constexpr (Config::kVarlen) {
-          store_lse_of_sequence(lse, softmax.log_sum_exp(0, half, params.scale), params, tile, query);
-        } else if (query < params.seqlen_q) {
-          float row_lse = softmax.log_sum_exp(0, half, kModifiesScores ? kLn2 : params.scale);
+        const auto row_lse = [&] {
           if constexpr (Config::kSinks) {
             if (query < modifiers.queries) {
-              row_lse = sink.log_sum_exp(softmax.row_max[0][half] * scale_log2(), softmax.row_sum[0][half]);
+              return sink.log_sum_exp(softmax.row_max[0][half] * scale_log2(), softmax.row_sum[0][half]);
             }
           }
-          lse[head * params.seqlen_q + query] = row_lse;
-        }
+          return softmax.log_sum_exp(0, half, kModifiesScores ? kLn2 : params.scale);
+        };
+        if constexpr (Config::kVarlen) store_lse_of_sequence(lse, row_lse(), params, tile, query);
+        else if (query < params.seqlen_q) lse[head * params.seqlen_q + query] = row_lse();
       }
     }
 
     if constexpr (kOInV) {
       next_tile = receive_tile(q_use + 1);
-      next_keys = key_blocks(params, next_tile);
+      next_keys = key_blocks<kQueries, kBlockN>(params, next_tile);
       next_modifiers = modifiers_of(next_tile);
     }
     if (next_tile.m_block == kNoTile) break;

@@ -36,6 +36,18 @@ __device__ __forceinline__ int causal_offset_of(const Tile& tile, const Params& 
   else return params.causal_offset;
 }
 
+// What modifiers take for parameters: a copy of the call's for one sequence. No function returns what other programs take,
+// the call's: their code stays what it is.
+constexpr bool kRestricts = Config::kVarlen && Config::kModified;
+template <class Params>
+using SequenceParams = typename ChosenParamsOf<kRestricts, Params>::Type;
+
+// `params` become those of a sequence or of a tile's: of one that is not in use, no key is seen.
+template <class Params, class Sequence>
+__device__ __forceinline__ void restrict_to_all(Params& params, const Sequence& sequence) {
+  if constexpr (kRestricts) restrict_to(params, Params(params), sequence, 0, sequence.queries);
+}
+
 // How many blocks of queries packed sequences have; the host knows only params.m_blocks, how many they can have.
 template <class Params>
 __device__ __forceinline__ int packed_blocks_of(const Params& params) {

@@ -13,7 +13,7 @@ from arrays import VIEWS, to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_within_contract
-from packed import Call, expected, make_call, placed
+from packed import MODIFIED, Call, expected, make_call, modified, placed
 
 import cuflash
 from cuflash.config_hopper import TILES
@@ -35,7 +35,10 @@ def hopper(cp):
 def attend(cp: Any, call: Call, views: Any = ("contiguous",) * 4, **options: Any) -> tuple[Any, Any]:
     arrays = placed(cp, call, views)
     del arrays["dout"]
-    given = {"causal": call.causal, "algorithm": "hopper", **call.modifiers, **options}
+    modifiers = {
+        name: cp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in call.modifiers.items()
+    }
+    given = {"causal": call.causal, "algorithm": "hopper", **modifiers, **options}
     return cuflash.attention_varlen(**arrays, return_lse=True, **given)
 
 
@@ -139,13 +142,55 @@ def test_out_of_any_strides_is_written_and_nothing_beside_it(hopper):
     assert (guarded == 7.0).all(), "an element outside out was written"
 
 
-def test_modifiers_are_fa2s(hopper):
-    call = make_call(7, UNEQUAL, (2, 1), (64, 64), "float16", True)
-    with pytest.raises(ValueError, match=r'^algorithm="hopper" .*: only fa2 has softcap'):
-        attend(hopper, call, softcap=2.0)
-    with pytest.raises(ValueError, match=r'^algorithm="hopper" .*: only fa2 has window'):
-        attend(hopper, call, window=(20, None))
-    check(hopper, call, algorithm="auto")
+@pytest.mark.parametrize("head_dims", [(64, 64), (192, 128), (256, 256)])
+@pytest.mark.parametrize("name", MODIFIED)
+def test_modifiers_are_of_each_sequence_by_itself_and_what_nobody_meets_may_hold_nan(hopper, name, head_dims):
+    check_modified(hopper, name, head_dims)
+
+
+def check_modified(cp: Any, name: str, head_dims: tuple[int, int] = (64, 64), **options: Any) -> None:
+    call, spoilt = modified(name, head_dims)
+    right, allowed = expected(call)
+    made = attend(cp, spoilt, **options)
+    for result, got, want, standard in zip(("out", "lse"), made, right, allowed, strict=False):
+        assert_within_contract(to_numpy(got), want, standard, result, allowance=2e-3)
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 300)), min_size=1, max_size=4),
+    name=st.sampled_from(sorted(MODIFIED)),
+    window=st.tuples(st.integers(0, 200), st.integers(-50, 100)),
+    used=st.tuples(st.booleans(), st.booleans()),
+    per_sequence=st.booleans(),
+)
+def test_any_window_of_any_lengths_stays_within_the_numerics_contract(
+    hopper, seed, lengths, name, window, used, per_sequence
+):
+    of_q, of_k = [x for x, _ in lengths], [x for _, x in lengths]
+    modifiers, causal = MODIFIED[name]
+    window = (window[0], None) if causal else (window[0], max(window[1], -window[0]))
+    call = make_call(
+        seed, (of_q, of_k), (2, 1), (64, 64), "float16", causal, tails=(5, 3), used=used,
+        modifiers=modifiers | {"window": window}, per_sequence=per_sequence,
+    )  # fmt: skip
+    check(hopper, call)
+
+
+def test_modifiers_without_a_window_are_right(hopper):
+    for modifiers in ({"alibi_slopes": True, "sinks": True}, {"dropout_p": 0.3, "seed": 5}):
+        check(
+            hopper,
+            make_call(11, UNEQUAL, (2, 1), (64, 64), "bfloat16", "top_left", modifiers=modifiers),
+        )
+
+
+def test_auto_takes_fa2s_forward_with_modifiers_until_the_two_are_compared(emulated):
+    call = make_call(7, UNEQUAL, (2, 1), (64, 64), "float16", True, modifiers={"window": (20, None)})
+    by_fa2, by_itself = (attend(emulated.cp, call, algorithm=name) for name in ("fa2", "auto"))
+    for got, want in zip(by_itself, by_fa2, strict=True):
+        assert (got == want).all()
 
 
 # --- what only the emulator can show -----------------------------------------------------------------------
@@ -162,9 +207,22 @@ def test_fifty_interleavings_raise_no_report_and_agree_bit_for_bit(emulated, hea
     assert len(results) == 1
 
 
+@pytest.mark.parametrize("head_dims", [(64, 64), (192, 128)])
+def test_interleavings_with_modifiers_raise_no_report_and_agree_bit_for_bit(emulated, head_dims):
+    _, call = modified("dropout", head_dims)
+    results = set()
+    for seed in range(15):
+        emulated.seed = seed
+        emulated.resident_blocks = 1 + seed % 4
+        results.add(b"".join(x.get().tobytes() for x in attend(emulated.cp, call)))
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("modifiers", [{}, {"window": (40, None), "sinks": True}], ids=["plain", "modified"])
 @pytest.mark.parametrize("offsets", [(0, 400, 3, 209), (-5, 7, 2**31 - 1, 209), (9, 5, 2, 1)])
-def test_offsets_that_are_none_leave_all_memory_but_the_results_alone(emulated, offsets):
-    call = make_call(7, ((100, 9, 100), (100, 9, 100)), (1, 1), (64, 64), "float16", True)
+def test_offsets_that_are_none_leave_all_memory_but_the_results_alone(emulated, offsets, modifiers):
+    lengths = ((100, 9, 100), (100, 9, 100))
+    call = make_call(7, lengths, (1, 1), (64, 64), "float16", True, modifiers=modifiers)
     emulated.check_races = False  # two sequences may write to one row
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
         attend(emulated.cp, call._replace(**{name: np.array(offsets, np.int64)}))
@@ -233,3 +291,28 @@ def test_a_planted_bug_is_noticed_by_its_check(needs_emulator, bug):
 
 def test_nothing_is_noticed_without_a_bug(needs_emulator):
     assert noticed_by({}, check_calls, seeds=1) == {}
+
+
+VISITED = "hopper/visited_keys.cuh"
+MODIFIED_BUGS = [
+    ("window and sinks", Bug("keys before all windows of the first sequence are zeros, not those of each", VISITED,
+        "params.sequences[batch]", "params.sequences[0]", WRONG_RESULT)),
+    ("window and sinks", Bug("blocks visited as if the windows were the first sequence's", VISITED,
+        "    restrict_to_all(of_tile, tile);\n", "", WRONG_RESULT)),
+    ("window and sinks", Bug("keys hidden as if the windows were the first sequence's", FORWARD,
+        "restrict_to_all(of_tile, tile);\n    const Visible<ForwardParams> visible = {",
+        "const Visible<ForwardParams> visible = {", WRONG_RESULT)),
+    ("softcap and slopes", Bug("distances of slopes without the sequence's diagonal", FORWARD,
+        "restrict_to_all(of_tile, tile);\n    const Visible<ForwardParams> visible = visible_in",
+        "const Visible<ForwardParams> visible = visible_in", WRONG_RESULT)),
+    ("window and sinks", Bug("the warp that zeroes waits for ever where there is no tile", FORWARD,
+        "        finish();\n        return finish_v();\n", "        return finish();\n", "deadlock")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "bug"), MODIFIED_BUGS, ids=lambda x: getattr(x, "name", x))
+def test_a_bug_planted_in_what_modifiers_need_is_noticed(needs_emulator, name, bug):
+    noticed = noticed_by(
+        bug.edits(), lambda session: check_modified(session.cp, name), seeds=1, until=bug.check
+    )
+    assert bug.check in noticed, noticed

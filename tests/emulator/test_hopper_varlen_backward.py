@@ -13,7 +13,7 @@ from arrays import VIEWS, to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_within_contract
-from packed import NAMES, Call, expected, make_call, placed, results_of
+from packed import MODIFIED, NAMES, Call, expected, make_call, modified, placed, results_of
 
 from emulator import Emulator
 from emulator.planted import WRONG_RESULT, Bug, noticed_by
@@ -152,33 +152,6 @@ def check_nan_in_use(cp: Any, head_dim: int) -> None:
         assert np.isnan(to_numpy(result)).any()
 
 
-def modified(name: str, head_dim: int) -> tuple[Call, Call]:
-    """A call with queries and keys that nobody meets, and the same with NaN in them."""
-    modifiers, causal = MODIFIED[name]
-    lengths = ((5, 0, 90, 40), (9, 6, 20, 200))
-    call = make_call(
-        8, lengths, (2, 1), (head_dim, head_dim), "float16", causal, tails=(3, 3), used=(True, True),
-        modifiers=modifiers, per_sequence=True,
-    )  # fmt: skip
-    call = call._replace(seqused_q=np.array([5, 0, 85, 40]), seqused_k=np.array([9, 0, 20, 190]))
-    queries, keys = call.unused()
-    if causal:
-        queries[5:70] = True
-        left = modifiers.get("window", (None, None))[0]
-        keys[35 : 35 if left is None else 35 + 190 - 40 - left] = True
-    spoilt = {name: getattr(call, name).copy() for name in ("q", "dout", "k", "v")}
-    for name, rows in (("q", queries), ("dout", queries), ("k", keys), ("v", keys)):
-        spoilt[name][rows] = np.nan
-    return call, call._replace(**spoilt)
-
-
-MODIFIED: dict[str, tuple[dict[str, Any], bool]] = {
-    "window and sinks": ({"window": (40, 0), "sinks": True}, True),
-    "softcap and slopes": ({"softcap": 2.0, "alibi_slopes": True, "window": (20, 70)}, False),
-    "dropout": ({"dropout_p": 0.2, "seed": 2**40 + 1, "softcap": 1.5, "window": (50, None)}, True),
-}
-
-
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("name", MODIFIED)
 def test_modifiers_are_of_each_sequence_by_itself_and_what_nobody_meets_may_hold_nan(hopper, name, head_dim):
@@ -186,7 +159,7 @@ def test_modifiers_are_of_each_sequence_by_itself_and_what_nobody_meets_may_hold
 
 
 def check_modified(cp: Any, name: str, head_dim: int) -> None:
-    call, spoilt = modified(name, head_dim)
+    call, spoilt = modified(name, (head_dim, head_dim))
     right, allowed = expected(call)
     made = differentiate(cp, spoilt, algorithm="fa2", backward="hopper", deterministic=True)
     assert len(made) == len(right)
