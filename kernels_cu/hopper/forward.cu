@@ -557,12 +557,13 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
         const int query = tile.m_block * kQueries + row / kPack;
         const long long head = pack * kPack + row % kPack;
         const auto row_lse = [&] {
+          float row_lse = softmax.log_sum_exp(0, half, kModifiesScores ? kLn2 : params.scale);
           if constexpr (Config::kSinks) {
             if (query < modifiers.queries) {
-              return sink.log_sum_exp(softmax.row_max[0][half] * scale_log2(), softmax.row_sum[0][half]);
+              row_lse = sink.log_sum_exp(softmax.row_max[0][half] * scale_log2(), softmax.row_sum[0][half]);
             }
           }
-          return softmax.log_sum_exp(0, half, kModifiesScores ? kLn2 : params.scale);
+          return row_lse;
         };
         if constexpr (Config::kVarlen) store_lse_of_sequence(lse, row_lse(), params, tile, query);
         else if (query < params.seqlen_q) lse[head * params.seqlen_q + query] = row_lse();

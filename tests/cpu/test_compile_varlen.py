@@ -59,6 +59,23 @@ def test_hopper_forward_compiles_without_serialised_wgmma_or_spills(tile, causal
     compile_(made, (9, 0), made.blocks_per_sm, made.spill_bytes)
 
 
+ALL = ModifierFlags(window=True, softcap=True, alibi=True, sinks=True, dropout=True, varlen=True)
+WINDOW = ModifierFlags(window=True, varlen=True)
+
+
+@pytest.mark.parametrize(("head_dim", "flags"), [(64, ALL), (128, ALL), (256, ALL), (256, WINDOW)], ids=str)
+def test_hopper_forward_with_modifiers_compiles_without_serialised_wgmma(head_dim, flags):
+    made = config_hopper.make_config(
+        next(tile for tile in config_hopper.MODIFIED_TILES if tile.head_dim == head_dim),
+        dtype="bfloat16",
+        causal=True,
+        dynamic_tiles=True,
+        varlen=True,
+        modifiers=flags,
+    )
+    compile_(made, (9, 0), made.blocks_per_sm, spill_bytes=128)
+
+
 @pytest.mark.parametrize("in_order_and_causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_hopper_backward_compiles_without_serialised_wgmma_or_spills(head_dim, in_order_and_causal):
@@ -77,9 +94,8 @@ def test_hopper_backward_compiles_without_serialised_wgmma_or_spills(head_dim, i
     "tile", [config_hopper_backward.MODIFIED_TILES[-1], config_hopper_backward.WIDE_TILES[-1]]
 )
 def test_hopper_backward_with_every_modifier_compiles_without_serialised_wgmma(tile):
-    flags = ModifierFlags(window=True, softcap=True, alibi=True, sinks=True, dropout=True, varlen=True)
     made = config_hopper_backward.make_config(
-        tile, dtype="bfloat16", causal=True, deterministic=True, modifiers=flags
+        tile, dtype="bfloat16", causal=True, deterministic=True, modifiers=ALL
     )
     compile_(made, (9, 0), spill_bytes=128)
 

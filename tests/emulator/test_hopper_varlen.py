@@ -150,18 +150,21 @@ def test_modifiers_are_of_each_sequence_by_itself_and_what_nobody_meets_may_hold
 
 def check_modified(cp: Any, name: str, head_dims: tuple[int, int] = (64, 64), **options: Any) -> None:
     call, spoilt = modified(name, head_dims)
+    modifiers, causal = MODIFIED[name]
+    # Of fewer tiles than there can be: idle blocks.
+    attend(cp, make_call(0, ((3,), (5,)), (2, 1), head_dims, "float16", causal, modifiers=modifiers))
     right, allowed = expected(call)
     made = attend(cp, spoilt, **options)
     for result, got, want, standard in zip(("out", "lse"), made, right, allowed, strict=False):
         assert_within_contract(to_numpy(got), want, standard, result, allowance=2e-3)
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1),
     lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 300)), min_size=1, max_size=4),
     name=st.sampled_from(sorted(MODIFIED)),
-    window=st.tuples(st.integers(0, 200), st.integers(-50, 100)),
+    window=st.tuples(st.integers(0, 200), st.integers(0, 100)),
     used=st.tuples(st.booleans(), st.booleans()),
     per_sequence=st.booleans(),
 )
@@ -170,7 +173,7 @@ def test_any_window_of_any_lengths_stays_within_the_numerics_contract(
 ):
     of_q, of_k = [x for x, _ in lengths], [x for _, x in lengths]
     modifiers, causal = MODIFIED[name]
-    window = (window[0], None) if causal else (window[0], max(window[1], -window[0]))
+    window = (window[0], None if causal else window[1])
     call = make_call(
         seed, (of_q, of_k), (2, 1), (64, 64), "float16", causal, tails=(5, 3), used=used,
         modifiers=modifiers | {"window": window}, per_sequence=per_sequence,
@@ -211,7 +214,7 @@ def test_fifty_interleavings_raise_no_report_and_agree_bit_for_bit(emulated, hea
 def test_interleavings_with_modifiers_raise_no_report_and_agree_bit_for_bit(emulated, head_dims):
     _, call = modified("dropout", head_dims)
     results = set()
-    for seed in range(15):
+    for seed in range(10):
         emulated.seed = seed
         emulated.resident_blocks = 1 + seed % 4
         results.add(b"".join(x.get().tobytes() for x in attend(emulated.cp, call)))

@@ -140,6 +140,70 @@ def test_queries_that_see_no_key_are_not_read_by_the_backward(family, head_dim):
     assert (clean[1][rows] == 0).all()
 
 
+MODIFIERS: dict[str, tuple[dict[str, Any], bool]] = {
+    "window": ({"window": (200, None)}, True),
+    "both sides": ({"window": (130, 70)}, False),
+    "softcap and slopes": ({"softcap": 2.0, "alibi_slopes": True}, True),
+    "window and sinks": ({"window": (64, None), "sinks": True}, True),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", MODIFIERS)
+def test_modifiers_are_each_documents_own(family, name, head_dim):
+    lengths = documents(40)
+    cu, (q, k, v, _) = offsets(lengths), random_arrays(sum(lengths), head_dim=head_dim)
+    modifiers, causal = MODIFIERS[name]
+    per_sequence = cp.random.default_rng(3).random((len(lengths), q.shape[1]), dtype=cp.float32)
+    modifiers = {key: per_sequence if x is True else x for key, x in modifiers.items()}
+    options = {"causal": causal, "return_lse": True}
+    out, lse = cuflash.attention_varlen(q, k, v, cu, cu, algorithm=family, **options, **modifiers)
+    start = 0
+    for b, length in enumerate(lengths):
+        rows = slice(start, start + length)
+        start += length
+        own = {key: x[b] if x is per_sequence else x for key, x in modifiers.items()}
+        alone = (x[None, rows] for x in (q, k, v))
+        alone_out, alone_lse = cuflash.attention(*alone, algorithm="fa2", **options, **own)
+        cp.testing.assert_allclose(out[rows], alone_out[0], atol=2e-3, rtol=2e-3)
+        cp.testing.assert_allclose(lse[:, rows], alone_lse[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_both_families_drop_the_same(head_dim):
+    lengths = documents(40)
+    cu, (q, k, v, _) = offsets(lengths), random_arrays(sum(lengths), head_dim=head_dim)
+    options = {"causal": True, "dropout_p": 0.3, "seed": 2**40 + 7, "window": (500, None)}
+    by_hopper, by_fa2 = (
+        cuflash.attention_varlen(q, k, v, cu, cu, algorithm=family, **options)
+        for family in (hopper_or_skip(), "fa2")
+    )
+    cp.testing.assert_allclose(by_hopper, by_fa2, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_keys_before_all_windows_may_hold_nan_in_thirty_runs_that_agree_bit_for_bit(family, head_dim):
+    of_q, of_k = documents(60), documents(60, seed=5)
+    cu_q, cu_k = offsets(of_q), offsets(of_k)
+    q = random_arrays(sum(of_q), head_dim=head_dim)[0]
+    _, k, v, _ = random_arrays(sum(of_k), head_dim=head_dim)
+    sinks = cp.linspace(-2, 2, q.shape[1], dtype=cp.float32)
+
+    def run():
+        options = {"causal": True, "window": (50, None), "sinks": sinks, "return_lse": True}
+        return cuflash.attention_varlen(q, k, v, cu_q, cu_k, algorithm=family, **options)
+
+    clean = run()
+    unseen = np.concatenate([np.arange(m) < m - n - 50 for n, m in zip(of_q, of_k, strict=True)])
+    rows = cp.asarray(np.flatnonzero(unseen))
+    assert rows.size
+    for x in (k, v):
+        x[rows] = cp.nan
+    for _ in range(30):
+        for got, want in zip(run(), clean, strict=True):
+            assert (got == want).all()
+
+
 def test_the_call_returns_before_the_device_has_run_it():
     lengths = documents(10)
     cu, arrays = offsets(lengths), random_arrays(sum(lengths))
