@@ -17,6 +17,7 @@ FORWARD = "hopper/forward.cu"
 BACKWARD = "hopper/backward.cu"
 WIDE = "hopper/backward_wide.cu"
 KEY_BLOCK = "hopper/key_block.cuh"
+VISITED = "hopper/visited_keys.cuh"
 BETWEEN = "hopper/modified_transposed.cuh"
 ZERO = "hopper/zero_rows.cuh"
 
@@ -71,7 +72,7 @@ BUGS = [
         "if (!block.is_full) {", "if (false) {", PADDED),
     planted("zeros without fence.proxy.async", ZERO,
         "  fence_proxy_async_shared();\n", "", PADDED, "proxy"),
-    planted("keys past a length left as they are", FORWARD,
+    planted("keys past a length left as they are", VISITED,
         "return row < keys && is_read(row);", "return is_read(row);", PADDED),
     planted("keys past a length left as they are in the backward", BETWEEN,
         "return i < seen && is_read(i);", "return is_read(i);", PADDED),

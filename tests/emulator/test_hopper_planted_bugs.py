@@ -101,7 +101,7 @@ BUGS = [
     Bug("the counter of tiles does not return to 0", FORWARD,
         "atomicInc(tiles_taken, tiles() - 1)", "atomicInc(tiles_taken, tiles())", WRONG_RESULT, MANY),
     Bug("lse of rows after the last query is written", FORWARD,
-        "} else if (query < params.seqlen_q) {", "} else {", "bounds", MANY),
+        "else if (query < params.seqlen_q) lse[", "else lse[", "bounds", MANY),
     Bug("the causal mask takes packed rows for queries", "core/mask.cuh",
         "(row + 16 * m + Fragment::row(half)) / kRowsPerQuery", "row + 16 * m + Fragment::row(half)", WRONG_RESULT, PACKED),
     Bug("lse of all packed heads to the first", FORWARD,
