@@ -36,6 +36,10 @@ warpSize
 """
 _TAKEN = frozenset(_TAKEN_NAMES.split())
 
+# Compiled here: torch.compile traces what checks a formula, but cannot trace the compiler of expressions.
+_ARGUMENT_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
+_GOES_ON = re.compile(r"[\w.]")  # after a number, which then is none
+_WORD = re.compile(r"\w+")
 _TOKEN = re.compile(
     r"(?P<space>\s+)"
     r"|(?P<number>(?:0[xX][0-9a-fA-F]+|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)[fFuUlL]*)"
@@ -146,7 +150,7 @@ def _mod_args(given: Any) -> dict[str, Any]:
 
 @functools.lru_cache(_REMEMBERED)
 def _check_arg_name(name: str) -> None:
-    is_name = re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) is not None
+    is_name = _ARGUMENT_NAME.fullmatch(name) is not None
     reserved = {*_VARIABLES["score_mod"], *_WORDS, *_TAKEN}
     if not is_name or name in reserved or keyword.iskeyword(name) or name.startswith("cuflash"):
         raise ValueError(
@@ -183,7 +187,7 @@ def _tokens(name: str, text: str) -> list[tuple[str, str]]:
         if found is None or found.lastgroup is None:
             line = text.count("\n", 0, at) + 1
             raise _refuse(name, f"{text[at]!r} in line {line} is no part of one")
-        if found.lastgroup == "number" and re.match(r"[\w.]", text[found.end() :]):
+        if found.lastgroup == "number" and _GOES_ON.match(text, found.end()):
             raise _refuse(name, f"{found[0] + text[found.end()]!r} is no number")
         tokens.append((found.lastgroup, found[0]))
         at = found.end()
@@ -277,7 +281,7 @@ def check_axes(formulas: Formulas, args: Sequence[ModArg]) -> None:
 
 def depends_on(formula: str, index: str) -> bool:
     """Whether ``formula`` mentions an index, so that its values may differ along that axis."""
-    return index in re.findall(r"\w+", formula)
+    return index in _WORD.findall(formula)
 
 
 def source(score_mod: str, mask_mod: str, args: Sequence[ModArg], first_line: int) -> str:
