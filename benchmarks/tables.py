@@ -10,14 +10,15 @@ from typing import Any
 from benchmarks.markdown import markdown, short_dtype
 from benchmarks.peers import PEERS
 from benchmarks.results import Results, Row
-from benchmarks.time_tables import TIME_TABLES, compare_counters
+from benchmarks.time_tables import TIME_TABLES, compare_counters, varlen_table
 
 UNTOLD_FEATURES = ("registers", "spill_bytes", "chosen")  # columns, and bold print, of the candidates' tables
 
 
 def table(results: Results) -> str:
     """Every row: our speed, each peer's, and the ratio; a geometric mean for each head dim and over all."""
-    make = TIME_TABLES.get(results["rows"][0]["direction"])
+    first = results["rows"][0]
+    make = varlen_table if "lengths" in first["features"] else TIME_TABLES.get(first["direction"])
     if make is None:
         return _sections(results, _speed_table)
     return "\n".join([*make(results["rows"]), "", footer(results)])

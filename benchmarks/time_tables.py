@@ -257,6 +257,41 @@ def _modifiers_line(row: Row) -> list[str]:
     return cells + ([f"{flex:.3f}", f"{flex / row['ms']:.2f}"] if flex else ["-", "-"])
 
 
+def varlen_table(rows: list[Row]) -> list[str]:
+    """Packed documents: a line for each point and kernel, then what the documents are."""
+    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    head = ["pass", "kernel", "d", "heads", "tokens", "longest", "TFLOP/s"]
+    for name in names:
+        head += [_VARLEN_PEERS.get(name, name), "ratio"]
+    key = _varlen_key
+    ranked = sorted(rows, key=lambda row: (row["direction"] == "backward", row["family"] == "fa2", key(row)))
+    lines = [_varlen_line(row, names) for row in ranked]
+    lengths = {key(row)[1:]: row["features"]["lengths"] for row in rows}
+    notes = [f"- {tokens} tokens: {lengths[tokens, longest]}." for tokens, longest in sorted(lengths)]
+    return [*markdown(head, lines), "", *notes]
+
+
+_VARLEN_PEERS = {
+    "dense": "dense, equal work",
+    "fa2_varlen": "FA2 varlen",
+    "fa2_nested": "FA2, nested tensors",
+    "fa3_varlen": "FA3 varlen",
+}
+
+
+def _varlen_key(row: Row) -> tuple[int, int, int]:
+    return row["head_dim"], row["features"]["tokens"], row["seqlen_q"]
+
+
+def _varlen_line(row: Row, names: list[str]) -> list[str]:
+    cells = [row["direction"], row["family"], str(row["head_dim"]), f"{row['heads_q']}:{row['heads_kv']}"]
+    cells += [str(row["features"]["tokens"]), str(row["seqlen_q"]), f"{row['tflops']:.0f}"]
+    for name in names:
+        peer = row["peers"].get(name)
+        cells += [f"{peer:.0f}", f"{row['tflops'] / peer:.2f}"] if peer else ["-", "-"]
+    return cells
+
+
 def _mean(ratios: list[float]) -> float:
     return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
 

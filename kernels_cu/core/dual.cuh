@@ -118,9 +118,10 @@ __device__ __forceinline__ Dual pow(const Dual& a, float b) {
 }
 __device__ __forceinline__ Dual pow(float a, const Dual& b) {
   const float y = powf(a, b.value);
-  return chained(b, y, y * logf(a));
+  return chained(b, y, y == 0.0f ? 0.0f : y * logf(a));
 }
 __device__ __forceinline__ Dual pow(const Dual& a, const Dual& b) {
   const Dual by_base = pow(a, b.value);
+  if (b.slope == 0.0f) return by_base;  // a negative base has no logarithm
   return {by_base.value, by_base.slope + pow(a.value, b).slope};
 }

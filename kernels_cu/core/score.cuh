@@ -18,9 +18,9 @@ struct ScoreModifiers {
   const void* bias;
   long long bias_row, bias_key;
 
-  // Products q·k, or what core/score_mod.cuh made of them, of rows `row` + 16·m + … and columns `column` + … of one warp become scores in base 2. Rows are
-  // queries or, if kTransposed, keys; elements from `queries` or `keys` on are not read. Calls slope(m, j, r, ∂capped
-  // score/∂score) with softcap.
+  // Products q·k, or what core/score_mod.cuh made of them, of rows `row` + 16·m + … and columns `column` + … of one warp
+  // become scores in base 2. Rows are queries or, if kTransposed, keys; elements from `queries` or `keys` on are not read.
+  // Calls slope(m, j, r, ∂capped score/∂score) with softcap.
   template <bool kTransposed, int kMTiles, int kNTiles, class Slope>
   __device__ __forceinline__ void apply(float (&scores)[kMTiles][kNTiles][4], int row, int column, int queries, int keys,
                                         const Slope& slope) const {

@@ -166,21 +166,13 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
     }
   }
 
-  // The group's tiles are begin + warp_n, + kWarpsN …. Where the warp's next slabs of them lie, its lanes know, one each.
-  // A page table is another trip to memory, which queues behind the keys that are on their way: one load goes for 32
-  // slabs, a tile before they are needed, and finds in L2 what a prefetch brought there while the 32 before were in use.
+  // The group's tiles are begin + warp_n, + kWarpsN …. Where the warp's next slabs of them lie, its lanes know, one each:
+  // a page table is another trip to memory, so one load goes for 32 slabs, as soon as those before are in use.
   const unsigned ring = kRingOffset + warp_n * kStages * kSlotBytes;
   const auto first_key = [&](int tile, int slab) { return tile * kTileKeys + (warp_m * kSlabs + slab) * kSlabRows; };
   const auto locate = [&](int tile) {
-    if constexpr (Config::kPageKeys != kSlabRows) return Slot{};
-    else {
-      const auto key_of = [&](int tile) {
-        return first_key(tile + Fragment::lane() / kSlabs * kWarpsN, Fragment::lane() % kSlabs);
-      };
-      const int key = key_of(tile), next = key_of(tile + kWarpSize / kSlabs * kWarpsN);
-      if (next < min(high, end * kTileKeys)) slots.prefetch(next);
-      return key < high ? slots.at(key) : Slot{};
-    }
+    const int key = first_key(tile + Fragment::lane() / kSlabs * kWarpsN, Fragment::lane() % kSlabs);
+    return Config::kPageKeys == kSlabRows && key < high ? slots.at(key) : Slot{};
   };
   Slot located = locate(begin + warp_n);
   const auto load = [&](int tile, int slot) {

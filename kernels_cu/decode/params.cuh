@@ -2,7 +2,6 @@
 #pragma once
 #include "core/read_value.cuh"
 #include "core/types.cuh"
-#include "ptx/prefetch.cuh"
 
 // How a kernel walks (batch, seqlen, heads, head_dim), or a cache of (pages, page_size, heads, head_dim).
 struct RowStrides {
@@ -69,11 +68,6 @@ struct Slots {
       const int page = position / page_size;
       return {read_index(table, page * table_column, table_bytes), position - page * page_size};
     }
-  }
-
-  // What at(position) reads of a page table comes to L2.
-  __device__ __forceinline__ void prefetch(int position) const {
-    prefetch_l2(static_cast<const char*>(table) + position / page_size * table_column * table_bytes);
   }
 };
 

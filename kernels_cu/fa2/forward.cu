@@ -284,7 +284,7 @@ fa2_forward(const Element* __restrict__ q,    // (batch, seqlen_q, heads_q, head
 #pragma unroll
       for (int d = 0; d < kDTiles; ++d) {
         unsigned pair = Element::pack(acc_o[m][d][2 * half] * inverse, acc_o[m][d][2 * half + 1] * inverse);
-        if (unused) pair = 0;
+        if (unused || inverse == 0.0f) pair = 0;  // a query without keys, beside others that see a NaN in V
         *reinterpret_cast<unsigned*>(smem + OTile::offset(warp * kWarpRows + row, d) + lane % 4 * 4) = pair;
       }
       if (lse != nullptr && lane % 4 == 0 && warp_row + row < rows()) {

@@ -275,7 +275,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       const WorkTile tile = tile_at<kBlockM>(params, at, m_blocks(), first_key);
       const KeyBlocks keys = key_blocks<kQueries, kBlockN>(params, tile);
       const int kv_head = tile.head / params.group_size;
-      if constexpr (kBanded) return Work{tile, kv_head, keys.first(), first_key, keys};
+      if constexpr (kBanded || kZeroesV) return Work{tile, kv_head, keys.first(), first_key, keys};
       else return Work{tile, kv_head, keys.first(), first_key};
     };
 
@@ -526,6 +526,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       for (int i = 0; i < 4; ++i) {
         const float(&o)[4] = acc_o[d + i / 2];
         o_reg[i] = Element::pack(o[i % 2 * 2] * inverse[i % 2], o[i % 2 * 2 + 1] * inverse[i % 2]);
+        if (inverse[i % 2] == 0.0f) o_reg[i] = 0;  // a query without keys, beside others that see a NaN in V
         if constexpr (Config::kVarlen) {
           if (tile.m_block * kQueries + warp_row + Fragment::row(i % 2) >= queries_of(tile, params)) o_reg[i] = 0;
         }

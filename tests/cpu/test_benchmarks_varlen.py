@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import documents
+from benchmarks.time_tables import varlen_table
 
 
 @pytest.mark.parametrize(("tokens", "context"), [(16384, 2048), (65536, 8192), (20_000_000, 16384)])
@@ -26,3 +27,22 @@ def test_equal_sequences_of_as_many_tokens_are_as_much_work():
 
 def test_the_summary_tells_how_unequal_they_are():
     assert documents.summary([1, 2, 9]) == "3 documents, median 2, mean 4, longest 9"
+
+
+def test_the_table_has_a_line_for_each_kernel_and_tells_what_the_documents_are():
+    features = {
+        "tokens": 300,
+        "lengths": "3 documents, median 100, mean 100, longest 200",
+        "equal_length": 150,
+    }
+    shape = {"head_dim": 64, "heads_q": 4, "heads_kv": 2, "seqlen_q": 200, "features": features}
+    rows = [
+        {"direction": direction, "family": family, "tflops": 50.0, "peers": {"dense": 100.0}, **shape}
+        for direction in ("backward", "forward")
+        for family in ("fa2", "hopper")
+    ]
+    table = "\n".join(varlen_table(rows))
+    for direction in ("forward", "backward"):
+        for family in ("hopper", "fa2"):
+            assert f"| {direction} | {family} | 64 | 4:2 | 300 | 200 | 50 | 100 | 0.50 |" in table
+    assert table.endswith("- 300 tokens: 3 documents, median 100, mean 100, longest 200.")

@@ -12,6 +12,9 @@ from cuflash.problem import make_problem
 from cuflash.resources import register_limit, shared_bytes, shared_memory_per_block
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+# (capability, causal): without a mask, which needs less, for two of them, to spare time.
+TARGETS = [*((capability, True) for capability in CAPABILITIES), ((8, 0), False), ((9, 0), False)]
+TARGET_IDS = [f"sm_{major}{minor}-{'causal' if causal else 'full'}" for (major, minor), causal in TARGETS]
 # The head dims at which each row of the tables uses most registers, and one that pads (120 to 128).
 HEAD_DIMS = sorted(
     {bound for rows in (*_TILES.values(), _SHORT_QUERY_TILES) for bound, _ in rows} | {32, 120}
@@ -39,9 +42,8 @@ def compile_within_limits(config: Config, capability: tuple[int, int]) -> jit.Pr
     return program
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize(("capability", "causal"), TARGETS, ids=TARGET_IDS)
 def test_default_config_compiles_without_warnings_or_spills_beyond_its_table(capability, head_dim, causal):
     compile_within_limits(config_for(capability, head_dim, causal), capability)
 

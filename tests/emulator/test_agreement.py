@@ -466,14 +466,13 @@ def test_arrivals_that_wrap_agree_in_whatever_order():
     assert gpu[256] == twin[256] == 256 % 37
 
 
-def test_vector_stores_agree_and_prefetching_changes_nothing():
-    body = """prefetch_l2(x + threadIdx.x);
-      const unsigned words[2] = {x[threadIdx.x], x[255 - threadIdx.x]};
+def test_vector_stores_agree():
+    body = """const unsigned words[2] = {x[threadIdx.x], x[255 - threadIdx.x]};
       st_global_v2(y + 2 * threadIdx.x, words);
       float floats[4];
       for (int i = 0; i < 4; ++i) floats[i] = (float)(x[threadIdx.x] % (61 + i));
       st_global_v4((float*)y + 512 + 4 * threadIdx.x, floats);"""
-    snippet = Snippet(body, HEADERS + '#include "ptx/prefetch.cuh"\n#include "ptx/vector_store.cuh"\n')
+    snippet = Snippet(body, HEADERS + '#include "ptx/vector_store.cuh"\n')
     x = random_words(256)
     gpu, twin = (run(snippet, x, 1536, 256, 64) for run in (on_gpu, on_twin))
     np.testing.assert_array_equal(gpu, twin)

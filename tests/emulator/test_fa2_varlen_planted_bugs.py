@@ -45,7 +45,7 @@ BUGS = [
     Bug("the keys of the first sequence for all", FORWARD,
         "    k += sequence.first_key * params.k.row;\n", "", WRONG_RESULT),
     Bug("rows that are not in use get what zeros attend to", FORWARD,
-        "if (unused) pair = 0;", "", WRONG_RESULT),
+        "if (unused || inverse == 0.0f)", "if (inverse == 0.0f)", WRONG_RESULT),
     Bug("rows that are not in use get an lse", FORWARD,
         "if (unused) row_lse = -infinity();", "", WRONG_RESULT),
     Bug("lse of a sequence alone", FORWARD,
