@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cuflash import config_fa1, config_hopper, jit, launch, launch_fa1
+from cuflash.arrays import ArrayInfo
 from cuflash.checks import Options, Request
 from cuflash.config import Config, choose
 from cuflash.config_fa1 import Fa1Config
@@ -160,10 +162,18 @@ def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, st
         multiprocessors=gpu.multiprocessors,
         l2_bytes=gpu.l2_bytes,
         modifiers=modifiers,
+        bias=_bias_tiles(config, infos),
     )
     program = jit.compile(config, arch)
     words = summary.words if summary else None
     return Kernel("hopper", not_used, arch, layouts, config, call, program, words, mask_summary=summary)
+
+
+def _bias_tiles(config: HopperConfig, infos: Mapping[str, ArrayInfo]) -> launch.Operand | None:
+    """The bias that TMA is to bring."""
+    if not config.modifiers.bias_tiles:
+        return None
+    return launch.Operand(infos["bias"].shape, infos["bias"].strides)
 
 
 def _fa1(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:

@@ -10,6 +10,7 @@ import numpy as np
 from cuflash.config_hopper import WARPGROUP_ROWS, HopperConfig
 from cuflash.launch import LOG2_E, Operand, check_ranges, heads_per_wave, kernel_scale, make_params
 from cuflash.problem import Problem
+from cuflash.resources import ELEMENT_BYTES
 from cuflash.tensor_map import TensorMap, tensor_map
 
 # ForwardParams in kernels_cu/hopper/forward.cu
@@ -41,15 +42,15 @@ class HopperCall:
 
     The kernel takes four encoded tensor maps (q, k, v, out), the address of lse or null, the address of a
     zeroed 32-bit counter of the launch's stream, and ``params`` by value. Each map is of what lies some
-    bytes, its ``offsets``, after the start of its array.
+    bytes, its ``offsets``, after the start of its array. A fifth, of bias, lies behind ``params``.
     """
 
     grid: tuple[int]
     block: tuple[int]
     shared_bytes: int
-    maps: tuple[TensorMap, TensorMap, TensorMap, TensorMap]
+    maps: tuple[TensorMap, ...]
     params: np.void
-    offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
+    offsets: tuple[int, ...] = (0, 0, 0, 0)
 
 
 def hopper_forward_call(
@@ -64,10 +65,12 @@ def hopper_forward_call(
     multiprocessors: int,
     l2_bytes: int,
     modifiers: Any = None,
+    bias: Operand | None = None,
 ) -> HopperCall:
     """The launch of ``hopper_forward`` for a problem that is not empty and that ``why_not`` lets through.
 
-    ``modifiers`` are the parameters of a Config that has some. ValueError where a size does not fit the
+    ``modifiers`` are the parameters of a Config that has some, and ``bias`` the array of one that takes it
+    in tiles. ValueError where a size does not fit the
     kernel's 32-bit fields, or |scale| float32.
     """
     check_ranges(problem)
@@ -112,6 +115,16 @@ def hopper_forward_call(
         operand_map(v, config.block_n, keys),
         operand_map(out, WARPGROUP_ROWS, problem.seqlen_q, pack),
     )
+    if bias is not None:
+        maps = (*maps, _bias_map(problem, bias, config.block_m))
     first_k, first_v = (problem.first_key_visible * x.strides[1 if layout == "bshd" else 2] for x in (k, v))
     grid = min(tiles, multiprocessors * config.blocks_per_sm)
-    return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, params, (0, first_k, first_v, 0))
+    offsets = (0, first_k, first_v, 0, 0)[: len(maps)]
+    return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, params, offsets)
+
+
+def _bias_map(problem: Problem, bias: Operand, rows: int) -> TensorMap:
+    """Of (batch, heads_q, seqlen_q, seqlen_k): along an axis that is broadcast the step is 0."""
+    shape = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
+    steps = [stride if size > 1 else 0 for stride, size in zip(bias.strides, bias.shape, strict=True)]
+    return tensor_map(shape, (*steps[:3], ELEMENT_BYTES), problem.dtype, "bhsd", rows=rows, seqlen=shape[2])

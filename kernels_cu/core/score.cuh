@@ -20,10 +20,12 @@ struct ScoreModifiers {
 
   // Products q·k, or what core/score_mod.cuh made of them, of rows `row` + 16·m + … and columns `column` + … of one warp
   // become scores in base 2. Rows are queries or, if kTransposed, keys; elements from `queries` or `keys` on are not read.
+  // Without kReadsBias its caller adds the bias, which comes last.
   // Calls slope(m, j, r, ∂capped score/∂score) with softcap.
-  template <bool kTransposed, int kMTiles, int kNTiles, class Slope>
+  template <bool kTransposed, bool kReadsBias = Config::kBias, int kMTiles, int kNTiles, class Slope>
   __device__ __forceinline__ void apply(float (&scores)[kMTiles][kNTiles][4], int row, int column, int queries, int keys,
                                         const Slope& slope) const {
+    constexpr bool kReadsPairs = kReadsBias && Config::kBiasPairs && !kTransposed;
     const int lane_column = column + Fragment::column(0, 0);
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
@@ -37,7 +39,7 @@ struct ScoreModifiers {
 #pragma unroll
         for (int j = 0; j < kNTiles; ++j) {
           FloatPair pair = {};
-          if constexpr (Config::kBiasPairs && !kTransposed) {
+          if constexpr (kReadsPairs) {
             if (this_row < queries && lane_column + 8 * j < keys) pair = bias_pair_log2(this_row, lane_column + 8 * j);
           }
 #pragma unroll
@@ -55,9 +57,9 @@ struct ScoreModifiers {
               const float step = 8 * j + parity;
               score -= slope_log2 * fabsf(kTransposed ? row_distance + step : row_distance - step);
             }
-            if constexpr (Config::kBiasPairs && !kTransposed) {
+            if constexpr (kReadsPairs) {
               score += parity == 0 ? pair.lo : pair.hi;
-            } else if constexpr (Config::kBias) {
+            } else if constexpr (kReadsBias) {
               const int this_column = lane_column + 8 * j + parity;
               const int query = kTransposed ? this_column : this_row;
               const int key = kTransposed ? this_row : this_column;

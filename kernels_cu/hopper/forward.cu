@@ -58,6 +58,7 @@
 #include "core/sinks.cuh"
 #include "core/types.cuh"
 #include "core/visible.cuh"
+#include "hopper/bias_tile.cuh"
 #include "hopper/packed.cuh"
 #include "hopper/pipeline.cuh"
 #include "hopper/products.cuh"
@@ -107,12 +108,14 @@ using QTile = PanelTile<kBlockM, kHeadDim>;
 using KTile = PanelTile<kBlockN, kHeadDim>;
 using VTile = PanelTile<kBlockN, kHeadDimV>;
 using OTile = PanelTile<64, kHeadDimV>;  // of one warpgroup
+using BiasTile = PanelTile<kBlockM, kBlockN>;
 
 constexpr bool kOInV = kQStages == 1;  // O is staged where V was
 constexpr int kKOffset = kQStages * QTile::kBytes;
 constexpr int kVOffset = kKOffset + kStages * KTile::kBytes;
 constexpr int kOOffset = kOInV ? kVOffset : kVOffset + kStages * VTile::kBytes;
-constexpr int kTileSlotsOffset = kVOffset + kStages * VTile::kBytes + (kOInV ? 0 : kWarpgroups * OTile::kBytes);
+constexpr int kBiasOffset = kVOffset + kStages * VTile::kBytes + (kOInV ? 0 : kWarpgroups * OTile::kBytes);
+constexpr int kTileSlotsOffset = kBiasOffset + (Config::kBiasTiles ? kStages * BiasTile::kBytes : 0);
 constexpr int kVBlocksOffset = kTileSlotsOffset + kQStages * (Config::kVarlen ? 32 : 16);
 constexpr int kBarriersOffset = kVBlocksOffset + (kZeroesV ? kStages * 16 : 0);
 static_assert(!kOInV || kWarpgroups * OTile::kBytes <= kStages * VTile::kBytes, "O fits in V's place");
@@ -120,10 +123,12 @@ static_assert(!kOInV || kWarpgroups * OTile::kBytes <= kStages * VTile::kBytes, 
 using QRing = Ring<kQStages, QTile::kBytes>;
 using KRing = Ring<kStages, KTile::kBytes>;
 using VRing = Ring<kStages, VTile::kBytes>;
+using BiasRing = Ring<kStages, BiasTile::kBytes>;
 using LandedRing = FilledRing<kStages, VTile::kBytes>;  // of V, where it is not ready for the consumers when TMA is done
 constexpr int kOEmptyOffset = kBarriersOffset + QRing::kBarrierBytes + KRing::kBarrierBytes + VRing::kBarrierBytes;
 constexpr int kLandedOffset = kOEmptyOffset + 8;
-static_assert(kLandedOffset + (kZeroesV ? LandedRing::kBarrierBytes : 0) == Config::kSharedBytes,
+constexpr int kBiasBarriersOffset = kLandedOffset + (kZeroesV ? LandedRing::kBarrierBytes : 0);
+static_assert(kBiasBarriersOffset + (Config::kBiasTiles ? BiasRing::kBarrierBytes : 0) == Config::kSharedBytes,
               "the host's map is the same");
 
 using WorkTile = ChosenTile<Config::kVarlen>::Type;
@@ -189,7 +194,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
                const __grid_constant__ CUtensorMap out_map,  // (batch, heads_q, seqlen_q, head_dim_v)
                float* __restrict__ lse,                      // (batch, heads_q, seqlen_q) or null
                unsigned* __restrict__ tiles_taken,           // 0; used, and left 0, if kDynamicTiles
-               const __grid_constant__ ForwardParams params) {
+               const __grid_constant__ WithBiasMap<ForwardParams, Config::kBiasTiles>::Type params) {
   DYN_SMEM(smem);
   const unsigned base_smem = cvta_to_shared(smem);
   const QRing q_ring{{base_smem, base_smem + kBarriersOffset}};
@@ -198,6 +203,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   const unsigned o_empty = base_smem + kOEmptyOffset;
   TileSlot* const tile_slots = reinterpret_cast<TileSlot*>(smem + kTileSlotsOffset);  // (kQStages,)
   const LandedRing v_landed{v_ring.slots_smem, base_smem + kLandedOffset};
+  const BiasRing bias_ring{{base_smem + kBiasOffset, base_smem + kBiasBarriersOffset}};
   VBlock* const v_blocks = reinterpret_cast<VBlock*>(smem + kVBlocksOffset);  // (kStages,)
 
   if (threadIdx.x == 0) {
@@ -206,6 +212,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     v_ring.init(4 * kWarpgroups, kZeroesV ? kWarpSize : 1);
     mbarrier_init(o_empty, kWarpgroups);
     if constexpr (kZeroesV) v_landed.init();
+    if constexpr (Config::kBiasTiles) bias_ring.init(kWarpgroups * kWarpgroupThreads);
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -251,6 +258,13 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
         KTile::load_of_sequence(k_ring.slot(use), &k_map, k_ring.full(use), key, work.kv_head, work.first_key,
                                 work.tile.keys);
       } else KTile::load(k_ring.slot(use), &k_map, k_ring.full(use), key, work.kv_head, work.tile.batch);
+      if constexpr (Config::kBiasTiles) {
+        bias_ring.wait_empty(use);
+        mbarrier_arrive_expect_tx(bias_ring.full(use), BiasTile::kBytes);
+        const WorkTile& tile = work.tile;
+        BiasTile::load(bias_ring.slot(use), bias_map_of(params), bias_ring.full(use), tile.m_block * kBlockM, tile.head,
+                       tile.batch, n_block * kBlockN);
+      }
     };
     const auto load_v = [&](unsigned use, const auto& work, int n_block) {
       if constexpr (kOInV) mbarrier_wait(o_empty, q_use % 2);
@@ -374,9 +388,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   };
   TileModifiers modifiers = modifiers_of(tile);
 
-  // From the scores of a block to its P, unrounded, and the row statistics.
+  // From the scores of a block to its P, unrounded, and the row statistics. `use` is that of the block's bias.
   const auto exponentiate = [&](float (&acc_s)[1][kNTiles][4], DeferredSoftmax& softmax, const WorkTile& tile,
-                                const TileModifiers& modifiers, int n_block, auto masked) {
+                                const TileModifiers& modifiers, unsigned use, int n_block, bool exists, auto masked) {
     const int row = block_of(tile) * kBlockM + warp_row, key = n_block * kBlockN;
     if constexpr (Config::kNegativeScale) {
 #pragma unroll
@@ -387,8 +401,14 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
                              [](int, int, int, float) {});
     }
     if constexpr (kModifiesScores) {
-      modifiers.scores.template apply<false>(acc_s, row, key, modifiers.queries, modifiers.keys,
-                                             [](int, int, int, float) {});
+      constexpr bool kReadsBias = Config::kBias && !Config::kBiasTiles;
+      modifiers.scores.template apply<false, kReadsBias>(acc_s, row, key, modifiers.queries, modifiers.keys,
+                                                         [](int, int, int, float) {});
+    }
+    if constexpr (Config::kBiasTiles) {
+      if (exists) bias_ring.wait_full(use);
+      add_bias<Element, BiasTile>(acc_s[0], bias_ring.slot(use), warp_row);
+      if (exists) mbarrier_arrive(bias_ring.empty(use));
     }
     SequenceParams<ForwardParams> of_tile = params;
     restrict_to_all(of_tile, tile);
@@ -420,7 +440,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     wgmma_wait_group<0>();
     pin_registers(acc_s[0]);
     release(k_ring.empty(use));
-    exponentiate(acc_s, softmax, tile, modifiers, keys.first(), Constant<true>{});
+    exponentiate(acc_s, softmax, tile, modifiers, use, keys.first(), true, Constant<true>{});
     round_p(p_reg, acc_s[0]);
   };
   // The next block's S and P, and O += P V of the block before, which may be the last of the tile before. If there is
@@ -438,7 +458,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     wgmma_wait_group<1>();
     pin_registers(acc_s[0]);
     if (exists) release(k_ring.empty(use + 1));
-    exponentiate(acc_s, softmax, tile, modifiers, n_block, masked);
+    exponentiate(acc_s, softmax, tile, modifiers, use + 1, n_block, exists, masked);
     wgmma_wait_group<0>();
     pin_registers(acc_o);
     pin_registers(p_reg);  // and only now may P change: it was an operand
