@@ -11,7 +11,7 @@ from cuflash.config_hopper import WARPGROUP_ROWS, HopperConfig
 from cuflash.launch import LOG2_E, Operand, check_ranges, heads_per_wave, kernel_scale, make_params
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
-from cuflash.tensor_map import TensorMap, tensor_map
+from cuflash.tensor_map import MAP_ALIGNMENT, MAP_BYTES, TensorMap, tensor_map
 
 # ForwardParams in kernels_cu/hopper/forward.cu
 FORWARD_PARAMS = np.dtype(
@@ -42,7 +42,7 @@ class HopperCall:
 
     The kernel takes four encoded tensor maps (q, k, v, out), the address of lse or null, the address of a
     zeroed 32-bit counter of the launch's stream, and ``params`` by value. Each map is of what lies some
-    bytes, its ``offsets``, after the start of its array. A fifth, of bias, lies behind ``params``.
+    bytes, its ``offsets``, after the start of its array. A fifth, of bias, is the end of ``params``.
     """
 
     grid: tuple[int]
@@ -117,6 +117,7 @@ def hopper_forward_call(
     )
     if bias is not None:
         maps = (*maps, _bias_map(problem, bias, config.block_m))
+        params = _with_bias_map(params)
     first_k, first_v = (problem.first_key_visible * x.strides[1 if layout == "bshd" else 2] for x in (k, v))
     grid = min(tiles, multiprocessors * config.blocks_per_sm)
     offsets = (0, first_k, first_v, 0, 0)[: len(maps)]
@@ -128,3 +129,16 @@ def _bias_map(problem: Problem, bias: Operand, rows: int) -> TensorMap:
     shape = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
     steps = [stride if size > 1 else 0 for stride, size in zip(bias.strides, bias.shape, strict=True)]
     return tensor_map(shape, (*steps[:3], ELEMENT_BYTES), problem.dtype, "bhsd", rows=rows, seqlen=shape[2])
+
+
+def _with_bias_map(params: Any) -> Any:
+    """The struct with room for the map: WithBiasMap in kernels_cu/hopper/bias_tile.cuh."""
+    offset = -(-params.itemsize // MAP_ALIGNMENT) * MAP_ALIGNMENT
+    fields = {
+        "names": ("params", "bias_map"),
+        "formats": (params.dtype, (np.void, MAP_BYTES)),
+        "offsets": (0, offset),
+    }
+    made: Any = np.zeros((), fields | {"itemsize": offset + MAP_BYTES})
+    made["params"] = params
+    return made[()]

@@ -10,7 +10,7 @@ from typing import Any
 
 from cuflash import jit
 from cuflash.launch import Launchable
-from cuflash.tensor_map import MAP_ALIGNMENT, MAP_BYTES, EncodedMap, make_context_current
+from cuflash.tensor_map import MAP_BYTES, EncodedMap, make_context_current
 
 
 class Launcher:
@@ -29,21 +29,19 @@ class Launcher:
         maps: int = 0,
         addresses: int,
         arrays: int = 0,
-        map_behind: bool = False,
+        map_inside: bool = False,
     ) -> None:
         """The kernel takes that many tensor maps, then that many addresses, then ``call.params`` by value.
 
         With ``arrays`` the struct starts with that many addresses more, given after the others; with
-        ``map_behind`` it ends with one map more, given after the others likewise.
+        ``map_inside`` it ends with one map more, given after the others likewise.
         """
         from cupy import cuda
 
         self._function = function  # keeps the module loaded
         self._params = call.params.tobytes()
         self._maps, self._addresses, self._arrays = maps, addresses, arrays
-        if map_behind:
-            self._params += bytes(-len(self._params) % MAP_ALIGNMENT + MAP_BYTES)
-        self._map_behind = map_behind
+        self._map_inside = map_inside
         self._of_thread = threading.local()
         size = (*_three(call.grid), *_three(call.block), call.shared_bytes)
         self._launch_kernel = functools.partial(cuda.driver.launchKernel, function.ptr, *size)
@@ -57,7 +55,7 @@ class Launcher:
         values[:] = addresses
         if maps:
             arguments[: self._maps] = [encoded.address for encoded in maps[: self._maps]]
-            if self._map_behind:
+            if self._map_inside:
                 ctypes.memmove(end - MAP_BYTES, maps[-1].address, MAP_BYTES)
         self._launch_kernel(stream, where, 0)
 

@@ -122,7 +122,7 @@ class ModifiedLauncher:
             maps=maps,
             addresses=self._own,
             arrays=arrays,
-            map_behind=isinstance(call, HopperCall) and len(call.maps) > HOPPER_MAPS,
+            map_inside=isinstance(call, HopperCall) and len(call.maps) > HOPPER_MAPS,
         )
         self.summary = None if summary is None else SummaryLauncher.load(summary, program.arch)
 
