@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cuflash import config_fa1, config_hopper, jit, launch, launch_fa1
-from cuflash.arrays import ArrayInfo
 from cuflash.checks import Options, Request
 from cuflash.config import Config, choose
 from cuflash.config_fa1 import Fa1Config
@@ -14,7 +12,7 @@ from cuflash.config_hopper import HopperConfig
 from cuflash.config_modifiers import flags_of
 from cuflash.config_standard import SoftmaxConfig, choose_softmax
 from cuflash.launch import KernelCall
-from cuflash.launch_hopper import HopperCall, hopper_forward_call
+from cuflash.launch_hopper import HopperCall, hopper_forward_call, tiled_bias
 from cuflash.launch_modifiers import modifier_params, with_mod_args
 from cuflash.launch_standard import StandardForward, forward_calls
 from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts, standard_layouts
@@ -162,18 +160,11 @@ def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, st
         multiprocessors=gpu.multiprocessors,
         l2_bytes=gpu.l2_bytes,
         modifiers=modifiers,
-        bias=_bias_tiles(config, infos),
+        bias=tiled_bias(config.modifiers, infos),
     )
     program = jit.compile(config, arch)
     words = summary.words if summary else None
     return Kernel("hopper", not_used, arch, layouts, config, call, program, words, mask_summary=summary)
-
-
-def _bias_tiles(config: HopperConfig, infos: Mapping[str, ArrayInfo]) -> launch.Operand | None:
-    """The bias that TMA is to bring."""
-    if not config.modifiers.bias_tiles:
-        return None
-    return launch.Operand(infos["bias"].shape, infos["bias"].strides)
 
 
 def _fa1(request: Request, options: Options, gpu: Gpu, not_used: dict[str, str]) -> Kernel:

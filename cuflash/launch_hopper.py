@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from cuflash.arrays import ArrayInfo
 from cuflash.config_hopper import WARPGROUP_ROWS, HopperConfig
+from cuflash.config_modifiers import ModifierFlags
 from cuflash.launch import LOG2_E, Operand, check_ranges, heads_per_wave, kernel_scale, make_params
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
@@ -116,22 +119,28 @@ def hopper_forward_call(
         operand_map(out, WARPGROUP_ROWS, problem.seqlen_q, pack),
     )
     if bias is not None:
-        maps = (*maps, _bias_map(problem, bias, config.block_m))
-        params = _with_bias_map(params)
+        maps = (*maps, bias_map(problem, bias, config.block_m))
+        params = with_bias_map(params)
     first_k, first_v = (problem.first_key_visible * x.strides[1 if layout == "bshd" else 2] for x in (k, v))
     grid = min(tiles, multiprocessors * config.blocks_per_sm)
     offsets = (0, first_k, first_v, 0, 0)[: len(maps)]
     return HopperCall((grid,), (config.threads,), config.shared_bytes, maps, params, offsets)
 
 
-def _bias_map(problem: Problem, bias: Operand, rows: int) -> TensorMap:
-    """Of (batch, heads_q, seqlen_q, seqlen_k): along an axis that is broadcast the step is 0."""
+def tiled_bias(modifiers: ModifierFlags, infos: Mapping[str, ArrayInfo]) -> Operand | None:
+    """The bias of a program that takes it in tiles."""
+    return Operand(infos["bias"].shape, infos["bias"].strides) if modifiers.bias_tiles else None
+
+
+def bias_map(problem: Problem, bias: Operand, rows: int, first_row: int = 0) -> TensorMap:
+    """Of (batch, heads_q, seqlen_q, seqlen_k) from a query on, a step of 0 along axes that are broadcast."""
     shape = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
     steps = [stride if size > 1 else 0 for stride, size in zip(bias.strides, bias.shape, strict=True)]
-    return tensor_map(shape, (*steps[:3], ELEMENT_BYTES), problem.dtype, "bhsd", rows=rows, seqlen=shape[2])
+    strides, seqlen = (*steps[:3], ELEMENT_BYTES), shape[2] - first_row
+    return tensor_map(shape, strides, problem.dtype, "bhsd", rows=rows, seqlen=seqlen)
 
 
-def _with_bias_map(params: Any) -> Any:
+def with_bias_map(params: Any) -> Any:
     """The struct with room for the map: WithBiasMap in kernels_cu/hopper/bias_tile.cuh."""
     offset = -(-params.itemsize // MAP_ALIGNMENT) * MAP_ALIGNMENT
     fields = {

@@ -81,12 +81,15 @@ def load(
     maps: int = 0,
     addresses: int,
     arrays: int = 0,
+    map_inside: bool = False,
 ) -> Launcher | None:
     """Compile ``config`` for ``arch`` and load it on the current device; None if there is no ``call``."""
     if call is None:
         return None
     function = jit.load(jit.compile(config, arch), call.shared_bytes)
-    return Launcher(function, call, maps=maps, addresses=addresses, arrays=arrays)
+    return Launcher(
+        function, call, maps=maps, addresses=addresses, arrays=arrays, map_inside=map_inside
+    )
 
 
 def _three(size: tuple[int, ...]) -> tuple[int, ...]:

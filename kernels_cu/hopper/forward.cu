@@ -262,8 +262,8 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
         bias_ring.wait_empty(use);
         mbarrier_arrive_expect_tx(bias_ring.full(use), BiasTile::kBytes);
         const WorkTile& tile = work.tile;
-        BiasTile::load(bias_ring.slot(use), bias_map_of(params), bias_ring.full(use), tile.m_block * kBlockM, tile.head,
-                       tile.batch, n_block * kBlockN);
+        load_bias<BiasTile>(bias_ring.slot(use), params, bias_ring.full(use), tile.m_block * kBlockM, tile.head, tile.batch,
+                            n_block * kBlockN);
       }
     };
     const auto load_v = [&](unsigned use, const auto& work, int n_block) {
@@ -404,7 +404,6 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
                              [](int, int, int, float) {});
     }
     if constexpr (kModifiesScores) {
-      constexpr bool kReadsBias = Config::kBias && !Config::kBiasTiles;
       modifiers.scores.template apply<false, kReadsBias>(acc_s, row, key, modifiers.queries, modifiers.keys,
                                                          [](int, int, int, float) {});
     }
