@@ -21,7 +21,7 @@
 //             wait for dK;  release Q and dO
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers
-//           and before lse, if kTwoPs, P as fragments, of each main warpgroup.
+//           and before lse, if kTwoPs, P as fragments, of each main warpgroup; if kBiasTiles, bias · kStages, with Q.
 //           The epilogue stages dK in K's place and dV in V's.
 // Registers dK and dV: kHeadDim/2 + kHeadDimV/2 a thread, S or dP: kBlockM/2, P and dS kBlockM/4 each, dQ
 //           kDqColumns/2; docs/hopper-backward.md has ptxas's figures.

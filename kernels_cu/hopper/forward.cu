@@ -18,6 +18,7 @@
 //           Ping-pong (kPingPong): warpgroups issue products in turn, so that one's softmax runs under the other's.
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           Q · kQStages | K · kStages | V · kStages | O · kWarpgroups, if kQStages = 2; else O is staged over V
+//           | if kBiasTiles, bias · kStages
 //           | which tile each Q belongs to, 16 bytes · kQStages | if kZeroesV, which block each V is, 16 bytes · kStages
 //           | barriers
 // Registers O: kHeadDimV/2, S: kBlockN/2, P: kBlockN/4 a thread; docs/hopper-forward.md has ptxas's figures.
@@ -27,6 +28,8 @@
 //                            it is; lane 0 after its last S
 //           k.full, v.full   producer, TMA's bytes                  consumers, before each product
 //           k.empty, v.empty each consumer warp, after the product  producer, before each load
+//           bias.full        producer, TMA's bytes                  consumers, after S
+//           bias.empty       each consumer, once it is added        producer, before each load
 //           o_empty          each warpgroup, when O has left V      producer, before the next tile's V
 //           bar 1 + w        the warpgroup before w                 warpgroup w, before it issues products
 //           bar 1 + kWarpgroups + w: O's place is free, O is written (w's warps); with O in V also bar
@@ -36,7 +39,7 @@
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > row + causal_offset get −inf; masked blocks are peeled off. A
 //           tile that sees no key visits one, masked block. TMA reads rows outside the tensors as zeros, and the host
 //           ends K and V at the last key some query sees. A row that sees no key gives out = 0, lse = −inf.
-// Modifiers (docs/modifiers.md) each behind an if constexpr. Scores: core/score.cuh; which blocks are visited, and what is
+// Modifiers (docs/modifiers.md) each behind an if constexpr. Scores: core/score.cuh, hopper/bias_tile.cuh; which blocks are visited, and what is
 //           hidden in them: core/visible.cuh, core/mask_tiles.cuh, core/hide.cuh; then core/dropout.cuh between the two
 //           products and core/sinks.cuh at the end. The maps of K and V start at the first key that a window shows: TMA
 //           reads zeros before it. Other keys that no query sees, because of a length or a mask, or before the windows of a
@@ -284,10 +287,8 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     const auto tiles = [&] { return Config::kVarlen ? packed_blocks * params.heads_q : params.tiles; };
     const auto work_at = [&](int index) {
       if (index >= tiles()) return Work{{kNoTile, 0, 0}};
-      // With a bias, which batch elements often share, those of a head follow each other, and L2 has it for them.
-      const int inner_heads = Config::kBiasTiles ? params.batch_heads / params.heads_q : params.heads_q;
-      Tile at = longest_first(index, m_blocks(), inner_heads, params.batch_heads, params.heads_per_wave);
-      if constexpr (Config::kBiasTiles) at = {at.m_block, at.batch, at.head};
+      const Tile at =
+          longest_first_of_bias(index, m_blocks(), params.heads_q, params.batch_heads, params.heads_per_wave);
       int first_key = 0;
       const WorkTile tile = tile_at<kBlockM>(params, at, m_blocks(), first_key);
       const KeyBlocks keys = key_blocks<kQueries, kBlockN>(params, tile);

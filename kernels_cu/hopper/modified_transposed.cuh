@@ -1,7 +1,6 @@
 // What modifiers change between the products of a backward, on one warpgroup: keys × queries, as in transposed.cuh.
 #pragma once
 #include "core/modified_probabilities.cuh"
-#include "hopper/bias_tile.cuh"
 #include "hopper/key_block.cuh"
 #include "hopper/operand_fragments.cuh"
 #include "hopper/transposed.cuh"
