@@ -108,7 +108,8 @@ class ModifierFlags:
 
 PLAIN = ModifierFlags()
 _MASK_SUMMARY_THREADS = 256  # about so many
-_OF_BIAS_AND_MASK = {"bias_float32", "unit_strides", "bias_pairs", "bias_tiles"}  # how they are read: no modifiers
+# How they are read: no modifiers.
+_OF_BIAS_AND_MASK = {"bias_float32", "unit_strides", "bias_pairs", "bias_tiles"}
 
 
 def spill_bytes(plain: int, modifiers: ModifierFlags) -> int:

@@ -112,7 +112,7 @@ def hopper_forward_call(
 
     # K and V are those keys that some query sees: TMA reads zeros before and past them, whatever lies there.
     keys = problem.seqlen_k_visible - problem.first_key_visible
-    maps = (
+    maps: tuple[TensorMap, ...] = (
         operand_map(q, config.block_m, problem.seqlen_q, pack),
         operand_map(k, config.block_n, keys),
         operand_map(v, config.block_n, keys),

@@ -87,9 +87,7 @@ def load(
     if call is None:
         return None
     function = jit.load(jit.compile(config, arch), call.shared_bytes)
-    return Launcher(
-        function, call, maps=maps, addresses=addresses, arrays=arrays, map_inside=map_inside
-    )
+    return Launcher(function, call, maps=maps, addresses=addresses, arrays=arrays, map_inside=map_inside)
 
 
 def _three(size: tuple[int, ...]) -> tuple[int, ...]:

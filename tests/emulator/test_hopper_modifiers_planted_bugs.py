@@ -112,11 +112,11 @@ BUGS = [
     planted("the second panel of a bias in place of the first", TILE,
         "+ chunk / 8 * kPanelBytes;", "+ kPanelBytes;", BIAS),
     planted("batch elements and heads exchanged", BIAS_TILE,
-        "return {tile.m_block, tile.batch, tile.head};", "return tile;", BIAS),
+        "return {tile.m_block, tile.batch, tile.head};", "return tile;", BIAS, "bounds"),
     planted("bias of keys and queries not transposed", BIAS_TILE,
         "ldmatrix_x4_trans(bias_reg, tile_smem", "ldmatrix_x4(bias_reg, tile_smem", BIAS),
     planted("the bytes of a bias not awaited with Q", BACKWARD,
-        "QTile::kBytes + kFloatsBytes + kBiasBytes", "QTile::kBytes + kFloatsBytes", BIAS, "mbarrier"),
+        "QTile::kBytes + kFloatsBytes + kBiasBytes", "QTile::kBytes + kFloatsBytes", BIAS, "barrier"),
 ]  # fmt: skip
 
 
