@@ -409,9 +409,11 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
                                                          [](int, int, int, float) {});
     }
     if constexpr (Config::kBiasTiles) {
-      if (exists) bias_ring.wait_full(use);
-      add_bias<Element, BiasTile>(acc_s[0], bias_ring.slot(use), warp_row);
-      if (exists) mbarrier_arrive(bias_ring.empty(use));
+      if (exists) {
+        bias_ring.wait_full(use);
+        add_bias<Element, BiasTile>(acc_s[0], bias_ring.slot(use), warp_row);
+        mbarrier_arrive(bias_ring.empty(use));
+      }
     }
     SequenceParams<ForwardParams> of_tile = params;
     restrict_to_all(of_tile, tile);
