@@ -275,6 +275,11 @@ class BiasGradientConfig:
         """Dynamic shared memory of one thread block, as the kernel maps it."""
         return (self.block_m + self.block_n) * (self.head_dim + self.head_dim_v) * ELEMENT_BYTES
 
+    @property
+    def spill_bytes(self) -> int:
+        """What ptxas may store to the stack: the bias stays in registers beside what a formula takes."""
+        return 64 if self.modifiers.score_mod else 0
+
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
         return self.modifiers.stub(self, self.kernel)

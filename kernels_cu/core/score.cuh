@@ -63,11 +63,27 @@ struct ScoreModifiers {
               const int this_column = lane_column + 8 * j + parity;
               const int query = kTransposed ? this_column : this_row;
               const int key = kTransposed ? this_row : this_column;
-              if (query < queries && key < keys) score += bias_log2(query, key);
+              if (query < queries && key < keys) score += bias_element_log2(query, key);
             }
           }
         }
       }
+    }
+  }
+
+  // The bias of rows `row` + …, which are queries, and columns `column` + … of one warp, in base 2; 0 for those not read.
+  template <int kNTiles>
+  __device__ __forceinline__ void read_bias(float (&bias_log2)[kNTiles][4], int row, int column, int queries, int keys) const {
+#pragma unroll
+    for (int i = 0; i < kNTiles * 2; ++i) {
+      const int query = row + Fragment::row(i % 2), key = column + Fragment::column(i / 2, 0);
+      FloatPair pair = {};
+      if (query < queries && key < keys) {
+        if constexpr (Config::kBiasPairs) pair = bias_pair_log2(query, key);
+        else pair = {bias_element_log2(query, key), key + 1 < keys ? bias_element_log2(query, key + 1) : 0.0f};
+      }
+      bias_log2[i / 2][i % 2 * 2] = pair.lo;
+      bias_log2[i / 2][i % 2 * 2 + 1] = pair.hi;
     }
   }
 
@@ -81,7 +97,7 @@ struct ScoreModifiers {
     return {pair.lo * kLog2E, pair.hi * kLog2E};
   }
 
-  __device__ __forceinline__ float bias_log2(int query, int key) const {
+  __device__ __forceinline__ float bias_element_log2(int query, int key) const {
     const long long index = query * bias_row + (Config::kUnitStrides ? key : key * bias_key);
     if constexpr (Config::kBiasFloat32) return static_cast<const float*>(bias)[index] * kLog2E;
     else return widen<Element>(static_cast<const Element*>(bias)[index].bits).lo * kLog2E;

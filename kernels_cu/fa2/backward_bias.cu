@@ -89,6 +89,10 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
   const int begin = static_cast<int>((long long)terms * split / params.splits);
   const int end = static_cast<int>((long long)terms * (split + 1) / params.splits);
 
+  // The bias is the same for all of them, like its gradient.
+  float bias_log2[kNTiles][4];
+  score_modifiers<Element>(params, bias_batch, bias_head, 0)
+      .read_bias(bias_log2, bias_m_block * kBlockM + warp * 16, block_key, params.seqlen_q, params.seqlen_k);
   float sum[kNTiles][4] = {};
   int loaded = -1;  // (batch, key/value head) of the tiles of K and V
   for (int term = begin; term < end; ++term) {
@@ -139,7 +143,10 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
                              [](int, int, int, float) {});
     }
     score_modifiers<Element>(params, batch, head, 0)
-        .template apply<false>(p, warp_row, block_key, visible.queries(), visible.keys(), [](int, int, int, float) {});
+        .template apply<false, false>(p, warp_row, block_key, visible.queries(), visible.keys(),
+                                      [](int, int, int, float) {});
+#pragma unroll
+    for (int i = 0; i < kNTiles * 4; ++i) p[0][i / 4][i % 4] += bias_log2[i / 4][i % 4];
     hide<false>(p, warp_row, block_key, visible, mask_of(params, batch, head, 0), -infinity());
     if constexpr (Config::kDropout) {
 #pragma unroll
