@@ -2,7 +2,6 @@
 // pairs that its accumulators take. For a bias of Element whose rows TMA can read (kBiasTiles).
 #pragma once
 #include "core/fragment.cuh"
-#include "core/scheduler.cuh"
 #include "core/widen.cuh"
 #include "hopper/tile.cuh"
 #include "ptx/ldmatrix.cuh"
@@ -19,18 +18,6 @@ struct WithBiasMap<Params, true> {
     CUtensorMap bias_map;
   };
 };
-
-// core/scheduler.cuh's order, but with kBiasTiles the batch elements of a head follow each other: they often share a bias,
-// which L2 has for all that run at once.
-__device__ __forceinline__ Tile longest_first_of_bias(int index, int m_blocks, int heads, int batch_heads,
-                                                      int heads_per_wave) {
-  if constexpr (Config::kBiasTiles) {
-    const Tile tile = longest_first(index, m_blocks, batch_heads / heads, batch_heads, heads_per_wave);
-    return {tile.m_block, tile.batch, tile.head};
-  } else {
-    return longest_first(index, m_blocks, heads, batch_heads, heads_per_wave);
-  }
-}
 
 // Starts the load of the tile whose first query is `query` and first key `key`.
 template <class BiasTile, class Params>

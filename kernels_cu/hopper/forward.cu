@@ -287,8 +287,10 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     const auto tiles = [&] { return Config::kVarlen ? packed_blocks * params.heads_q : params.tiles; };
     const auto work_at = [&](int index) {
       if (index >= tiles()) return Work{{kNoTile, 0, 0}};
-      const Tile at =
-          longest_first_of_bias(index, m_blocks(), params.heads_q, params.batch_heads, params.heads_per_wave);
+      // With a bias, which batch elements often share, those of a head follow each other, and L2 has it for them.
+      const int inner_heads = Config::kBiasTiles ? params.batch_heads / params.heads_q : params.heads_q;
+      Tile at = longest_first(index, m_blocks(), inner_heads, params.batch_heads, params.heads_per_wave);
+      if constexpr (Config::kBiasTiles) at = {at.m_block, at.batch, at.head};
       int first_key = 0;
       const WorkTile tile = tile_at<kBlockM>(params, at, m_blocks(), first_key);
       const KeyBlocks keys = key_blocks<kQueries, kBlockN>(params, tile);
