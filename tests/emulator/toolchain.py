@@ -140,19 +140,27 @@ def cluster_blocks(stub: str, edits: Mapping[str, str]) -> int:
 def _included(text: str, edits: Mapping[str, str], found: dict[str, str] | None = None) -> list[str]:
     """The texts of all files ``text`` includes in quotes, directly or not, as the compiler will find them."""
     found = {} if found is None else found
-    for name in re.findall(r'^\s*#include "([^"]+)"', f'#include "{_FIRST_HEADER}"\n{text}', re.MULTILINE):
-        if name in found:
-            continue
-        places = [place / name for place in (_RUNTIME, _HERE, jit.sources_dir())]
-        path = next((place for place in places if place.exists()), None)
-        if name in edits:
-            found[name] = edits[name]
-        elif path is not None:
-            found[name] = path.read_text()
-        else:
-            raise FileNotFoundError(f"{name} is included but exists in none of {[str(p) for p in places]}")
-        _included(found[name], edits, found)
+    for name in (_FIRST_HEADER, *_quoted(text)):
+        if name not in found:
+            found[name] = edits[name] if name in edits else _source(name, jit.sources_dir())
+            _included(found[name], edits, found)
     return list(found.values())
+
+
+@functools.cache
+def _quoted(text: str) -> list[str]:
+    """The names that ``text`` includes in quotes."""
+    return re.findall(r'^\s*#include "([^"]+)"', text, re.MULTILINE)
+
+
+@functools.cache
+def _source(name: str, kernels: Path) -> str:
+    """The file that is included as ``name``."""
+    places = [place / name for place in (_RUNTIME, _HERE, kernels)]
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"{name} is included but exists in none of {[str(p) for p in places]}")
+    return path.read_text()
 
 
 @functools.cache
