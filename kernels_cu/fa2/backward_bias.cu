@@ -91,9 +91,9 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
     const int warp_row = block_row + warp * 16;
     const RowStatistics of_rows = row_statistics(lse_log2, delta, params, batch, head, warp_row);
     float p[1][kNTiles][4] = {}, ds[1][kNTiles][4] = {};
-    dp_minus_delta(ds, k_smem, of_rows, params, batch, head, warp_row, block_key);
     multiply_a_bt<Element, kHeadDim>(p, k_smem + kQOffset, warp * 16, k_smem, 0);
     probabilities(p, of_rows, visible, batch, head, warp_row, block_key, [](int, int, int, float) {});
+    dp_minus_delta(ds, k_smem, of_rows, params, batch, head, warp_row, block_key);
 #pragma unroll
     for (int i = 0; i < kNTiles * 4; ++i) sum[i / 4][i % 4] += p[0][i / 4][i % 4] * ds[0][i / 4][i % 4];
   }
