@@ -230,18 +230,23 @@ def _matmul_table(rows: list[Row]) -> list[str]:
 def _modifiers_table(rows: list[Row]) -> list[str]:
     """A line for each modifier as given, a geometric mean for each pass and kernel, why any is missing."""
     head = ["pass", "modifier", "given as", "kernel", "d", "length", "ms", "over plain"]
-    head += ["FlexAttention, ms", "speed-up"]
+    peers = [peer for peer in _MODIFIER_PEERS if any(peer in row["peers"] for row in rows)]
+    for peer in peers:
+        head += [f"{_MODIFIER_PEERS[peer]}, ms", "speed-up"]
     lines = []
     for name, family in dict.fromkeys((row["features"]["pass"], row["family"]) for row in rows):
         of_pass = [row for row in rows if (row["features"]["pass"], row["family"]) == (name, family)]
-        ratios = [row["peers"]["flex"] / row["ms"] for row in of_pass if "flex" in row["peers"]]
-        lines += [_modifiers_line(row) for row in of_pass]
-        mean = f"**{_mean(ratios):.2f}**" if ratios else "-"
-        lines.append([f"**{name}**", "geometric mean", "", family, *[""] * (len(head) - 5), mean])
+        lines += [_modifiers_line(row, peers) for row in of_pass]
+        means = [f"**{name}**", "geometric mean", "", family, *[""] * 4]
+        for peer in peers:
+            ratios = [row["peers"][peer] / row["ms"] for row in of_pass if peer in row["peers"]]
+            means += ["", f"**{_mean(ratios):.2f}**" if ratios else "-"]
+        lines.append(means)
     absent = dict.fromkeys(
-        f"FlexAttention could not run ({row['features']['modifier']}, {row['features']['pass']}): {why}"
+        f"{_MODIFIER_PEERS[peer]} could not run "
+        f"({row['features']['modifier']}, {row['features']['pass']}): {why}"
         for row in rows
-        for why in row.get("peer_errors", {}).values()
+        for peer, why in row.get("peer_errors", {}).items()
     )
     problem = "Batch &times; length = {}, heads &times; d = {}, {}.".format(
         rows[0]["batch"] * rows[0]["seqlen_q"], rows[0]["heads_q"] * rows[0]["head_dim"], short_dtype(rows[0])
@@ -249,12 +254,18 @@ def _modifiers_table(rows: list[Row]) -> list[str]:
     return [problem, "", *markdown(head, lines), *(line for why in absent for line in ("", why))]
 
 
-def _modifiers_line(row: Row) -> list[str]:
-    features, flex = row["features"], row["peers"].get("flex")
+_MODIFIER_PEERS = {"flex": "FlexAttention", "fa2_sdpa": "FA2 (SDPA)"}
+
+
+def _modifiers_line(row: Row, peers: list[str]) -> list[str]:
+    features = row["features"]
     cells = [features["pass"], features["modifier"], features["given as"], row["family"]]
     cells += [str(row["head_dim"]), str(row["seqlen_q"]), f"{row['ms']:.3f}"]
     cells += [f"{row['ms'] / row['plain_ms']:.2f}"]
-    return cells + ([f"{flex:.3f}", f"{flex / row['ms']:.2f}"] if flex else ["-", "-"])
+    for peer in peers:
+        ms = row["peers"].get(peer)
+        cells += [f"{ms:.3f}", f"{ms / row['ms']:.2f}"] if ms else ["-", "-"]
+    return cells
 
 
 def varlen_table(rows: list[Row]) -> list[str]:
