@@ -1,4 +1,7 @@
-"""What modifiers cost: against the kernel without them, and against PyTorch's FlexAttention."""
+"""What modifiers cost: against the kernel without them, and against PyTorch's FlexAttention.
+
+FlexAttention has no dropout: that is against the FlashAttention-2 of PyTorch's scaled_dot_product_attention.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ import torch
 
 import cuflash
 from benchmarks import timing
-from benchmarks.peers import Inputs, Run, in_direction, prepare_peer, require_agreement
+from benchmarks.peers import Inputs, Run, in_direction, prepare_peer, require_agreement, sdpa
 from benchmarks.results import Row, significant
 from benchmarks.speed import new_memory_is_nan, random_inputs
 from benchmarks.timing import Timer
 from benchmarks.workload import Workload, grid_point
+from cuflash.philox import dropout_keep
 
 TOPIC = "modifiers"
 METHOD = (
@@ -24,8 +28,10 @@ METHOD = (
     "ms of compiled flex_attention (dynamic=False) with the same mask and formula. Forwards also give lse, "
     "as in training. A backward is cuflash.attention_backward with all its kernels; FlexAttention's is "
     "torch.autograd.grad through a forward that ran before. FlexAttention's block mask is made before, and "
-    "so is the mask summary of cuflash, but where the row says otherwise. All must agree with a plain "
-    "computation in float32 of one batch element and two of its heads."
+    "so is the mask summary of cuflash, but where the row says otherwise. Peer fa2_sdpa: the "
+    "FlashAttention-2 of PyTorch's scaled_dot_product_attention, with dropout. All must agree with a plain "
+    "computation in float32 of one batch element and two of its heads; fa2_sdpa, whose draws are others, "
+    "without its dropout."
 )
 PASSES = ("forward", "backward")
 
@@ -37,11 +43,13 @@ MaskMod = Callable[..., Any]  # (b, h, q, kv)
 class Mods:
     """One modifier, as each library is given it."""
 
-    ours: dict[str, dict[str, Any]]  # how it is given → the options of ``cuflash.attention``
+    # how it is given → the options of ``cuflash.attention_backward``; of ``attention`` all but bias_grad
+    ours: dict[str, dict[str, Any]]
     score_mod: ScoreMod | None = None
     mask_mod: MaskMod | None = None
     by_batch: bool = False  # mask_mod depends on b
     sinks: Any = None  # which FlexAttention has not
+    dropout: tuple[float, int] | None = None  # p and seed; nor this
     plain: dict[str, Any] = field(default_factory=dict)  # the options without the modifier
 
 
@@ -134,13 +142,30 @@ def _softcap(w: Workload, device: Any) -> Mods:
     )
 
 
+def _mask(w: Workload, device: Any) -> Mods:
+    """Blocks of 128 by 128, of which a quarter is seen, and those of the diagonal: one for all heads."""
+    size = min(128, w.seqlen // 8)
+    blocks = torch.rand(w.seqlen // size, w.seqlen // size, generator=torch.Generator().manual_seed(3)) < 0.25
+    blocks.fill_diagonal_(True)
+    mask = blocks.repeat_interleave(size, 0).repeat_interleave(size, 1)[None, None].to(device)
+    given = {"causal": True, "mask": mask}
+    return Mods(
+        {
+            "mask": {**given, "mask_summary": cuflash.MaskSummary()},
+            "mask, looked through in each call": given,
+        },
+        mask_mod=lambda b, h, q, kv: (kv <= q) & mask[0, 0, q, kv],
+        plain={"causal": True},
+    )
+
+
 def _bias(w: Workload, device: Any) -> Mods:
     """One for all batch elements. FlexAttention computes no gradient of it here: it does not require one."""
     generator = torch.Generator(device).manual_seed(2)
     shape = (1, w.heads_q, w.seqlen, w.seqlen)
     bias = torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, w.dtype))
     return Mods(
-        {"bias, with its gradient": {"bias": bias}},
+        {"bias": {"bias": bias, "bias_grad": False}, "bias, with its gradient": {"bias": bias}},
         score_mod=lambda score, b, h, q, kv: score + bias[0, h, q, kv],
     )
 
@@ -162,6 +187,16 @@ def _sinks(w: Workload, device: Any) -> Mods:
     )
 
 
+def _dropout(w: Workload, device: Any) -> Mods:
+    p, seed = 0.1, 4
+    return Mods(
+        {"dropout_p": {"causal": True, "dropout_p": p, "seed": seed}},
+        mask_mod=_is_causal,
+        dropout=(p, seed),
+        plain={"causal": True},
+    )
+
+
 @dataclass(frozen=True)
 class Case:
     make: Callable[[Workload, Any], Mods]
@@ -175,9 +210,11 @@ CASES = {
     "prefix-LM": Case(_prefix, False),
     "ALiBi": Case(_alibi, True),
     "softcap": Case(_softcap, True),
+    "mask": Case(_mask, True),
     "bias": Case(_bias, False),
     "padding": Case(_padding, False),
     "sinks": Case(_sinks, True),
+    "dropout": Case(_dropout, True),
 }
 
 
@@ -200,7 +237,12 @@ def reference(inputs: Inputs, mods: Mods) -> tuple[Any, tuple[Any, ...]]:
             score = score.masked_fill(~mods.mask_mod(batch, head, *index), float("-inf"))
         if mods.sinks is not None:
             score = torch.cat([score, mods.sinks[head].expand(seqlen, 1)], 1)
-        out = score.softmax(1)[:, :seqlen] @ leaves[2]
+        probability = score.softmax(1)[:, :seqlen]
+        if mods.dropout is not None:
+            p, seed = mods.dropout
+            kept = dropout_keep(p, seed, batch, head, slice(0, seqlen), slice(0, seqlen))
+            probability = probability * torch.from_numpy(kept).to(q.device) / (1 - p)
+        out = probability @ leaves[2]
         outs.append(out.detach())
         gradients.append(torch.autograd.grad(out, leaves, dout[0, :, i]))
     of_heads = zip(*gradients, strict=True)
@@ -228,12 +270,12 @@ def _require(name: str, result: Any, expected: Any) -> float:
 def measure(point: Point, algorithms: Sequence[str], *, budget_ms: float) -> list[Row]:
     """A results row for each pass, kernel family and way of giving the modifier; raises if cuflash is wrong.
 
-    All that compute the same pass take turns, FlexAttention too.
+    All that compute the same pass take turns, peers too.
     """
     inputs = random_inputs(point.workload)
     mods = CASES[point.case].make(point.workload, inputs.q.device)
     expected = dict(zip(PASSES, reference(inputs, mods), strict=True))
-    theirs, errors = _flex_runs(inputs, mods, expected)
+    theirs, errors = _peer_runs(inputs, mods, expected)
     rows = []
     for name in PASSES:
         given = {
@@ -247,9 +289,8 @@ def measure(point: Point, algorithms: Sequence[str], *, budget_ms: float) -> lis
         plain = {f"{ours} plain": _our_run(inputs, mods.plain, ours, name) for ours in algorithms}
         for run in plain.values():
             run()
-        peers = {"flex": theirs[name]} if name in theirs else {}
         free_memory()
-        ms = Timer().sustained({**plain, **runs, **peers}, budget_ms)
+        ms = Timer().sustained({**plain, **runs, **theirs[name]}, budget_ms)
         rows += [
             {
                 "family": _family(inputs, mods.ours[label], algorithm, name),
@@ -258,8 +299,8 @@ def measure(point: Point, algorithms: Sequence[str], *, budget_ms: float) -> lis
                 "features": {"modifier": point.case, "given as": label, "pass": name},
                 "ms": significant(ms[turn]),
                 "plain_ms": significant(ms[f"{algorithm} plain"]),
-                "peers": {peer: significant(ms[peer]) for peer in peers},
-                "peer_errors": {} if peers else {"flex": errors[name]},
+                "peers": {peer: significant(ms[peer]) for peer in theirs[name]},
+                "peer_errors": errors[name],
                 "row_error": significant(row_errors[turn]),
             }
             for turn, (algorithm, label) in given.items()
@@ -275,35 +316,59 @@ def free_memory() -> None:
 
 def _our_run(inputs: Inputs, options: dict[str, Any], algorithm: str, name: str) -> Run:
     q, k, v = inputs.q, inputs.k, inputs.v
-    given = {**options, "algorithm": algorithm}
+    given = {**_of_forward(options), "algorithm": algorithm, "return_lse": True}
     if name == "forward":
-        return lambda: cuflash.attention(q, k, v, return_lse=True, **given)[0]
-    out, lse = cuflash.attention(q, k, v, return_lse=True, **given)
+        return lambda: cuflash.attention(q, k, v, **given)[0]
+    out, lse = cuflash.attention(q, k, v, **given)
+    given = {**options, "algorithm": algorithm}
     return lambda: cuflash.attention_backward(inputs.dout, q, k, v, out, lse, **given)
 
 
+def _of_forward(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in options.items() if name != "bias_grad"}
+
+
 def _family(inputs: Inputs, options: dict[str, Any], algorithm: str, name: str) -> str:
-    explanation = cuflash.explain(inputs.q, inputs.k, inputs.v, algorithm=algorithm, **options)
+    explanation = cuflash.explain(inputs.q, inputs.k, inputs.v, algorithm=algorithm, **_of_forward(options))
     return explanation.family if name == "forward" else explanation.backward.split()[0]
 
 
-def _flex_runs(inputs: Inputs, mods: Mods, expected: dict[str, Any]) -> tuple[dict[str, Run], dict[str, str]]:
-    """FlexAttention's runs by pass, and why there is none. One compilation serves both passes."""
-    if mods.sinks is not None:
-        return {}, dict.fromkeys(PASSES, "FlexAttention has no sinks")
-    runs: dict[str, Run] = {}
-    errors: dict[str, str] = {}
-    attempt = _flex(inputs, mods)
+def _peer_runs(
+    inputs: Inputs, mods: Mods, expected: dict[str, Any]
+) -> tuple[dict[str, dict[str, Run]], dict[str, dict[str, str]]]:
+    """Of each pass, the peers' runs, and for each of the others why there is none."""
+    runs: dict[str, dict[str, Run]] = {}
+    errors: dict[str, dict[str, str]] = {}
+    flex = _flex(inputs, mods)  # one compilation serves both passes
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     for name in PASSES:
         of_pass = inputs if name == "backward" else replace(inputs, q=q, k=k, v=v, dout=None)
-        require = partial(_require, "flex", expected=expected[name])
-        made = prepare_peer(partial(in_direction, attempt, of_pass), require)
-        if isinstance(made, str):
-            errors[name] = made
+        made: dict[str, Run | str]
+        if mods.sinks is not None:
+            made = {"flex": "FlexAttention has no sinks"}
+        elif mods.dropout is not None:
+            without = dict(zip(PASSES, reference(inputs, replace(mods, dropout=None)), strict=True))
+            made = {
+                "flex": "FlexAttention has no dropout",
+                "fa2_sdpa": _with_dropout(mods.dropout[0], of_pass, without[name]),
+            }
         else:
-            runs[name] = made
+            made = {"flex": _checked("flex", flex, of_pass, expected[name])}
+        runs[name] = {peer: run for peer, run in made.items() if not isinstance(run, str)}
+        errors[name] = {peer: why for peer, why in made.items() if isinstance(why, str)}
     return runs, errors
+
+
+def _checked(name: str, prepare: Callable[[Inputs], Run], of_pass: Inputs, expected: Any) -> Run | str:
+    return prepare_peer(partial(in_direction, prepare, of_pass), partial(_require, name, expected=expected))
+
+
+def _with_dropout(p: float, of_pass: Inputs, expected: Any) -> Run | str:
+    """SDPA's FlashAttention-2 with dropout, whose draws are others: without dropout it must be right."""
+    checked = _checked("fa2_sdpa", sdpa("FLASH_ATTENTION"), of_pass, expected)
+    if isinstance(checked, str):
+        return checked
+    return prepare_peer(partial(in_direction, sdpa("FLASH_ATTENTION", p), of_pass), lambda result: 0.0)
 
 
 def _flex(inputs: Inputs, mods: Mods) -> Callable[[Inputs], Run]:

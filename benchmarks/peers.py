@@ -52,7 +52,7 @@ class Peer:
 
 def reference(inputs: Inputs) -> Any:
     """SDPA's answer by whichever backend PyTorch picks: what every timed function must agree with."""
-    return in_direction(_sdpa(None), inputs)()
+    return in_direction(sdpa(None), inputs)()
 
 
 def in_direction(prepare: Callable[[Inputs], Run], inputs: Inputs) -> Run:
@@ -138,7 +138,7 @@ def reason(error: Exception, notes: Sequence[str] = ()) -> str:
     return "; ".join(dict.fromkeys(lines))[:400]
 
 
-def _sdpa(backend: str | None) -> Callable[[Inputs], Run]:
+def sdpa(backend: str | None, dropout_p: float = 0.0) -> Callable[[Inputs], Run]:
     """One backend of torch.nn.functional.scaled_dot_product_attention; None: the one that PyTorch picks."""
 
     def prepare(inputs: Inputs) -> Run:
@@ -151,7 +151,7 @@ def _sdpa(backend: str | None) -> Callable[[Inputs], Run]:
         def run() -> Any:
             with chosen():
                 out = scaled_dot_product_attention(
-                    q, k, v, is_causal=inputs.causal, enable_gqa=inputs.is_grouped
+                    q, k, v, dropout_p=dropout_p, is_causal=inputs.causal, enable_gqa=inputs.is_grouped
                 )
             return out.transpose(1, 2)
 
@@ -179,7 +179,7 @@ def require_memory(inputs: Inputs, bytes_a_score: int) -> None:
 def _standard(inputs: Inputs) -> Run:
     """SDPA's math backend, which keeps float32 scores: three copies at a forward's peak, six in training."""
     require_memory(inputs, 12 if inputs.dout is None else 24)
-    return _sdpa("MATH")(inputs)
+    return sdpa("MATH")(inputs)
 
 
 def _eager(inputs: Inputs) -> Run:
@@ -250,9 +250,9 @@ def _first(result: Any) -> Any:
 
 
 PEERS = {
-    "fa2_sdpa": Peer("FA2 (SDPA)", _sdpa("FLASH_ATTENTION")),
-    "cudnn": Peer("cuDNN", _sdpa("CUDNN_ATTENTION")),
-    "efficient": Peer("SDPA efficient", _sdpa("EFFICIENT_ATTENTION")),
+    "fa2_sdpa": Peer("FA2 (SDPA)", sdpa("FLASH_ATTENTION")),
+    "cudnn": Peer("cuDNN", sdpa("CUDNN_ATTENTION")),
+    "efficient": Peer("SDPA efficient", sdpa("EFFICIENT_ATTENTION")),
     "standard": Peer("SDPA math", _standard),
     "eager": Peer("PyTorch eager", _eager),
     "fa3": Peer("FA3", _fa3),

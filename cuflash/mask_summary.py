@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cuflash.arrays import GpuArrays
 from cuflash.formulas import is_mod_arg
 from cuflash.modified import SummaryLauncher
+
+_MAX_KEPT = 16  # forward and backward of eight kinds of layers or shapes
 
 # What CUDA graphs read, by address: captured before the graph, it is in no pool of the graph's. Nothing tells
 # when a graph is gone, so it is kept.
@@ -33,13 +36,15 @@ class MaskSummary:
 
     Who changes the contents of ``mask`` or of ``mod_args`` in place calls ``clear``: nothing else notices,
     and results would be wrong. Other arrays, other formulas and other numbers are noticed: the last arrays
-    that were looked through are kept alive, so that a new one is not at the address of an old one. What is
-    kept was written on the stream of the call that found it out; other streams must wait for that. What a
-    CUDA graph reads stays in memory until the process ends, whatever becomes of this object.
+    that were looked through are kept alive, so that a new one is not at the address of an old one. What the
+    last 16 kinds of calls need is kept, a forward and its backward being two; one more takes the place of
+    that which was longest without use. What is kept was written on the stream of the call that found it out;
+    other streams must wait for that. What a CUDA graph reads stays in memory until the process ends, whatever
+    becomes of this object.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, _Kept] = {}
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()  # the last used is last
 
     def clear(self) -> None:
         """Forget everything; the next calls look again."""
@@ -79,6 +84,9 @@ class MaskSummary:
             kept = _Kept(given, arrays, buffer, gpu.pointer(buffer))
             summary(mask, mod_args, kept.address, stream)
             self._kept[key] = kept
+            if len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
         if is_capturing:
             _captured[kept.address] = kept.buffer
         return summary.parts(kept.address)

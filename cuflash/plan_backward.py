@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,8 @@ from cuflash.families_backward import Steps, choose_backward
 from cuflash.mask_summary import MaskSummary
 from cuflash.modified_backward import ModifiedSteps
 from cuflash.modifiers import NO_OPERANDS
+from cuflash.plans import Plans
 from cuflash.resources import ELEMENT_BYTES
-
-_MAX_PLANS = 4096  # as in cuflash.plan
-_plans: dict[Hashable, Plan] = {}
 
 # Buffers of calls captured in a CUDA graph through CuPy, whose pool would hand them out again while every
 # replay writes to them. Nothing tells when a graph is gone, so they are kept.
@@ -51,25 +49,7 @@ def differentiate(
     They are of the library ``gpu``. ``values`` are the operands that are numbers, as ``values_of``
     has them; ``summary`` is what keeps the results of a pass over a mask.
     """
-    try:
-        key = (
-            tuple((name, gpu.signature(x)) for name, x in arrays.items()),
-            options,
-            # 1 == True == 1.0, but not all of them are allowed everywhere.
-            type(options.causal),
-            type(options.scale),
-            type(options.deterministic),
-            "seed" in values,
-        )
-        plan = _plans.get(key)
-    except (RuntimeError, TypeError):
-        check_backward_call(gpu, arrays, options)  # names what has no address or cannot be hashed
-        raise
-    if plan is None:
-        plan = make_plan(check_backward_call(gpu, arrays, options), options)
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+    plan = _plans.find(gpu, arrays, options, "seed" in values)
     if plan.get_current_device() == plan.device:
         return _run(plan, gpu, arrays, values, summary)
     from cupy import cuda
@@ -144,3 +124,6 @@ def make_plan(request: Request, options: BackwardOptions) -> Plan:
         steps=steps,
         get_current_device=cuda.runtime.getDevice,
     )
+
+
+_plans: Plans[Plan] = Plans(check_backward_call, make_plan)

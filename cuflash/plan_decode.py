@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +12,13 @@ from cuflash import families_packed, jit, launcher, tile_counters
 from cuflash.arrays import GpuArrays
 from cuflash.arrays.overlap import Footprint
 from cuflash.checks import out_shape
-from cuflash.checks_kv_cache import KvCacheOptions, check_kv_cache, check_lengths
+from cuflash.checks_kv_cache import KvCacheOptions, KvCacheRequest, check_kv_cache, check_lengths
 from cuflash.checks_packed import check_apart
 from cuflash.families import Gpu
 from cuflash.launch_decode import decode_calls
+from cuflash.plans import Plans
 
-_MAX_PLANS = 4096  # as in cuflash.plan
 _MAX_APART = 1024
-_plans: dict[Hashable, Plan] = {}
 
 # Workspaces of calls captured in a CUDA graph through CuPy, kept as ``cuflash.plan_backward`` keeps its own.
 _captured: list[Any] = []
@@ -55,19 +54,7 @@ def attend(gpu: GpuArrays, arrays: dict[str, Any], options: KvCacheOptions) -> t
     length = options.cache_seqlens
     if length is not None:
         options = options._replace(cache_seqlens=0)
-    signature = gpu.signature
-    try:
-        # 1 == True == 1.0, but not all of them are allowed everywhere.
-        key = (options, *map(type, options), *[(name, signature(x)) for name, x in arrays.items()])
-        plan = _plans.get(key)
-    except (RuntimeError, TypeError):
-        check_kv_cache(gpu, arrays, options)  # names what has no address or cannot be hashed
-        raise
-    if plan is None:
-        plan = _make_plan(gpu, arrays, options)
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+    plan = _plans.find(gpu, arrays, options)
     if length is None:
         length = plan.capacity
     elif length > plan.room or (plan.positions is not None and length + max(plan.new, 1) > plan.positions):
@@ -128,10 +115,10 @@ def _run(
     return result, lse
 
 
-def _make_plan(gpu: GpuArrays, arrays: dict[str, Any], options: KvCacheOptions) -> Plan:
+def make_plan(request: KvCacheRequest, options: KvCacheOptions) -> Plan:
+    """Compile and load the kernels for GPU arrays that passed the checks."""
     from cupy import cuda
 
-    request = check_kv_cache(gpu, arrays, options)
     families_packed.require_auto("attention_kv_cache", options.algorithm)
     problem, infos, new, _ = request
     device = infos["q"].device
@@ -162,3 +149,6 @@ def _make_plan(gpu: GpuArrays, arrays: dict[str, Any], options: KvCacheOptions) 
         counters=calls.counters,
         get_current_device=cuda.runtime.getDevice,
     )
+
+
+_plans: Plans[Plan] = Plans(check_kv_cache, make_plan)

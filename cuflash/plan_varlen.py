@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,9 @@ from cuflash.launch_modifiers import MODIFIER_ARRAYS
 from cuflash.launch_packed import PACKED_ARRAYS
 from cuflash.modified_backward import SINKS_TAKES, SinksGradient
 from cuflash.modifiers import NO_OPERANDS
+from cuflash.plans import Plans
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.tensor_map import Encoder
-
-_MAX_PLANS = 4096  # as in cuflash.plan
-_plans: dict[Hashable, ForwardPlan | BackwardPlan] = {}
 
 # Buffers of calls captured in a CUDA graph through CuPy, kept as ``cuflash.plan_backward`` keeps its own.
 _captured: list[Any] = []
@@ -95,7 +93,7 @@ def attend(
 
     ``values`` are the operands that are numbers, as ``values_of`` has them.
     """
-    plan = _plan_of(gpu, arrays, options, values)
+    plan = _plans.find(gpu, arrays, options, "seed" in values)
     assert isinstance(plan, ForwardPlan)
     if plan.get_current_device() == plan.device:
         return _run_forward(plan, gpu, arrays, values, options.return_lse)
@@ -112,7 +110,7 @@ def differentiate(
     values: Mapping[str, int] = NO_OPERANDS,
 ) -> tuple[Any, ...]:
     """``attention_varlen_backward`` of GPU arrays: dq, dk, dv and the gradients of ``options.wanted``."""
-    plan = _plan_of(gpu, arrays, options, values)
+    plan = _plans.find(gpu, arrays, options, "seed" in values)
     assert isinstance(plan, BackwardPlan)
     if plan.get_current_device() == plan.device:
         return _run_backward(plan, gpu, arrays, values)
@@ -122,31 +120,8 @@ def differentiate(
         return _run_backward(plan, gpu, arrays, values)
 
 
-def _plan_of(
-    gpu: GpuArrays, arrays: dict[str, Any], options: VarlenOptions, values: Mapping[str, int]
-) -> ForwardPlan | BackwardPlan:
-    """A backward's if there is a "dout"."""
-    try:
-        key = (
-            tuple((name, gpu.signature(x)) for name, x in arrays.items()),
-            options,
-            tuple(map(type, options)),  # 1 == True == 1.0, but not all of them are allowed everywhere
-            "seed" in values,
-        )
-        plan = _plans.get(key)
-    except (RuntimeError, TypeError):
-        check_varlen(gpu, arrays, options)  # names what has no address or cannot be hashed
-        raise
-    if plan is None:
-        plan = make_plan(check_varlen(gpu, arrays, options), options)
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
-    return plan
-
-
 def make_plan(request: VarlenRequest, options: VarlenOptions) -> ForwardPlan | BackwardPlan:
-    """Choose, compile and load the kernels for GPU arrays that passed the checks."""
+    """Choose, compile and load the kernels for GPU arrays that passed the checks; with a dout, a backward."""
     from cupy import cuda
 
     device = request.infos["q"].device
@@ -314,3 +289,6 @@ def _run_backward(
     for name, padded in targets.items():
         gpu.assign(made[name], padded[..., : made[name].shape[2]])
     return tuple(made.values())
+
+
+_plans: Plans[ForwardPlan | BackwardPlan] = Plans(check_varlen, make_plan)

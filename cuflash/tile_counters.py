@@ -1,7 +1,8 @@
 """Counters for kernels whose thread blocks take tiles as they finish them, or count who has finished.
 
 A kernel finds its counters at 0 and leaves them at 0, so they serve launch after launch, but only one at a
-time: each stream has its own, and so has each launch that a CUDA graph captured.
+time: each stream has its own, and so has each launch that a CUDA graph captured. The per-thread default
+stream is another stream in every thread, though its handle is the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ _SPARE = 1 << 17  # that a capture finds, which cannot allocate: 256 launches of
 _LAUNCHES = 128  # so many of a launch that takes more
 _BLOCK = 2 * _SPARE  # allocated at once: 1 MB
 _BYTES = 4
+_PER_THREAD = 2  # cudaStreamPerThread
 
 
 class _Counters(NamedTuple):
@@ -20,8 +22,16 @@ class _Counters(NamedTuple):
     size: int
 
 
+class _OfThread(threading.local):
+    """What the default streams of each thread have. No later thread gets it: launches may outlive theirs."""
+
+    def __init__(self) -> None:
+        self.of_stream: dict[tuple[int, int], _Counters] = {}
+
+
 _lock = threading.Lock()
 _of_stream: dict[tuple[int, int], _Counters] = {}  # (device, stream) → its own
+_of_thread = _OfThread()
 _unused: dict[int, _Counters] = {}  # device → those never handed out
 _blocks: list[Any] = []  # keeps the memory
 
@@ -39,10 +49,11 @@ def address(device: int, stream: int, capturing: bool, count: int = 1) -> int:
                     "ready; capture fewer launches in a graph, and make a call between captures"
                 )
             return _take(device, count).address
-    known = _of_stream.get((device, stream))
+    of_stream = _of_thread.of_stream if stream == _PER_THREAD else _of_stream
+    known = of_stream.get((device, stream))
     if known is None or known.size < count:
         with _lock:
-            known = _of_stream[device, stream] = _take(device, count)
+            known = of_stream[device, stream] = _take(device, count)
     if _unused[device].size < _spare(count):
         prepare(device, count)
     return known.address

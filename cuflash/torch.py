@@ -16,8 +16,18 @@ from cuflash import api, api_backward, arrays, vmapping
 from cuflash.arrays.torch import FakeTensors, autocast_dtype
 from cuflash.checks import Options, check_call, named, out_shape
 from cuflash.checks_backward import BackwardOptions, check_backward_call, lse_shape, named_backward
-from cuflash.formulas import MAX_ARGS, Formulas, arg_name, is_mod_arg, operand_name
-from cuflash.modifiers import DIFFERENTIABLE, NO_MODIFIERS, NO_OPERANDS, OPERANDS, SUMMARY, Modifiers
+from cuflash.modifiers import DIFFERENTIABLE, NO_OPERANDS, SUMMARY
+from cuflash.torch_schema import (
+    MODIFIERS,
+    MODIFIERS_SCHEMA,
+    SCALAR_COUNT,
+    flatten,
+    python_causal,
+    refuse_slopes,
+    restore,
+    schema_causal,
+    tensor_names,
+)
 
 _FAKE = FakeTensors()
 
@@ -31,8 +41,8 @@ def attend(
         q, k, v = (x.resolve_neg() if x.is_neg() else x for x in (q, k, v))
     q, k, v = autocast(q, k, v)
     summary = operands.get(SUMMARY)
-    modifiers = _flat(options.modifiers, operands, q.device)
-    scalars, tensors = modifiers[:_COUNT], modifiers[_COUNT:]
+    modifiers = flatten(options.modifiers, operands, q.device)
+    scalars, tensors = modifiers[:SCALAR_COUNT], modifiers[SCALAR_COUNT:]
     if not compiling and _is_eager(q, k, v, *(x for x in tensors if x is not None)):
         return _EagerAttention.apply(q, k, v, options, summary, scalars, *tensors)
     if summary is not None:
@@ -40,88 +50,13 @@ def attend(
             "mask_summary cannot be used where PyTorch traces or transforms a call (torch.compile, "
             "torch.func): leave it away there"
         )
-    arguments = (q, k, v, _schema_causal(options.causal), options.scale, options.layout, options.algorithm)
+    arguments = (q, k, v, schema_causal(options.causal), options.scale, options.layout, options.algorithm)
     if compiling:
         return attention_forward(*arguments, *modifiers)  # whose fake implementation checks
-    check_call(_FAKE, named(q, k, v, None, _unflat(modifiers)[1]), options)
+    check_call(_FAKE, named(q, k, v, None, restore(modifiers)[1]), options)
     if torch._C._are_functorch_transforms_active():
         return _Attention.apply(*arguments, *modifiers)
     return attention_forward(*arguments, *modifiers)
-
-
-# Modifiers as the operators take them, all or none: scalars, then tensors, None where they are not given.
-# Arguments of formulas are numbers, as "cap=2.0 shift=3", and tensors, whose names are told likewise.
-_SCALARS = {
-    "window_left": "int? window_left=None",
-    "window_right": "int? window_right=None",
-    "softcap": "float? softcap=None",
-    "dropout_p": "float dropout_p=0.0",
-    "score_mod": "str score_mod=''",
-    "mask_mod": "str mask_mod=''",
-    "mod_numbers": "str mod_numbers=''",
-    "mod_names": "str mod_names=''",
-}
-_TENSORS = (*OPERANDS, "seed")
-_MODIFIERS = (*_SCALARS, *_TENSORS, *(f"mod_arg_{i}" for i in range(MAX_ARGS)))
-_COUNT = len(_SCALARS)
-_SCHEMA = ", ".join([*_SCALARS.values(), *(f"Tensor? {name}=None" for name in _MODIFIERS[_COUNT:])])
-
-
-def _flat(modifiers: Modifiers, operands: Mapping[str, Any], device: Any) -> tuple[Any, ...]:
-    if modifiers is NO_MODIFIERS and not operands:
-        return ()
-    tensors = dict(operands)
-    slopes = tensors.get("alibi_slopes")
-    _refuse_slopes(slopes is not None and slopes.requires_grad and torch.is_grad_enabled())
-    if isinstance(seed := tensors.get("seed"), int):
-        # As a tensor even so: a compiled graph is then the same for every seed. A kernel fills it: a copy
-        # from the host would wait for the device, and cannot be captured in a CUDA graph.
-        tensors["seed"] = torch.full((), seed - (seed >> 63 << 64), dtype=torch.int64, device=device)
-    args = {arg_name(name): x for name, x in tensors.items() if is_mod_arg(name)}
-    numbers = {name: x for name, x in args.items() if isinstance(x, int | float)}
-    arrays = {name: x for name, x in args.items() if name not in numbers}
-    return (
-        *modifiers.window,
-        *(modifiers.softcap, modifiers.dropout_p),
-        *(modifiers.formulas.score_mod, modifiers.formulas.mask_mod),
-        " ".join(f"{name}={x!r}" for name, x in numbers.items()),
-        " ".join(arrays),
-        *(tensors.get(name) for name in _TENSORS),
-        *arrays.values(),
-    )
-
-
-def _refuse_slopes(need_gradient: bool) -> None:
-    if need_gradient:
-        raise ValueError("alibi_slopes requires grad, and has no gradient: pass alibi_slopes.detach()")
-
-
-def _unflat(flat: tuple[Any, ...]) -> tuple[Modifiers, dict[str, Any]]:
-    """What ``_flat`` was given. ``flat`` may lack defaults at its end: PyTorch drops them."""
-    given = dict(zip(_MODIFIERS, flat, strict=False))
-    numbers = dict(map(_number, given.get("mod_numbers", "").split()))
-    kinds = tuple((name, "float" if isinstance(x, float) else "int") for name, x in numbers.items())
-    modifiers = Modifiers(
-        (given.get("window_left"), given.get("window_right")),
-        given.get("softcap"),
-        given.get("dropout_p", 0.0),
-        Formulas(given.get("score_mod", ""), given.get("mask_mod", ""), kinds),
-    )
-    tensors = {n: x for n, x in zip(_names(flat), flat[_COUNT:], strict=False) if x is not None}
-    args = {name: x for name, x in tensors.items() if is_mod_arg(name)}
-    args |= {operand_name(name): x for name, x in numbers.items()}
-    operands = {name: x for name, x in tensors.items() if name not in args}
-    return modifiers, operands | {name: args[name] for name in sorted(args)}
-
-
-def _names(flat: Sequence[Any]) -> tuple[str, ...]:
-    """The operands that the tensors of ``flat`` are."""
-    return *_TENSORS, *map(operand_name, flat[_COUNT - 1].split() if len(flat) >= _COUNT else ())
-
-
-def _number(text: str) -> tuple[str, int | float]:
-    name, value = text.split("=")
-    return name, int(value) if value.lstrip("-").isdecimal() else float(value)
 
 
 def _is_eager(*tensors: Tensor) -> bool:
@@ -169,7 +104,7 @@ attention_forward = torch.library.custom_op(
     "cuflash::attention_forward",
     _forward,
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_CALL}, str algorithm, {_SCHEMA}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {_CALL}, str algorithm, {MODIFIERS_SCHEMA}) -> (Tensor, Tensor)",
 )
 
 
@@ -211,9 +146,9 @@ def _backward(
 
     The other arguments are those of ``attention_forward`` and what it returned.
     """
-    of_modifiers, operands = _unflat(modifiers)
+    of_modifiers, operands = restore(modifiers)
     options = BackwardOptions(
-        _causal(causal), scale, layout, deterministic, algorithm, of_modifiers, tuple(wanted.split())
+        python_causal(causal), scale, layout, deterministic, algorithm, of_modifiers, tuple(wanted.split())
     )
     given = _with_summary(operands, summary)
     return list(api_backward.differentiate(dout, q, k, v, out, lse, dlse, options, given))
@@ -229,7 +164,7 @@ _WANTED = 12  # where the operator takes it
 def _backward_operator(name: str, function: Any, returns: str) -> Any:
     schema = (
         "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-        f"{_CALL}, bool deterministic, str algorithm, str wanted='', {_SCHEMA}) -> {returns}"
+        f"{_CALL}, bool deterministic, str algorithm, str wanted='', {MODIFIERS_SCHEMA}) -> {returns}"
     )
     return torch.library.custom_op(f"cuflash::{name}", function, mutates_args=(), schema=schema)
 
@@ -280,9 +215,11 @@ def _fake_backward(
     wanted: str = "",
     *modifiers: Any,
 ) -> list[Tensor]:
-    of_modifiers, operands = _unflat(modifiers)
+    of_modifiers, operands = restore(modifiers)
     names = tuple(wanted.split())
-    options = BackwardOptions(_causal(causal), scale, layout, deterministic, algorithm, of_modifiers, names)
+    options = BackwardOptions(
+        python_causal(causal), scale, layout, deterministic, algorithm, of_modifiers, names
+    )
     check_backward_call(_FAKE, named_backward(dout, q, k, v, out, lse, dlse, operands), options)
     return [x.new_empty(x.shape) for x in (q, k, v, *(operands[name] for name in names))]
 
@@ -294,7 +231,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, causal, scale, layout, algorithm, *modifiers = inputs
-    _keep(ctx, (q, k, v), (causal, scale, layout, algorithm), modifiers, output, operands_at=7 + _COUNT)
+    _keep(ctx, (q, k, v), (causal, scale, layout, algorithm), modifiers, output, operands_at=7 + SCALAR_COUNT)
 
 
 def _keep(
@@ -306,18 +243,18 @@ def _keep(
     operands_at: int,
 ) -> None:
     """Keep what the backward needs; ``operands_at`` is where they are among the inputs of the function."""
-    ctx.call, ctx.scalars, ctx.operands_at = call, tuple(modifiers[:_COUNT]), operands_at
-    ctx.save_for_backward(*qkv, *output, *modifiers[_COUNT:])
+    ctx.call, ctx.scalars, ctx.operands_at = call, tuple(modifiers[:SCALAR_COUNT]), operands_at
+    ctx.save_for_backward(*qkv, *output, *modifiers[SCALAR_COUNT:])
     ctx.set_materialize_grads(False)  # a loss that ignores lse then has no dlse, rather than zeros
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
-    wanted, names = [], _names(ctx.scalars)
+    wanted, names = [], tensor_names(ctx.scalars)
     if tensors:
         needed = ctx.needs_input_grad[ctx.operands_at :]  # fewer where an operator was not given the last
         wanted = [name for name, need in zip(names, needed, strict=False) if need]
-        _refuse_slopes("alibi_slopes" in wanted)
+        refuse_slopes("alibi_slopes" in wanted)
     causal, scale, layout, algorithm = ctx.call
     given = [x for x in (dout, dlse) if x is not None]
     dout = torch.zeros_like(out) if dout is None else dout
@@ -377,11 +314,11 @@ class _EagerAttention(torch.autograd.Function):
         return_lse = True if isinstance(return_lse, bool) else return_lse  # what is no bool is refused
         with_lse = Options(causal, scale, layout, return_lse, algorithm, modifiers)
         flat = (*scalars, *tensors)
-        operands = _unflat(flat)[1] if flat else NO_OPERANDS
+        operands = restore(flat)[1] if flat else NO_OPERANDS
         ctx.summary = summary
         operands = _with_summary(operands, summary)
         result = api.attend(arrays.TORCH, q, k, v, None, with_lse, operands)
-        call = _schema_causal(causal), scale, layout, algorithm
+        call = schema_causal(causal), scale, layout, algorithm
         _keep(ctx, (q, k, v), call, flat, result, operands_at=6)
         return result
 
@@ -401,7 +338,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, axes: tuple[int | None, ...], *arguments: Any) -> tuple[Any, ...]:
-        names = ("q", "k", "v", *[""] * 4, *_MODIFIERS)
+        names = ("q", "k", "v", *[""] * 4, *MODIFIERS)
         return _batched(_Attention, names[: len(arguments)], info.batch_size, axes, arguments, ())
 
 
@@ -416,7 +353,7 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, axes: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
-        names = ("dout", "q", "k", "v", "out", "lse", "dlse", *[""] * 6, *_MODIFIERS)
+        names = ("dout", "q", "k", "v", "out", "lse", "dlse", *[""] * 6, *MODIFIERS)
         wanted = _wanted_of(arguments)
         return _batched(_AttentionBackward, names[: len(arguments)], info.batch_size, axes, arguments, wanted)
 
@@ -467,14 +404,5 @@ def _batched(
 def _options(
     causal: str, scale: float | None, layout: str, algorithm: str, flat: tuple[Any, ...]
 ) -> tuple[Options, dict[str, Tensor]]:
-    modifiers, operands = _unflat(flat)
-    return Options(_causal(causal), scale, layout, True, algorithm, modifiers), operands
-
-
-def _schema_causal(causal: bool | str) -> str:
-    """``causal`` as the operators take it: a schema has no bool | str."""
-    return causal if isinstance(causal, str) else "bottom_right" if causal else "none"
-
-
-def _causal(causal: str) -> bool | str:
-    return False if causal == "none" else causal
+    modifiers, operands = restore(flat)
+    return Options(python_causal(causal), scale, layout, True, algorithm, modifiers), operands

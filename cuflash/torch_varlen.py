@@ -15,11 +15,25 @@ from cuflash.arrays.torch import FakeTensors
 from cuflash.checks_varlen import OFFSETS, PACKED_OPERANDS, VarlenOptions, check_varlen, named_varlen
 from cuflash.modifiers import Modifiers
 from cuflash.torch import autocast
+from cuflash.torch_schema import (
+    python_causal,
+    refuse_differentiable_slopes,
+    refuse_slopes,
+    schema_causal,
+    seed_tensor,
+)
 
 _FAKE = FakeTensors()
 _NAMES = ("q", "k", "v", *OFFSETS, *PACKED_OPERANDS)
 _SINKS = _NAMES.index("sinks")
 _BACKWARD_NAMES = ("dout", "out", "lse", "dlse", *_NAMES)
+# What both operators take beside dout, out, lse and dlse; causal is "none", "bottom_right" or "top_left".
+_REQUIRED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+_TENSORS = ", ".join(f"Tensor {name}" if name in _REQUIRED else f"Tensor? {name}" for name in _NAMES)
+_CALL = (
+    "str causal, float? scale, int? max_seqlen_q, int? max_seqlen_k, str algorithm, int? window_left, "
+    "int? window_right, float? softcap, float dropout_p"
+)
 
 
 def attend(named: dict[str, Any], options: VarlenOptions) -> tuple[Tensor, Tensor]:
@@ -29,16 +43,13 @@ def attend(named: dict[str, Any], options: VarlenOptions) -> tuple[Tensor, Tenso
     if not compiling:
         q, k, v = (x.resolve_neg() if x.is_neg() else x for x in (q, k, v))
     q, k, v = autocast(q, k, v)
-    slopes, seed = named.get("alibi_slopes"), named.get("seed")
-    _refuse_slopes(slopes is not None and slopes.requires_grad and torch.is_grad_enabled())
-    if isinstance(seed, int):
-        # As a tensor even so: a compiled graph is then the same for every seed.
-        named = named | {"seed": torch.tensor(seed - (seed >> 63 << 64), dtype=torch.int64, device=q.device)}
+    refuse_differentiable_slopes(named.get("alibi_slopes"))
+    if isinstance(seed := named.get("seed"), int):
+        named = named | {"seed": seed_tensor(seed, q.device)}
     tensors = (q, k, v, *(named.get(name) for name in _NAMES[3:]))
     causal, scale, max_seqlen_q, max_seqlen_k, algorithm, *_ = options
     window, softcap, dropout_p, _ = options.modifiers
-    causal = causal if isinstance(causal, str) else "bottom_right" if causal else "none"
-    call = (causal, scale, max_seqlen_q, max_seqlen_k, algorithm, *window, softcap, dropout_p)
+    call = (schema_causal(causal), scale, max_seqlen_q, max_seqlen_k, algorithm, *window, softcap, dropout_p)
     if compiling:
         return attention_varlen_forward(*tensors, *call)  # whose fake implementation checks
     _checked(tensors, _NAMES, options)
@@ -51,35 +62,19 @@ def _checked(tensors: tuple[Any, ...], names: tuple[str, ...], options: VarlenOp
     return check_varlen(_FAKE, given, options)
 
 
-@torch.library.custom_op("cuflash::attention_varlen_forward", mutates_args=())
-def attention_varlen_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    causal: str,
-    scale: float | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    algorithm: str,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Return out and lse. ``causal`` is "none", "bottom_right" or "top_left"."""
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, sinks, seed)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return out and lse, of tensors named ``_NAMES`` and a call as ``_CALL`` has it."""
+    tensors, call = arguments[: len(_NAMES)], arguments[len(_NAMES) :]
     named = named_varlen(**dict(zip(_NAMES, tensors, strict=True)))
-    options = _options(
-        causal, scale, max_seqlen_q, max_seqlen_k, algorithm, window_left, window_right, softcap, dropout_p
-    )
-    return varlen.attend(arrays.TORCH, named, options)
+    return varlen.attend(arrays.TORCH, named, _options(*call))
+
+
+attention_varlen_forward = torch.library.custom_op(
+    "cuflash::attention_varlen_forward",
+    _forward,
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_CALL}) -> (Tensor, Tensor)",
+)
 
 
 @attention_varlen_forward.register_fake
@@ -91,45 +86,29 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(out_shape), q.new_empty(lse_shape, dtype=lse_dtype)
 
 
-@torch.library.custom_op("cuflash::attention_varlen_backward", mutates_args=())
-def attention_varlen_backward(
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    causal: str,
-    scale: float | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    algorithm: str,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
-    dropout_p: float,
-    deterministic: bool,
-    wants_dsinks: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv, and dsinks, which is empty if it is not wanted.
 
-    The other arguments are those of ``attention_varlen_forward`` and what it returned.
+    The arguments are tensors named ``_BACKWARD_NAMES``, the forward's call, deterministic and wants_dsinks.
     """
-    tensors = (dout, out, lse, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    named = dict(zip(_BACKWARD_NAMES, (*tensors, alibi_slopes, sinks, seed), strict=True))
-    options = _options(
-        causal, scale, max_seqlen_q, max_seqlen_k, algorithm, window_left, window_right, softcap, dropout_p
-    )._replace(deterministic=deterministic, wanted=("sinks",) if wants_dsinks else ())
-    dq, dk, dv, *dsinks = varlen.differentiate(arrays.TORCH, named_varlen(q=named.pop("q"), **named), options)
+    tensors = arguments[: len(_BACKWARD_NAMES)]
+    *call, deterministic, wants_dsinks = arguments[len(_BACKWARD_NAMES) :]
+    named = dict(zip(_BACKWARD_NAMES, tensors, strict=True))
+    options = _options(*call)._replace(deterministic=deterministic, wanted=("sinks",) if wants_dsinks else ())
+    q = named.pop("q")
+    dq, dk, dv, *dsinks = varlen.differentiate(arrays.TORCH, named_varlen(q=q, **named), options)
     return dq, dk, dv, dsinks[0] if dsinks else q.new_empty(0)
+
+
+attention_varlen_backward = torch.library.custom_op(
+    "cuflash::attention_varlen_backward",
+    _backward,
+    mutates_args=(),
+    schema=(
+        f"(Tensor dout, Tensor out, Tensor lse, Tensor? dlse, {_TENSORS}, {_CALL}, bool deterministic, "
+        "bool wants_dsinks) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
 
 
 @attention_varlen_backward.register_fake
@@ -151,7 +130,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     out, lse, *inputs = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     wants_dsinks = ctx.needs_input_grad[_SINKS]
-    _refuse_slopes(ctx.needs_input_grad[_NAMES.index("alibi_slopes")])
+    refuse_slopes(ctx.needs_input_grad[_NAMES.index("alibi_slopes")])
     deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, out, lse, dlse, *inputs, *ctx.call, deterministic, wants_dsinks)
     if torch._C._are_functorch_transforms_active():
@@ -161,11 +140,6 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     every = [*gradients, *[None] * (len(inputs) - 3 + len(ctx.call))]
     every[_SINKS] = dsinks if wants_dsinks else None
     return tuple(every)
-
-
-def _refuse_slopes(need_gradient: bool) -> None:
-    if need_gradient:
-        raise ValueError("alibi_slopes requires grad, and has no gradient: pass alibi_slopes.detach()")
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -234,8 +208,6 @@ def _options(*call: Any) -> VarlenOptions:
     """What the arguments of an operator say that are no tensors: those that both operators have."""
     causal, scale, max_seqlen_q, max_seqlen_k, algorithm, left, right, softcap, dropout_p = call
     modifiers = Modifiers((left, right), softcap, dropout_p)
-    return VarlenOptions(_causal(causal), scale, max_seqlen_q, max_seqlen_k, algorithm, modifiers=modifiers)
-
-
-def _causal(causal: str) -> bool | str:
-    return False if causal == "none" else causal
+    return VarlenOptions(
+        python_causal(causal), scale, max_seqlen_q, max_seqlen_k, algorithm, modifiers=modifiers
+    )

@@ -9,8 +9,6 @@
 constexpr bool kTwoPs = kHasSlope || Config::kDropout;  // dS takes another P than dV
 constexpr bool kChangesP = kModifiesScores || Config::kWindow || kMasks || Config::kDropout;
 
-struct AddNothing {};
-
 // In: products of keys `key` + 16·m + … and queries `query` + …, counted from params.first_row. lse_pair: of this lane's
 // queries, in base 2. Out: what multiplies dO, hence 0 where dropout dropped. If kTwoPs, keep(a, m, k) is called with what
 // makes dS, for 16 keys and 16 queries at a time as an operand A: P times the slope of the scores, and with the sign bit

@@ -8,6 +8,8 @@
 constexpr bool kModifiesScores = Config::kScoreMod || Config::kSoftcap || Config::kAlibi || Config::kBias;
 constexpr bool kHasSlope = Config::kScoreMod || Config::kSoftcap;  // ∂score/∂(scaled product) is not 1
 
+struct AddNothing {};  // where nothing but ScoreModifiers adds a bias
+
 // Of one (batch, head).
 template <class Element>
 struct ScoreModifiers {

@@ -305,9 +305,10 @@ fa1_forward(const Element* __restrict__ q,   // (batch, seqlen_q, heads_q, head_
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int row = block_row + 16 * m + Fragment::row(half);
+            const bool is_blind = inverse[half] == 0.0f;  // beside queries that see a NaN in V
             if (row < params.seqlen_q) {
-              store_pair(out + row * params.out.row, Fragment::column(d, 0), params.head_dim_v, o[m][i].x[2 * half],
-                         o[m][i].x[2 * half + 1]);
+              store_pair(out + row * params.out.row, Fragment::column(d, 0), params.head_dim_v,
+                         is_blind ? 0.0f : o[m][i].x[2 * half], is_blind ? 0.0f : o[m][i].x[2 * half + 1]);
             }
           }
         }

@@ -9,24 +9,12 @@
 //           often as it has these. It loops over every (batch, head, query block) that its tile stands for, or over one of
 //           `splits` shares of them: these partial sums are added by fa2/sum_parts.cu.
 // Threads   kWarps warps of 16 query rows each, which see every key of the tile.
-// Shared    bytes: K 2·kBlockN·kHeadDim, V 2·kBlockN·kHeadDimV, Q 2·kBlockM·kHeadDim, dO 2·kBlockM·kHeadDimV; at the end,
-// memory    of a bias that is broadcast along the queries, the sums of the warps: kWarps·kBlockN·4 in Q's place.
+// Shared    fa2/score_gradient.cuh; at the end, of a bias that is broadcast along the queries, the sums of the warps:
+// memory    kWarps·kBlockN·4 bytes in Q's place.
 // Masks     core/hide.cuh in every tile; tiles outside windows, paddings and the causal mask are passed over.
 // Speed     docs/modifiers.md.
-#include "core/dropout.cuh"
-#include "core/fragment.cuh"
-#include "core/hide.cuh"
-#include "core/is_read.cuh"
-#include "core/layout.cuh"
-#include "core/modifier_params.cuh"
-#include "core/score.cuh"
-#include "core/score_mod.cuh"
-#include "core/strides.cuh"
-#include "core/visible.cuh"
-#include "fa2/load_tile.cuh"
-#include "fa2/products.cuh"
+#include "fa2/score_gradient.cuh"
 #include "ptx/cp_async.cuh"
-#include "ptx/shared_memory.cuh"
 
 struct BiasParams : ModifierParams<true> {
   Strides q, k, v, dout;
@@ -43,18 +31,6 @@ struct BiasParams : ModifierParams<true> {
   float scale_log2;
 };
 
-using Element = Config::Element;
-constexpr int kBlockM = Config::kBlockM;
-constexpr int kBlockN = Config::kBlockN;
-constexpr int kHeadDim = Config::kHeadDim;
-constexpr int kHeadDimV = Config::kHeadDimV;
-constexpr int kWarps = kBlockM / 16;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kNTiles = kBlockN / 8;
-
-constexpr int kVOffset = kBlockN * kHeadDim * 2;  // K is at 0
-constexpr int kQOffset = kVOffset + kBlockN * kHeadDimV * 2;
-constexpr int kDoutOffset = kQOffset + kBlockM * kHeadDim * 2;
 static_assert(kWarps * kBlockN * 4 <= kBlockM * kHeadDim * 2, "the sums of the warps fit into Q's place");
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
@@ -93,6 +69,10 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
   float bias_log2[kNTiles][4];
   score_modifiers<Element>(params, bias_batch, bias_head, 0)
       .read_bias(bias_log2, bias_m_block * kBlockM + warp * 16, block_key, params.seqlen_q, params.seqlen_k);
+  const auto add_bias = [&](float(&p)[kNTiles][4]) {
+#pragma unroll
+    for (int i = 0; i < kNTiles * 4; ++i) p[i / 4][i % 4] += bias_log2[i / 4][i % 4];
+  };
   float sum[kNTiles][4] = {};
   int loaded = -1;  // (batch, key/value head) of the tiles of K and V
   for (int term = begin; term < end; ++term) {
@@ -109,68 +89,21 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
     const int batch_head_kv = batch * (params.heads_q / params.group_size) + head_kv;
     if (batch_head_kv != loaded) {
       loaded = batch_head_kv;
-      const auto is_read = keys_read(params, batch, head_kv * params.group_size, params.group_size, block_key);
-      const int keys = visible.keys() - block_key;
-      load_tile<kBlockN, kHeadDim, kThreads>(
-          k_smem, k + batch * params.k.batch + head_kv * params.k.head + block_key * params.k.row, params.k.row, keys,
-          params.head_dim, threadIdx.x, is_read);
-      load_tile<kBlockN, kHeadDimV, kThreads>(
-          k_smem + kVOffset, v + batch * params.v.batch + head_kv * params.v.head + block_key * params.v.row,
-          params.v.row, keys, params.head_dim_v, threadIdx.x, is_read);
+      load_keys(k_smem, k, v, visible, batch, head_kv, block_key);
     }
-    const int rows_end = min(visible.queries(), params.first_row + params.rows) - block_row;
-    // lse and delta of the block's rows; those before params.first_row have none.
-    const int block_at = block_row - params.first_row;
-    const long long block_offset = ((long long)batch * params.heads_q + head) * params.rows_per_head + block_at;
-    const auto is_seen = [&](int row) { return block_at + row >= 0 && QueryIsRead{lse_log2 + block_offset}(row); };
-    load_tile<kBlockM, kHeadDim, kThreads>(
-        k_smem + kQOffset, q + batch * params.q.batch + head * params.q.head + block_row * params.q.row, params.q.row,
-        rows_end, params.head_dim, threadIdx.x, is_seen);
-    load_tile<kBlockM, kHeadDimV, kThreads>(
-        k_smem + kDoutOffset,
-        dout + batch * params.dout.batch + head * params.dout.head + block_row * params.dout.row, params.dout.row,
-        rows_end, params.head_dim_v, threadIdx.x, is_seen);
+    load_queries(k_smem, q, dout, lse_log2, visible, batch, head, block_row);
     cp_async_commit_group();
     cp_async_wait_group<0>();
     __syncthreads();
 
-    float p[1][kNTiles][4] = {}, dp[1][kNTiles][4] = {};
-    multiply_a_bt<Element, kHeadDim>(p, k_smem + kQOffset, warp * 16, k_smem, 0);
-    multiply_a_bt<Element, kHeadDimV>(dp, k_smem + kDoutOffset, warp * 16, k_smem + kVOffset, 0);
     const int warp_row = block_row + warp * 16;
-    if constexpr (Config::kScoreMod) {
-      apply_score_mod<false>(p, warp_row, block_key, visible.queries(), visible.keys(), params, batch, head, 0,
-                             [](int, int, int, float) {});
-    }
-    score_modifiers<Element>(params, batch, head, 0)
-        .template apply<false, false>(p, warp_row, block_key, visible.queries(), visible.keys(),
-                                      [](int, int, int, float) {});
+    const RowStatistics of_rows = row_statistics(lse_log2, delta, params, batch, head, warp_row);
+    float p[1][kNTiles][4] = {}, ds[1][kNTiles][4] = {};
+    multiply_a_bt<Element, kHeadDim>(p, k_smem + kQOffset, warp * 16, k_smem, 0);
+    probabilities<false>(p, of_rows, visible, batch, head, warp_row, block_key, [](int, int, int, float) {}, add_bias);
+    dp_minus_delta(ds, k_smem, of_rows, params, batch, head, warp_row, block_key);
 #pragma unroll
-    for (int i = 0; i < kNTiles * 4; ++i) p[0][i / 4][i % 4] += bias_log2[i / 4][i % 4];
-    hide<false>(p, warp_row, block_key, visible, mask_of(params, batch, head, 0), -infinity());
-    if constexpr (Config::kDropout) {
-#pragma unroll
-      for (int i = 0; i < kNTiles * 4; ++i) dp[0][i / 4][i % 4] *= kept_scale(params);
-      dropout_of(params, batch, head)
-          .template for_each_dropped<false, 1, kNTiles>(warp_row, block_key,
-                                                        [&](int, int j, int r) { dp[0][j][r] = 0.0f; });
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp * 16 + Fragment::row(half);
-      float row_lse = infinity(), row_delta = 0.0f;
-      if (block_at + row >= 0 && block_at + row < params.rows) {
-        row_lse = lse_log2[block_offset + row];
-        row_delta = delta[block_offset + row];
-      }
-#pragma unroll
-      for (int j = 0; j < kNTiles; ++j) {
-#pragma unroll
-        for (int r = 2 * half; r < 2 * half + 2; ++r) {
-          sum[j][r] += ex2_approx(p[0][j][r] - row_lse) * (dp[0][j][r] - row_delta);
-        }
-      }
-    }
+    for (int i = 0; i < kNTiles * 4; ++i) sum[i / 4][i % 4] += p[0][i / 4][i % 4] * ds[0][i / 4][i % 4];
   }
 
   const long long bias_head_index = ((long long)split * params.bias_batch + bias_batch) * params.bias_heads + bias_head;

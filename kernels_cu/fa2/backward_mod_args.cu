@@ -8,28 +8,16 @@
 //
 // Grid      one dimension: a thread block per (kBlockM queries, head, batch), which loops over the keys that they see.
 // Threads   kWarps warps of 16 query rows each, which see every key of a tile.
-// Shared    bytes: K 2·kBlockN·kHeadDim, V 2·kBlockN·kHeadDimV, Q 2·kBlockM·kHeadDim, dO 2·kBlockM·kHeadDimV.
+// Shared    fa2/score_gradient.cuh.
 // memory
 // Sums      float32, by atomics in any order. A thread adds in registers for as long as a row reads the same element: one
 //           of the head or the query costs an atomic a thread or less, one of the key an atomic for each score.
 // Masks     core/hide.cuh in every tile; the formula is not evaluated where dS is 0.
 // Speed     docs/modifiers.md.
-#include "core/dropout.cuh"
-#include "core/fragment.cuh"
-#include "core/hide.cuh"
-#include "core/is_read.cuh"
-#include "core/layout.cuh"
 #include "core/mod_arg_gradient.cuh"
-#include "core/modifier_params.cuh"
-#include "core/score.cuh"
-#include "core/score_mod.cuh"
-#include "core/strides.cuh"
-#include "core/visible.cuh"
-#include "fa2/load_tile.cuh"
-#include "fa2/products.cuh"
+#include "fa2/score_gradient.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/reduce.cuh"
-#include "ptx/shared_memory.cuh"
 
 constexpr int kSites = Config::kSites;
 
@@ -45,18 +33,6 @@ struct ModArgsParams : ModifierParams<true> {
   float scale_log2;
   long long first[kSites];  // where in the sums the array of each site starts
 };
-
-using Element = Config::Element;
-constexpr int kBlockM = Config::kBlockM;
-constexpr int kBlockN = Config::kBlockN;
-constexpr int kHeadDim = Config::kHeadDim;
-constexpr int kHeadDimV = Config::kHeadDimV;
-constexpr int kThreads = kBlockM / 16 * kWarpSize;
-constexpr int kNTiles = kBlockN / 8;
-
-constexpr int kVOffset = kBlockN * kHeadDim * 2;  // K is at 0
-constexpr int kQOffset = kVOffset + kBlockN * kHeadDimV * 2;
-constexpr int kDoutOffset = kQOffset + kBlockM * kHeadDim * 2;
 
 template <int kNumber>
 struct Site {
@@ -128,74 +104,33 @@ fa2_backward_mod_args(const Element* __restrict__ q,       // (batch, seqlen_q, 
   const KeyTiles tiles = visited_tiles<kBlockM, kBlockN>(visible, block_row);
   if (tiles.begin >= tiles.end) return;
 
-  const int rows_end = min(visible.queries(), params.first_row + params.rows) - block_row;
-  const long long rows_before = (long long)batch_head * params.rows_per_head;
-  const auto is_seen = [&](int row) {
-    const int at = block_row + row - params.first_row;
-    return at >= 0 && QueryIsRead{lse_log2 + rows_before}(at);
-  };
-  load_tile<kBlockM, kHeadDim, kThreads>(
-      k_smem + kQOffset, q + batch * params.q.batch + head * params.q.head + block_row * params.q.row, params.q.row,
-      rows_end, params.head_dim, threadIdx.x, is_seen);
-  load_tile<kBlockM, kHeadDimV, kThreads>(
-      k_smem + kDoutOffset, dout + batch * params.dout.batch + head * params.dout.head + block_row * params.dout.row,
-      params.dout.row, rows_end, params.head_dim_v, threadIdx.x, is_seen);
-  float row_lse[2], row_delta[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = warp_row + Fragment::row(half) - params.first_row;
-    const bool inside = row >= 0 && row < params.rows;
-    row_lse[half] = inside ? lse_log2[rows_before + row] : infinity();
-    row_delta[half] = inside ? delta[rows_before + row] : 0.0f;
-  }
-
-  const ScoreModifiers<Element> modifiers = score_modifiers<Element>(params, batch, head, 0);
-  const auto mask = mask_of(params, batch, head, 0);
-  const Dropout dropout = dropout_of(params, batch, head);
+  load_queries(k_smem, q, dout, lse_log2, visible, batch, head, block_row);
+  const RowStatistics of_rows = row_statistics(lse_log2, delta, params, batch, head, warp_row);
   const float scale = params.scale_log2 * kLn2;
   Pending pending[kSites][2];  // of either row of this thread
   for (int n_block = tiles.begin; n_block < tiles.end; ++n_block) {
     const int block_key = n_block * kBlockN;
-    const int keys = visible.keys() - block_key;
-    const auto is_read = keys_read(params, batch, head_kv * params.group_size, params.group_size, block_key);
     __syncthreads();  // every warp is done with the tiles before
-    load_tile<kBlockN, kHeadDim, kThreads>(
-        k_smem, k + batch * params.k.batch + head_kv * params.k.head + block_key * params.k.row, params.k.row, keys,
-        params.head_dim, threadIdx.x, is_read);
-    load_tile<kBlockN, kHeadDimV, kThreads>(
-        k_smem + kVOffset, v + batch * params.v.batch + head_kv * params.v.head + block_key * params.v.row, params.v.row,
-        keys, params.head_dim_v, threadIdx.x, is_read);
+    load_keys(k_smem, k, v, visible, batch, head_kv, block_key);
     cp_async_commit_group();
     cp_async_wait_group<0>();
     __syncthreads();
 
-    float ds[1][kNTiles][4] = {};  // dP first
-    multiply_a_bt<Element, kHeadDimV>(ds, k_smem + kDoutOffset, warp_row - block_row, k_smem + kVOffset, 0);
-    if constexpr (Config::kDropout) {
-#pragma unroll
-      for (int i = 0; i < kNTiles * 4; ++i) ds[0][i / 4][i % 4] *= kept_scale(params);
-      dropout.template for_each_dropped<false, 1, kNTiles>(warp_row, block_key,
-                                                           [&](int, int j, int r) { ds[0][j][r] = 0.0f; });
-    }
-#pragma unroll
-    for (int i = 0; i < kNTiles * 4; ++i) ds[0][i / 4][i % 4] -= row_delta[i % 4 / 2];
-
+    float ds[1][kNTiles][4] = {};
+    dp_minus_delta(ds, k_smem, of_rows, params, batch, head, warp_row, block_key);
     float products[1][kNTiles][4] = {}, p[1][kNTiles][4];
     multiply_a_bt<Element, kHeadDim>(products, k_smem + kQOffset, warp_row - block_row, k_smem, 0);
 #pragma unroll
     for (int i = 0; i < kNTiles * 4; ++i) p[0][i / 4][i % 4] = products[0][i / 4][i % 4];
-    apply_score_mod<false>(p, warp_row, block_key, visible.queries(), visible.keys(), params, batch, head, 0,
-                           [](int, int, int, float) {});
-    modifiers.template apply<false>(p, warp_row, block_key, visible.queries(), visible.keys(),
-                                    [&](int, int j, int r, float slope) { ds[0][j][r] *= slope; });
-    hide<false>(p, warp_row, block_key, visible, mask, -infinity());
+    probabilities(p, of_rows, visible, batch, head, warp_row, block_key,
+                  [&](int, int j, int r, float slope) { ds[0][j][r] *= slope; });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int query = warp_row + Fragment::row(half);
 #pragma unroll
       for (int i = 0; i < kNTiles * 2; ++i) {
         const int r = 2 * half + i % 2;
-        const float probability = ex2_approx(p[0][i / 2][r] - row_lse[half]);
+        const float probability = p[0][i / 2][r];
         if (probability == 0.0f) continue;  // hidden: its derivative may be anything
         const float of_score = probability * ds[0][i / 2][r];
         const Dual score = products[0][i / 2][r] * scale;

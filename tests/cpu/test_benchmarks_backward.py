@@ -48,7 +48,7 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(ITEM_BYTES, "float32", 4)
     monkeypatch.setattr(speed, "random_inputs", inputs)
     monkeypatch.setattr(speed, "Timer", lambda: SimpleNamespace(sustained=sustained, burst=burst))
-    monkeypatch.setitem(peers.PEERS, "math", peers.Peer("math", peers._sdpa("MATH")))
+    monkeypatch.setitem(peers.PEERS, "math", peers.Peer("math", peers.sdpa("MATH")))
     return speed
 
 

@@ -105,7 +105,7 @@ def test_a_wrong_peer_gives_no_figure_and_a_right_one_does(monkeypatch: pytest.M
         return lambda: out
 
     monkeypatch.setitem(peers_module.PEERS, "wrong", peers_module.Peer("wrong", unwritten))
-    monkeypatch.setitem(peers_module.PEERS, "math", peers_module.Peer("math", peers_module._sdpa("MATH")))
+    monkeypatch.setitem(peers_module.PEERS, "math", peers_module.Peer("math", peers_module.sdpa("MATH")))
     runs, errors = peers_module.prepare_peers(("wrong", "math"), inputs, expected)
     assert list(runs) == ["math"]
     assert "wrong is wrong" in errors["wrong"]

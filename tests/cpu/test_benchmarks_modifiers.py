@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +52,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         timed.append(functions)
         return {name: 1.0 + i for i, name in enumerate(functions)}
 
-    monkeypatch.setattr(modifiers, "random_inputs", lambda workload: inputs)
+    monkeypatch.setattr(
+        modifiers, "random_inputs", lambda workload: modifiers.replace(inputs, causal=workload.causal)
+    )
     monkeypatch.setattr(modifiers, "Timer", lambda: SimpleNamespace(sustained=sustained))
     compile_ = torch.compile  # which FlexAttention uses itself
 
@@ -85,14 +88,16 @@ def test_each_case_means_the_same_to_both_libraries(
 ) -> None:
     without_formulas(monkeypatch, case)
     rows = measure(case)
-    assert [row["features"]["pass"] for row in rows] == ["forward", "backward"]
-    for row, functions in zip(rows, on_cpu.timed, strict=True):
+    of_pass = dict(zip(modifiers.PASSES, on_cpu.timed, strict=True))
+    assert list(dict.fromkeys(row["features"]["pass"] for row in rows)) == list(of_pass)
+    for row in rows:
+        functions = of_pass[row["features"]["pass"]]
         assert row["row_error"] < 1e-4
         assert next(iter(functions)) == "auto plain"
-        if case == "sinks":
-            assert row["peer_errors"] == {"flex": "FlexAttention has no sinks"}
+        if case in ("sinks", "dropout"):
+            assert row["peer_errors"]["flex"] == f"FlexAttention has no {case}"
         elif row["features"]["pass"] == "forward":  # its backward runs on GPUs alone
-            assert (row["peers"], row["peer_errors"]) == ({"flex": 3.0}, {})
+            assert (row["peers"], row["peer_errors"]) == ({"flex": float(len(functions))}, {})
     header = dict.fromkeys(results_files.HEADER, "made up") | {"versions": {}}
     assert results_files.problems({**header, "rows": rows}) == []
 
@@ -111,6 +116,20 @@ def test_the_masks_of_formulas_mean_what_the_reference_computes(case: str, on_cp
             shown = shown & (kv <= q)
         assert torch.equal(shown, mods.mask_mod(b, 0, q, kv).expand_as(shown))
         assert not shown.all()
+
+
+def test_dropout_is_compared_with_sdpa_which_must_be_right_without(
+    on_cpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU of its FlashAttention-2; here of the backend that drops on a CPU too."""
+    monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda backend: nullcontext())
+    rows = measure("dropout")
+    assert [row["peers"] for row in rows] == [{"fa2_sdpa": 3.0}] * 2
+    outs = [functions["fa2_sdpa"]() for functions in on_cpu.timed[:1] for _ in range(2)]
+    assert not torch.equal(*outs)
+    monkeypatch.setattr(modifiers, "sdpa", lambda backend, dropout_p=0.0: lambda inputs: lambda: inputs.q)
+    why = measure("dropout")[0]["peer_errors"]["fa2_sdpa"]
+    assert why.startswith("ArithmeticError: fa2_sdpa is wrong")
 
 
 def test_families_that_are_compared_take_turns_each_with_its_own_plain_kernel(on_cpu: Any) -> None:
@@ -159,15 +178,24 @@ def test_the_table_has_costs_speed_ups_and_reasons() -> None:
         }
 
     rows = [row("softcap", "forward", 1.5, flex=3.0), row("ALiBi", "forward", 1.0, flex=8.0)]
-    rows += [row("sinks", "backward", 2.0)]
+    rows += [row("sinks", "backward", 2.0), row("dropout", "backward", 2.0, fa2_sdpa=5.0)]
     header = dict.fromkeys(results_files.HEADER, "made up") | {"versions": {}}
     results = {**header, "rows": rows}
     assert results_files.problems(results) == []
     assert not plots.has_figure(results)
     lines = tables.table(results).splitlines()
     assert lines[0] == "Batch &times; length = 16384, heads &times; d = 2048, bf16."
-    assert "| forward | softcap | softcap | fa2 | 128 | 4096 | 1.500 | 1.50 | 3.000 | 2.00 |" in lines
-    assert "| **forward** | geometric mean |  | fa2 |  |  |  |  |  | **4.00** |" in lines
-    assert "| backward | sinks | sinks | fa2 | 128 | 4096 | 2.000 | 2.00 | - | - |" in lines
+    assert "| forward | softcap | softcap | fa2 | 128 | 4096 | 1.500 | 1.50 | 3.000 | 2.00 | - | - |" in lines
+    assert "| **forward** | geometric mean |  | fa2 |  |  |  |  |  | **4.00** |  | - |" in lines
+    assert "| backward | sinks | sinks | fa2 | 128 | 4096 | 2.000 | 2.00 | - | - | - | - |" in lines
+    assert (
+        "| backward | dropout | dropout | fa2 | 128 | 4096 | 2.000 | 2.00 | - | - | 5.000 | 2.50 |" in lines
+    )
     assert "FlexAttention could not run (sinks, backward): no" in lines
+    rows.append(row("softcap", "backward", 4.0, flex=2.0))
+    rows.append(row("softcap", "forward", 9.0, flex=3.0))  # as it is given in another way
+    lines = tables.summary(results).splitlines()
+    assert "| softcap | 1.500 | 3.000 | 2.00 | 4.000 | 2.000 | 0.50 |" in lines
+    assert "| ALiBi | 1.000 | 8.000 | 8.00 | - | - | - |" in lines
+    assert "| sinks | - | - | - | 2.000 | - | - |" in lines
     assert run.summary(rows[0]) == "ms 1.5, plain_ms 1.0, peers {'flex': 3.0}"

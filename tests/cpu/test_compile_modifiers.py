@@ -23,6 +23,7 @@ from cuflash.problem import make_problem
 from cuflash.resources import shared_bytes, shared_memory_per_block
 
 IDS = [f"sm_{major}{minor}" for major, minor in CAPABILITIES]
+TABLES = [(8, 0), (8, 6), (9, 0)]  # one target for each table of tiles, to spare time
 NAMES = ("window", "softcap", "alibi", "bias", "mask", "key_padding", "query_padding", "sinks", "dropout")
 EVERYTHING = ModifierFlags(**dict.fromkeys(NAMES, True))
 IN_TILES = {"bias": True, "unit_strides": True, "bias_pairs": True, "bias_tiles": True}
@@ -93,8 +94,8 @@ FORMULAS = ModifierFlags(
 )
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
-def test_formulas_compile_for_every_target(capability):
+@pytest.mark.parametrize("capability", TABLES, ids=str)
+def test_formulas_compile_for_every_table_of_tiles(capability):
     for program_config in configs_for(capability, 128, FORMULAS):
         compile_within_limits(program_config, capability)
 
@@ -104,7 +105,7 @@ def test_formulas_compile_together_with_all_modifiers():
         EVERYTHING, **{name: getattr(FORMULAS, name) for name in ("score_mod", "mask_mod", "mod_args")}
     )
     for program_config in (
-        *configs_for((9, 0), 64, flags),
+        configs_for((9, 0), 64, flags)[0],
         bias_gradient_config(problem_of(128), (9, 0), flags),
         MaskSummaryConfig(128, 64, True, replace(FORMULAS, mask=True)),
     ):
@@ -128,8 +129,8 @@ def test_nvrtc_points_into_a_formula_that_does_not_compile(wrong, message):
     assert "\0" not in str(caught.value)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
-def test_the_gradients_of_arguments_compile_for_every_target(capability):
+@pytest.mark.parametrize("capability", TABLES, ids=str)
+def test_the_gradients_of_arguments_compile_for_every_table_of_tiles(capability):
     for head_dim in (64, 256):
         config = mod_args_gradient_config(problem_of(head_dim), capability, FORMULAS, ("slope",))
         compile_within_limits(config, capability)
@@ -156,8 +157,8 @@ def test_what_arguments_are_converted_to_compiles_with_a_gradient_too():
         compile_within_limits(program_config, (9, 0))
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=IDS)
-def test_all_modifiers_at_once_compile_for_every_target(capability):
+@pytest.mark.parametrize("capability", TABLES, ids=str)
+def test_all_modifiers_at_once_compile_for_every_table_of_tiles(capability):
     for program_config in configs_for(capability, 128, EVERYTHING):
         compile_within_limits(program_config, capability)
 
@@ -194,7 +195,7 @@ def test_hopper_programs_with_a_bias_in_tiles_fit_shared_memory(name):
     assert made.shared_bytes <= shared_memory_per_block((9, 0))
 
 
-@pytest.mark.parametrize("name", ["forward-64-64", "forward-256-256", "backward-64-64", "backward-192-192"])
+@pytest.mark.parametrize("name", ["forward-64-64", "backward-128-128", "backward-192-192"])
 def test_hopper_programs_compile_with_formulas(name):
     compile_within_limits(hopper_config(name, FORMULAS), (9, 0))
 

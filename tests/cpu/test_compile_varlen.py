@@ -27,18 +27,15 @@ def compile_(made, capability, blocks=1, spill_bytes=0):
 
 
 TARGETS = [
-    *((capability, True, False) for capability in CAPABILITIES),
+    *((capability, 128, True, False) for capability in CAPABILITIES),
     # The rest for one target, to spare time.
-    *(
-        ((9, 0), causal, deterministic)
-        for causal, deterministic in ((False, False), (False, True), (True, True))
-    ),
+    *(((9, 0), head_dim, True, False) for head_dim in (64, 256)),
+    *(((9, 0), head_dim, False, True) for head_dim in (64, 128, 256)),
 ]
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize(("capability", "causal", "deterministic"), TARGETS, ids=str)
-def test_kernels_spill_hardly_more_than_plain_ones(capability, causal, deterministic, head_dim):
+@pytest.mark.parametrize(("capability", "head_dim", "causal", "deterministic"), TARGETS, ids=str)
+def test_kernels_spill_hardly_more_than_plain_ones(capability, head_dim, causal, deterministic):
     shape = (1, 1000, 2, head_dim)
     problem = make_problem(shape, shape, shape, "bfloat16", causal=causal)
     plain = config.choose(problem, capability, vector_out=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,7 +21,8 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return types.SimpleNamespace(data=types.SimpleNamespace(ptr=len(sizes) << 32))
 
     monkeypatch.setattr(tile_counters, "new_zeros", new_zeros)
-    for name, empty in (("_of_stream", {}), ("_unused", {}), ("_blocks", [])):
+    fresh = {"_of_stream": {}, "_of_thread": tile_counters._OfThread(), "_unused": {}, "_blocks": []}
+    for name, empty in fresh.items():
         monkeypatch.setattr(tile_counters, name, empty)
     return sizes
 
@@ -34,6 +36,16 @@ def test_a_stream_keeps_its_counters_and_shares_them_with_nobody(allocated: list
     assert min(abs(more - a), abs(more - b)) >= 400
     assert tile_counters.address(0, 1, False) == more
     assert tile_counters.address(1, 1, False) >> 32 != a >> 32, "another device"
+
+
+def test_every_thread_has_counters_of_its_own_for_its_default_stream(allocated: list[int]) -> None:
+    per_thread, made = 2, 1
+    with ThreadPoolExecutor(1) as other:
+        for stream in (per_thread, made):
+            ours = {tile_counters.address(0, stream, False, 100) for _ in range(2)}
+            theirs = {other.submit(tile_counters.address, 0, stream, False, 100).result() for _ in range(2)}
+            assert len(ours) == len(theirs) == 1
+            assert (ours == theirs) == (stream == made)
 
 
 def test_every_captured_launch_has_counters_of_its_own(allocated: list[int]) -> None:

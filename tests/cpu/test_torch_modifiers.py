@@ -11,6 +11,7 @@ import cuflash
 torch = pytest.importorskip("torch")
 
 import cuflash.torch  # noqa: E402
+from cuflash.torch_schema import TENSORS, flatten, restore  # noqa: E402
 
 SHAPES = ((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 3))
 
@@ -48,9 +49,15 @@ def leaves_of(given: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "name", ["window", "softcap", "dropout_p", "bias", "sinks", "mask", "key_padding", "all"]
+    ("name", "return_lse"),
+    [
+        *(
+            (name, True)
+            for name in ("window", "softcap", "dropout_p", "bias", "sinks", "mask", "key_padding")
+        ),
+        *(("all", return_lse) for return_lse in (False, True)),
+    ],
 )
-@pytest.mark.parametrize("return_lse", [False, True])
 def test_gradcheck_in_float64(name: str, return_lse: bool) -> None:
     given, scalars = operands(), dict(SCALARS)
     if name != "all":
@@ -174,7 +181,7 @@ def test_checkpoint_replays_the_dropout_mask() -> None:
 def test_opcheck(dtype: Any) -> None:
     call = ("bottom_right", None, "bshd")
     given = operands(dtype)
-    modifiers = (4, None, 1.5, 0.3, *[""] * 4, *(given[name] for name in cuflash.torch._TENSORS))
+    modifiers = (4, None, 1.5, 0.3, *[""] * 4, *(given[name] for name in TENSORS))
     inputs = tensors(dtype)
     torch.library.opcheck(torch.ops.cuflash.attention_forward.default, (*inputs, *call, "auto", *modifiers))
     options = {"window": (4, None), "softcap": 1.5, "dropout_p": 0.3, **given}
@@ -266,7 +273,6 @@ def test_modifiers_of_gpu_tensors_are_traced() -> None:
 def test_a_seed_that_is_a_number_becomes_a_tensor_without_a_copy_from_the_host() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    import cuflash.torch as adapter
     from cuflash.modifiers import collect
 
     class Recorder(TorchDispatchMode):
@@ -277,8 +283,8 @@ def test_a_seed_that_is_a_number_becomes_a_tensor_without_a_copy_from_the_host()
             return function(*args, **kwargs or {})
 
     modifiers, operands = collect({"dropout_p": 0.5, "seed": 2**64 - 3})
-    flat = adapter._flat(modifiers, operands, torch.device("cpu"))
-    assert adapter._unflat(flat)[1]["seed"] == -3
+    flat = flatten(modifiers, operands, torch.device("cpu"))
+    assert restore(flat)[1]["seed"] == -3
     with Recorder():
-        adapter._flat(modifiers, operands, torch.device("meta"))
+        flatten(modifiers, operands, torch.device("meta"))
     assert Recorder.ran == ["full"]

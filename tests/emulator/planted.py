@@ -76,7 +76,7 @@ def noticed_by(
     """
     noticed: dict[str, str] = {}
     for seed in range(seeds):
-        # Without race checks the launch goes on to its end, so that a wrong result shows too.
+        # Without race checks a launch that they ended goes on to its end, so that a wrong result shows too.
         for check_races in (True, False):
             if until in noticed:
                 return noticed
@@ -86,6 +86,8 @@ def noticed_by(
                 except KernelFault as fault:
                     for finding in fault.findings:
                         noticed.setdefault(finding.check, str(finding))
+                    continue
                 except AssertionError as error:
                     noticed.setdefault(WRONG_RESULT, str(error))
+                break
     return noticed

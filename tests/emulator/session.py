@@ -219,10 +219,12 @@ def _fresh_caches() -> Iterator[None]:
     """Plans and device memory that the package keeps between calls belong to one session."""
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
-            for cache in ("_plans", "_of_stream", "_unused", "_blocks"):
+            for cache in ("_of_stream", "_unused", "_blocks"):
                 kept = getattr(module, cache, None) if name.startswith("cuflash.") else None
                 if isinstance(kept, dict | list):
                     stack.enter_context(mock.patch.object(module, cache, type(kept)()))
+            if name.startswith("cuflash.plan") and hasattr(module, "_plans"):
+                stack.enter_context(mock.patch.object(module._plans, "_kept", {}))
         yield
 
 

@@ -78,7 +78,7 @@ BUGS = [
         "0.0f : fabsf(x) * slope", "0.0f : x * slope", SIGNED, **DROPPED),
     planted("the cap's slope left out of an argument's gradient", "fa2/backward_mod_args.cu",
         "ds[0][j][r] *= slope;", "", ALIBI, modifiers={"softcap": 2.0}),
-    planted("dP of dropped probabilities kept for arguments", "fa2/backward_mod_args.cu",
+    planted("dP of dropped probabilities kept for arguments", "fa2/score_gradient.cuh",
         "[&](int, int j, int r) { ds[0][j][r] = 0.0f; });", "[&](int, int, int) {});", ALIBI, **DROPPED),
     planted("what was pending is forgotten", "fa2/backward_mod_args.cu",
         "flush(sums);\n      *this", "*this", GATES),

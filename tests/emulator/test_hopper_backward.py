@@ -24,7 +24,7 @@ CAUSAL = (False, True, "top_left")
 def alone(monkeypatch):
     """Each thread block by itself: pairs have tests of their own, of the same kinds."""
     monkeypatch.setattr(config_hopper_backward, "_pairs_pay", lambda problem, deterministic: False)
-    monkeypatch.setattr(plan_backward, "_plans", {})
+    monkeypatch.setattr(plan_backward._plans, "_kept", {})
 
 
 @pytest.fixture

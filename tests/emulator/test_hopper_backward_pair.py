@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("pairs")
 def pairs(monkeypatch):
     """Head dims up to 128 are computed by pairs."""
     monkeypatch.setattr(config_hopper_backward, "TILES", (*TILES_PAIR, *TILES))
-    monkeypatch.setattr(plan_backward, "_plans", {})
+    monkeypatch.setattr(plan_backward._plans, "_kept", {})
 
 
 @pytest.mark.parametrize("causal", CAUSAL)

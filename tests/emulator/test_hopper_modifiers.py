@@ -53,10 +53,9 @@ def check(cp, seed, seqlens, causal, modifiers, *, batch=2, heads=(4, 2), head_d
     check_modified(cp, problem, inputs, operands, options, **kwargs)
 
 
-@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize(("causal", "seqlens"), [(False, (70, 300)), ("top_left", (200, 130))])
 @pytest.mark.parametrize("name", ALONE)
-def test_each_modifier_is_right_for_more_and_for_fewer_queries_than_keys(hopper, name, causal):
-    seqlens = (200, 130) if causal == "top_left" else (70, 300)
+def test_each_modifier_is_right_for_more_and_for_fewer_queries_than_keys(hopper, name, causal, seqlens):
     check(hopper, 1, seqlens, causal, {name: ALONE[name]})
 
 
@@ -161,7 +160,7 @@ def documents(seqlen, lengths):
 def test_tiles_that_a_mask_hides_whole_are_passed_over(hopper, causal, head_dim):
     head_dims = (head_dim, head_dim)
     problem, inputs, operands = make_modified(
-        5, 2, (400, 400), (2, 1), head_dims, "float16", causal, {"mask": True}, (True, True, False)
+        5, 1, (400, 400), (2, 1), head_dims, "float16", causal, {"mask": True}, (True, True, False)
     )
     operands["mask"] = documents(400, (130, 60, 10, 200))
     for deterministic in (False, True):
@@ -239,7 +238,7 @@ def test_queries_past_the_window_of_every_key_are_blind(hopper):
     assert all(np.isfinite(to_numpy(x)).all() for x in gradients)
 
 
-@pytest.mark.parametrize("head_dim", [64, *BOTH_BACKWARDS])
+@pytest.mark.parametrize("head_dim", BOTH_BACKWARDS)
 @pytest.mark.parametrize("name", BLIND)
 def test_rows_that_see_no_key_have_no_gradient_whatever_they_are_given(hopper, name, head_dim):
     check_blind_rows(hopper, name, head_dim, "hopper")
@@ -335,7 +334,7 @@ def test_interleavings_raise_no_report_and_agree_bit_for_bit_when_deterministic(
     options = options_of(problem, True, modifiers, "hopper") | on_device(emulated.cp, operands)
     q, k, v, dout = (emulated.cp.asarray(x) for x in inputs[:4])
     results = set()
-    for seed in range(6):
+    for seed in range(4):
         emulated.seed = seed
         emulated.resident_blocks = 1 + seed % 4
         out, lse = cuflash.attention(q, k, v, return_lse=True, **options)

@@ -200,10 +200,10 @@ def test_auto_takes_fa2s_forward_with_modifiers_until_the_two_are_compared(emula
 
 
 @pytest.mark.parametrize("head_dims", [(64, 64), (192, 128)])  # O beside V, and in its place
-def test_fifty_interleavings_raise_no_report_and_agree_bit_for_bit(emulated, head_dims):
+def test_interleavings_raise_no_report_and_agree_bit_for_bit(emulated, head_dims):
     call = make_call(9, UNEQUAL, (2, 1), head_dims, "float16", True, tails=(3, 3))
     results = set()
-    for seed in range(50):
+    for seed in range(16):
         emulated.seed = seed
         emulated.resident_blocks = 1 + seed % 4
         results.add(b"".join(x.get().tobytes() for x in attend(emulated.cp, call)))

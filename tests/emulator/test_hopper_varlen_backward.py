@@ -188,7 +188,7 @@ def test_interleavings_raise_no_report_and_agree_bit_for_bit_when_deterministic(
     lengths = ((5, 0, 140, 33), (9, 6, 150, 33))
     call = make_call(9, lengths, (2, 1), (head_dim, head_dim), "float16", True, tails=(3, 3))
     results = set()
-    for seed in range(6):
+    for seed in range(4):
         emulated.seed = seed
         emulated.resident_blocks = 1 + seed % 4
         made = differentiate(emulated.cp, call, deterministic=True)

@@ -72,6 +72,23 @@ def test_other_arrays_numbers_shapes_and_masks_are_noticed(calls):
     assert_equal(shorter(**given, mask_summary=summary)[0], shorter(**given)[0])
 
 
+def test_what_was_longest_without_use_is_forgotten_when_there_are_too_many(calls, monkeypatch):
+    from cuflash import mask_summary
+
+    monkeypatch.setattr(mask_summary, "_MAX_KEPT", 4)  # forward and backward of two shapes
+    summary, looks = cuflash.MaskSummary(), []
+    mask = calls.cp.asarray(np.random.default_rng(1).random((1, 1, 50, 50)) < 0.5)
+    of_length = {length: Calls(calls.emulated, length) for length in (30, 40, 50)}
+    for length in (30, 40, 30, 50, 30, 40):
+        given = {"mask": mask[:, :, :length, :length]}
+        expected, plain = of_length[length](**given)
+        results, count = of_length[length](**given, mask_summary=summary)
+        assert_equal(results, expected)
+        looks.append(count == plain)
+    assert looks == [True, True, False, True, False, True]
+    assert repr(summary) == "<cuflash.MaskSummary of 4 kernels>"
+
+
 @pytest.mark.parametrize("kind", ["mask", "mask_mod"])
 def test_a_mask_made_after_another_was_deleted_is_not_taken_for_it(calls, kind):
     def made(boundary):

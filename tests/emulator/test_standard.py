@@ -9,7 +9,15 @@ import functools
 
 import numpy as np
 import pytest
-from arrays import VIEWS, check_backward, check_extreme_logits, check_forward, make_inputs, to_numpy
+from arrays import (
+    VIEWS,
+    check_backward,
+    check_blind_queries,
+    check_extreme_logits,
+    check_forward,
+    make_inputs,
+    to_numpy,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_gradient_within_contract
@@ -76,6 +84,11 @@ def test_rows_that_see_no_key_give_zero_and_minus_infinity(cp, seqlens):
     assert np.isneginf(to_numpy(lse)[:, :, :blind]).all()
     check_forward(cp, problem, inputs, True, algorithm="standard")
     check_backward(cp, problem, inputs, True, algorithm="standard")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_query_that_sees_no_key_gets_zeros_whatever_others_see(cp, bad):
+    check_blind_queries(cp, bad, "standard")
 
 
 @pytest.mark.parametrize(("shape_q", "shape_k"), [((0, 5), (0, 7)), ((2, 0), (2, 7)), ((2, 5), (2, 0))])

@@ -121,6 +121,17 @@ def check_extreme_logits(cp: Any, logit: float, algorithm: str) -> None:
     np.testing.assert_allclose(to_numpy(lse), expected_lse, rtol=1e-6)
 
 
+def check_blind_queries(cp: Any, bad: float, algorithm: str) -> None:
+    """Queries that see no key get zeros, beside others of their tiles that see ``bad`` in V."""
+    _, inputs = make_inputs(5, 1, (500, 360), (2, 1), (64, 64), "float16", True)
+    q, k, v = (cp.asarray(x) for x in inputs[:3])
+    v[:, 0] = bad
+    out, lse = cuflash.attention(q, k, v, causal=True, return_lse=True, algorithm=algorithm)
+    assert not to_numpy(out)[:, :140].any()
+    assert np.isneginf(to_numpy(lse)[:, :, :140]).all()
+    assert not np.isfinite(to_numpy(out)[:, 140:]).any()
+
+
 def check_backward(
     cp: Any,
     problem: Problem,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import VIEWS, check_extreme_logits, check_forward, make_inputs, to_numpy
+from arrays import VIEWS, check_blind_queries, check_extreme_logits, check_forward, make_inputs, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import assert_within_contract
@@ -154,6 +154,11 @@ def test_nan_in_keys_that_no_query_sees_stays_invisible(causal, attention):
     assert (attention(q, k, v, causal="top_left") == expected).all()
     if causal is True:  # the last query sees every key: nothing may hide the NaN either
         assert cp.isnan(attention(q, k, v, causal=True)).any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_query_that_sees_no_key_gets_zeros_whatever_others_see(bad, algorithm):
+    check_blind_queries(cp, bad, algorithm)
 
 
 def test_nan_in_a_visible_key_is_not_hidden(attention):

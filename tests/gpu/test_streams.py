@@ -135,13 +135,15 @@ def test_a_thread_whose_first_work_on_the_gpu_is_a_call_gets_the_result():
     assert (results[0] == expected).all()
 
 
-def test_threads_calling_at_once_each_get_their_own_result():
+@pytest.mark.parametrize("per_thread", [False, True], ids=["their own streams", "per-thread default stream"])
+def test_threads_calling_at_once_each_get_their_own_result(per_thread):
+    """The last is one handle for a stream of each thread."""
     q, k, v = _inputs()
     expected = {n: cuflash.attention(q[:, :n], k, v, causal=True) for n in range(20, 300, 20)}
     wrong: list[int] = []
 
     def work() -> None:
-        with cp.cuda.Stream(non_blocking=True) as stream:
+        with cp.cuda.Stream.ptds if per_thread else cp.cuda.Stream(non_blocking=True) as stream:
             for n, result in expected.items():
                 out = cuflash.attention(q[:, :n], k, v, causal=True)
                 stream.synchronize()
