@@ -254,7 +254,10 @@ def test_no_shared_memory_access_meets_a_bank_conflict(needs_emulator, head_dim)
             check_on_device(counting.cp, case, num_splits=2)
         counts = counting.bank_conflicts()
     assert len(counts) >= 8, "loads of Q, K and V, their reads, and the exchange of O"
-    # g++ moves vectors word by word where it takes them apart in registers; NVRTC at once (LDS.128, STS.128).
+    # g++ moves vectors word by word where it takes them apart in registers. NVRTC moves them at once: in SASS
+    # for sm_90a every store of Q is an STS.128, every read of a part's O an LDS.128, none is of a word. The
+    # hardware serves those a quarter of a warp at a time. Its eight lanes have 128 bytes of a row here, as a
+    # row is a multiple of 128 bytes long, in order or swizzled: each bank once.
     in_words = {
         f"{file}:{i}"
         for file, text in (

@@ -8,43 +8,20 @@ from arrays import to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from modified import (
-    BLIND,
-    CHOICES,
+    ALONE,
+    CAUSAL,
+    EVERYTHING,
     PAIRS,
-    check_blind_rows,
+    check_call,
     check_modified,
+    documents,
     make_modified,
     on_device,
     options_of,
 )
 
 import cuflash
-from cuflash.philox import dropout_keep
 from emulator import emulator
-
-CAUSAL = (False, True, "top_left")
-ALONE = {
-    "window": (20, 30),
-    "softcap": 2.0,
-    "dropout_p": 0.3,
-    **{name: True for name in CHOICES if name not in ("window", "softcap", "dropout_p")},
-}
-EVERYTHING = ALONE | {"window": (60, None)}
-
-
-def check(cp, seed, seqlens, causal, modifiers, *, batch=2, heads=(4, 2), head_dims=(64, 64), **kwargs):
-    broadcast = kwargs.pop("broadcast", (False, False, False))
-    dtype = kwargs.pop("dtype", "bfloat16")
-    problem, inputs, operands = make_modified(
-        seed, batch, seqlens, heads, head_dims, dtype, causal, modifiers, broadcast
-    )
-    check_modified(cp, problem, inputs, operands, options_of(problem, causal, modifiers), **kwargs)
-
-
-@pytest.mark.parametrize(("causal", "seqlens"), [(False, (70, 150)), ("top_left", (200, 130))])
-@pytest.mark.parametrize("name", ALONE)
-def test_each_modifier_is_right_for_more_and_for_fewer_queries_than_keys(cp, name, causal, seqlens):
-    check(cp, 1, seqlens, causal, {name: ALONE[name]})
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -62,12 +39,22 @@ def test_random_pairs_stay_within_the_numerics_contract(
     cp, seed, batch, seqlens, heads, causal, modifiers, broadcast, deterministic
 ):
     options = {"batch": batch, "heads": heads, "broadcast": broadcast, "deterministic": deterministic}
-    check(cp, seed, seqlens, causal, modifiers, **options)
+    check_call(cp, "fa2", seed, seqlens, causal, modifiers, **options)
 
 
 @pytest.mark.parametrize("head_dim", [59, 128, 256])
 def test_all_modifiers_at_once_are_right_in_other_tiles(cp, head_dim):
-    check(cp, head_dim, (100, 140), True, EVERYTHING, batch=1, heads=(2, 1), head_dims=(head_dim, head_dim))
+    check_call(
+        cp,
+        "fa2",
+        head_dim,
+        (100, 140),
+        True,
+        EVERYTHING,
+        batch=1,
+        heads=(2, 1),
+        head_dims=(head_dim, head_dim),
+    )
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6)])
@@ -76,7 +63,7 @@ def test_tiles_for_other_gpus_are_right(needs_emulator, capability):
     with emulator(capability=capability) as other:
         for head_dim in (64, 256):
             dims = {"head_dims": (head_dim, head_dim), "heads": (2, 1), "batch": 1}
-            check(other.cp, head_dim, (100, 140), True, modifiers, **dims)
+            check_call(other.cp, "fa2", head_dim, (100, 140), True, modifiers, **dims)
 
 
 @pytest.mark.parametrize("broadcast", [(True, True, True), (False, True, True), (True, False, False)])
@@ -101,78 +88,7 @@ def test_operands_of_any_strides_are_read_in_place(cp, name):
         return cp.ascontiguousarray(x.swapaxes(2, 3)).swapaxes(2, 3)
 
     for of_operands in (view, transposed):
-        check(cp, 4, (70, 90), False, {name: True}, batch=1, of_operands=of_operands)
-
-
-def documents(seqlen, lengths):
-    """True where query and key are of one document."""
-    ids = np.repeat(np.arange(len(lengths)), lengths)[:seqlen]
-    return (ids[:, None] == ids)[None, None]
-
-
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-def test_tiles_that_a_mask_hides_whole_are_passed_over(cp, causal, deterministic):
-    problem, inputs, operands = make_modified(
-        5, 2, (400, 400), (2, 1), (64, 64), "float16", causal, {"mask": True}, (True, True, False)
-    )
-    operands["mask"] = documents(400, (130, 60, 10, 200))
-    check_modified(
-        cp, problem, inputs, operands, options_of(problem, causal, {}), deterministic=deterministic
-    )
-
-
-def test_a_mask_that_hides_all_gives_zeros(cp):
-    problem, inputs, operands = make_modified(
-        6, 1, (70, 90), (2, 1), (64, 64), "float16", False, {"mask": True}
-    )
-    operands["mask"][...] = False
-    check_modified(cp, problem, inputs, operands, options_of(problem, False, {}))
-
-
-def test_nan_that_no_query_sees_stays_invisible(cp):
-    """In keys beyond a window, a length or a mask; in padding queries; and in bias where it is masked."""
-    modifiers = {"window": (30, 5), "mask": True, "key_padding": True, "query_padding": True, "bias": True}
-    problem, inputs, operands = make_modified(
-        7, 2, (70, 150), (2, 1), (64, 64), "float16", False, modifiers, (True, True, False)
-    )
-    operands["key_padding"], operands["query_padding"] = np.array([150, 120]), np.array([70, 50])
-    hidden_keys = np.array([60, 61, 100])
-    operands["mask"][...] = True
-    operands["mask"][..., hidden_keys] = False
-    operands["bias"][..., hidden_keys] = np.nan
-    first = problem.first_key_visible
-    assert first > 0
-    for x in (inputs.k, inputs.v):
-        x[:, :first] = x[:, hidden_keys] = np.nan
-        x[1, 120:] = np.nan
-    for x in (inputs.q, inputs.dout):
-        x[1, 50:] = np.nan
-    q, k, v, dout = (cp.asarray(x) for x in inputs[:4])
-    options = options_of(problem, False, {"window": (30, 5)})
-    arrays = on_device(cp, operands)
-    out, lse = cuflash.attention(q, k, v, return_lse=True, **options, **arrays)
-    gradients = cuflash.attention_backward(dout, q, k, v, out, lse, **options, **arrays)
-    assert (to_numpy(out)[1, 50:] == 0).all()
-    assert np.isneginf(to_numpy(lse)[1, :, 50:]).all()
-    for x in (out, *gradients):
-        assert np.isfinite(to_numpy(x).astype(np.float32)).all()
-
-
-def test_queries_past_the_window_of_every_key_are_blind(cp):
-    """Sq > Sk + left: the last rows see nothing, whatever they hold."""
-    check(cp, 8, (150, 60), "top_left", {"window": (20, None)}, batch=1)
-    problem, inputs, _ = make_modified(
-        8, 1, (150, 60), (2, 1), (64, 64), "float16", "top_left", {"window": (20, None)}
-    )
-    inputs.q[:, 80:] = np.nan
-    q, k, v, dout = (cp.asarray(x) for x in inputs[:4])
-    options = options_of(problem, "top_left", {"window": (20, None)})
-    out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
-    gradients = cuflash.attention_backward(dout, q, k, v, out, lse, **options)
-    assert (to_numpy(out)[:, 80:] == 0).all()
-    assert (to_numpy(gradients[0])[:, 80:] == 0).all()
-    assert all(np.isfinite(to_numpy(x)).all() for x in gradients)
+        check_call(cp, "fa2", 4, (70, 90), False, {name: True}, batch=1, of_operands=of_operands)
 
 
 def test_sinks_far_above_and_below_the_scores_neither_overflow_nor_vanish(cp):
@@ -214,30 +130,6 @@ def test_a_broadcast_bias_of_no_heads_has_a_gradient_of_zeros(cp):
     *gradients, dbias = cuflash.attention_backward(q, q, q, q, out, lse, **given)
     assert all(x.shape == q.shape for x in gradients)
     np.testing.assert_array_equal(to_numpy(dbias), np.zeros((1, 1, 4, 4), np.float32))
-
-
-SEEDS = {
-    "an int": lambda seed: seed,
-    "int64": lambda seed: np.array(seed - (seed >> 63 << 64), np.int64),
-    "uint64 of one element": lambda seed: np.array([seed], np.uint64),
-    "two uint32": lambda seed: np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32),
-}
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kind", SEEDS)
-def test_dropout_drops_what_numpy_replays_whatever_the_seed_is_given_as(cp, kind, causal):
-    """With V the identity, out shows which probabilities were kept."""
-    seed, seqlen = 0x9E3779B97F4A7C15, 64
-    q = cp.asarray(np.zeros((2, seqlen, 2, 64), np.float16))
-    v = cp.asarray(np.broadcast_to(np.eye(seqlen, dtype=np.float16)[None, :, None], (2, seqlen, 2, 64)))
-    given = SEEDS[kind](seed)
-    given = given if isinstance(given, int) else cp.asarray(given)
-    out = cuflash.attention(q, q, v, causal=causal, dropout_p=0.4, seed=given, algorithm="fa2")
-    kept = to_numpy(out).swapaxes(1, 2) > 0
-    for batch, head in np.ndindex(2, 2):
-        expected = dropout_keep(0.4, seed, batch, head, slice(0, seqlen), slice(0, seqlen))
-        np.testing.assert_array_equal(kept[batch, head], np.tril(expected) if causal else expected)
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(-7, np.int32), (0xFFFFFFFF, np.uint32)])
@@ -308,8 +200,3 @@ def test_interleavings_raise_no_report_and_agree_bit_for_bit_when_deterministic(
         )
         results.add(b"".join(np.ascontiguousarray(x.get()).tobytes() for x in gradients))
     assert len(results) == 1
-
-
-@pytest.mark.parametrize("name", BLIND)
-def test_rows_that_see_no_key_have_no_gradient_whatever_they_are_given(cp, name):
-    check_blind_rows(cp, name)

@@ -35,6 +35,7 @@ _KERNEL_FLAGS = (
     *("-fsanitize=thread,bounds,shift", "-fsanitize-undefined-trap-on-error"),
     *("--param", "tsan-instrument-func-entry-exit=0", "--param", "tsan-distinguish-volatile=1"),
 )
+_LINK_FLAGS = ("-shared", "-nostdlib")  # without it g++ links libtsan along with -fsanitize=thread
 _FIRST_HEADER = "cuda_on_cpu.h"  # of every kernel program
 
 
@@ -71,19 +72,27 @@ def runtime() -> ctypes.CDLL:
     sources = sorted(_RUNTIME.glob("*.cpp"))
     texts = [path.read_text() for path in (*sources, *sorted(_RUNTIME.glob("*.h")))]
     target = folder() / f"runtime-{_digest(_RUNTIME_FLAGS, texts)}.so"
-    if not target.exists():
-        with _atomically(target) as temporary:
-            objects = [temporary.with_suffix(f".{path.stem}.o") for path in sources]
-            commands = [
-                ["g++", *_RUNTIME_FLAGS, "-c", str(source), "-o", str(target)]
-                for source, target in zip(sources, objects, strict=True)
-            ]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(_run, commands))
-            _run(["g++", "-shared", *map(str, objects), "-o", str(temporary)])
-            for path in objects:
-                path.unlink()
+    import fcntl  # POSIX's alone
+
+    with open(folder() / "runtime.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds it, with all cores
+        if not target.exists():
+            _build_runtime(sources, target)
     return ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
+
+
+def _build_runtime(sources: list[Path], target: Path) -> None:
+    with _atomically(target) as temporary:
+        objects = [temporary.with_suffix(f".{path.stem}.o") for path in sources]
+        commands = [
+            ["g++", *_RUNTIME_FLAGS, "-c", str(source), "-o", str(target)]
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        _run(["g++", "-shared", *map(str, objects), "-o", str(temporary)])
+        for path in objects:
+            path.unlink()
 
 
 @functools.cache
@@ -123,11 +132,7 @@ def compile_kernel(stub: str, entry: str, edits: Mapping[str, str]) -> Path:
     includes = [f"-I{place}" for place in (overlay, _headers(), _HERE, jit.sources_dir())]
     source = ["-include", _FIRST_HEADER, "-x", "c++", str(overlay / "stub.cpp")]
     with _atomically(target) as temporary:
-        # Compiled and linked apart: g++ would link libtsan along with -fsanitize=thread.
-        unlinked = temporary.with_suffix(".o")
-        _run(["g++", *_KERNEL_FLAGS, *includes, *source, "-c", "-o", str(unlinked)])
-        _run(["g++", "-shared", str(unlinked), "-o", str(temporary)])
-        unlinked.unlink()
+        _run(["g++", *_KERNEL_FLAGS, *includes, *source, *_LINK_FLAGS, "-o", str(temporary)])
     return target
 
 

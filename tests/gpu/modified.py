@@ -35,6 +35,16 @@ PAIRS = st.lists(st.sampled_from(sorted(CHOICES)), min_size=2, max_size=2, uniqu
     lambda names: st.fixed_dictionaries({name: CHOICES[name] for name in names})
 )
 
+# For lengths of a few hundred: each by itself, and all together.
+ALONE = {
+    "window": (20, 30),
+    "softcap": 2.0,
+    "dropout_p": 0.3,
+    **{name: True for name in CHOICES if name not in ("window", "softcap", "dropout_p")},
+}
+EVERYTHING = ALONE | {"window": (60, None)}
+CAUSAL = (False, True, "top_left")
+
 BLIND: dict[str, dict[str, Any]] = {  # what may leave rows without a key
     "mask": {"mask": True},
     "bias": {"bias": True},
@@ -72,6 +82,12 @@ def make_modified(
     full = batch, heads_q, seqlen_q
     shape = (*(1 if once else n for n, once in zip(full, broadcast, strict=True)), seqlen_k)
     return problem, random_inputs(problem, seed), random_operands(problem, seed, shape)
+
+
+def documents(seqlen: int, lengths: tuple[int, ...]) -> Any:
+    """A mask: True where query and key are of one document."""
+    ids = np.repeat(np.arange(len(lengths)), lengths)[:seqlen]
+    return (ids[:, None] == ids)[None, None]
 
 
 def options_of(
@@ -123,6 +139,29 @@ def check_modified(
         else:
             allowance = rounding_allowance(problem, want, getattr(stored, name))
             assert_gradient_within_contract(got, want, allowed, name, allowance)
+
+
+def check_call(
+    cp: Any,
+    algorithm: str,
+    seed: int,
+    seqlens: tuple[int, int],
+    causal: bool | str,
+    modifiers: Mapping[str, Any],
+    *,
+    batch: int = 2,
+    heads: tuple[int, int] = (4, 2),
+    head_dims: tuple[int, int] = (64, 64),
+    dtype: str = "bfloat16",
+    broadcast: tuple[bool, bool, bool] = (False, False, False),
+    **kwargs: Any,
+) -> None:
+    """``check_modified`` of ``make_modified``'s problem."""
+    problem, inputs, operands = make_modified(
+        seed, batch, seqlens, heads, head_dims, dtype, causal, modifiers, broadcast
+    )
+    options = options_of(problem, causal, modifiers, algorithm)
+    check_modified(cp, problem, inputs, operands, options, **kwargs)
 
 
 def check_blind_rows(cp: Any, name: str, head_dim: int = 64, algorithm: str = "fa2") -> None:
