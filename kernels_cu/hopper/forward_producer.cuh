@@ -51,9 +51,10 @@ __device__ __forceinline__ void produce(const Rings& rings, const CUtensorMap& q
   const int mapped = first_mapped_key(params);
   const auto load_k = [&](unsigned use, const auto& work, int n_block) {
     rings.k.wait_empty(use);
-    const unsigned slot = rings.k.slot(use), full = rings.k.full(use);
+    const unsigned full = rings.k.full(use);
     mbarrier_arrive_expect_tx(full, KTile::kBytes);
     const int key = n_block * kBlockN - mapped;
+    const unsigned slot = rings.k.slot(use);
     if constexpr (Config::kVarlen) {
       KTile::load_of_sequence(slot, &k_map, full, key, work.kv_head, work.first_key, work.tile.keys);
     } else KTile::load(slot, &k_map, full, key, work.kv_head, work.tile.batch);
@@ -64,9 +65,10 @@ __device__ __forceinline__ void produce(const Rings& rings, const CUtensorMap& q
     if constexpr (kZeroesV) {
       rings.v_block(use) = {work.tile.batch, work.tile.head, n_block, work.keys.is_full(n_block)};
     }
-    const unsigned slot = rings.v.slot(use), landed = kZeroesV ? rings.v_landed.full(use) : rings.v.full(use);
+    const unsigned landed = kZeroesV ? rings.v_landed.full(use) : rings.v.full(use);
     mbarrier_arrive_expect_tx(landed, VTile::kBytes);
     const int key = n_block * kBlockN - mapped;
+    const unsigned slot = rings.v.slot(use);
     if constexpr (Config::kVarlen) {
       VTile::load_of_sequence(slot, &v_map, landed, key, work.kv_head, work.first_key, work.tile.keys);
     } else VTile::load(slot, &v_map, landed, key, work.kv_head, work.tile.batch);
