@@ -7,8 +7,8 @@
 //           the next that nobody has taken (an atomic counter, which is back at 0 when the last block is done).
 //           Few queries: kPackedHeads heads of a group share a tile, row r being head r % kPackedHeads of query
 //           r / kPackedHeads, and "head" below counts such packs.
-// Threads   warpgroup 0 produces: one thread starts all TMA loads. kWarpgroups more consume; each owns 64 queries and
-//           sees every key. setmaxnreg moves the producer's registers to them.
+// Threads   warpgroup 0 produces: one thread starts all TMA loads (hopper/forward_producer.cuh). kWarpgroups more consume,
+//           here; each owns 64 queries and sees every key. setmaxnreg moves the producer's registers to them.
 // Loop      of a consumer, over the key blocks n of a tile from the last visible one down:
 //             start S = Q K[n]ᵀ;  start O += P V[n + 1];  wait for S;  release K[n];
 //             mask, row_max, P' = 2^(S·scale_log2 − row_max·scale_log2), row_sum          (under the products)
@@ -16,12 +16,12 @@
 //           At a tile's end the last O += P V has no S beside it. With two Q slots (kQStages) it gets the first S of
 //           the next tile, and the tensor cores do not idle between tiles. One Q slot is refilled meanwhile.
 //           Ping-pong (kPingPong): warpgroups issue products in turn, so that one's softmax runs under the other's.
-// Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
+// Shared memory, in order (hopper/forward_layout.cuh; tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           Q · kQStages | K · kStages | V · kStages | O · kWarpgroups, if kQStages = 2; else O is staged over V
 //           | which tile each Q belongs to, 16 bytes · kQStages | if kZeroesV, which block each V is, 16 bytes · kStages
 //           | barriers
 // Registers O: kHeadDimV/2, S: kBlockN/2, P: kBlockN/4 a thread; docs/hopper-forward.md has ptxas's figures.
-// Barriers  (pipeline.cuh)   who arrives                            who waits
+// Barriers  (Rings)          who arrives                            who waits
 //           q.full           producer, TMA's bytes                  consumers, before they read the tile or its Q
 //           q.empty          each consumer that has read which tile producer, before it writes either
 //                            it is; lane 0 after its last S

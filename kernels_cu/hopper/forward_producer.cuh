@@ -3,10 +3,10 @@
 //
 //   Q, K[2] · K[1], V[2] · K[0], V[1] · the next tile's Q and first K, V[0]
 //
-// but with one Q slot, which is free when O += P V[0] has been started only, V[0] comes before the next tile.
-// After the last tile comes a Q that is none (kNoTile).
+// With one Q slot, which is not free before V[0] is awaited, V[0] comes before the next tile. After the last tile comes a Q
+// slot that says so (kNoTile).
 //
-// If kZeroesV, a warp of the same warpgroup stands between TMA and the consumers of V: it zeroes keys that no query sees.
+// If kZeroesV, a warp beside it stands between TMA and the consumers of V: it zeroes keys that no query sees.
 #pragma once
 #include "core/scheduler.cuh"
 #include "hopper/forward_layout.cuh"
