@@ -43,7 +43,8 @@ MaskMod = Callable[..., Any]  # (b, h, q, kv)
 class Mods:
     """One modifier, as each library is given it."""
 
-    ours: dict[str, dict[str, Any]]  # how it is given → the options of ``cuflash.attention``
+    # how it is given → the options of ``cuflash.attention_backward``; of ``attention`` all but bias_grad
+    ours: dict[str, dict[str, Any]]
     score_mod: ScoreMod | None = None
     mask_mod: MaskMod | None = None
     by_batch: bool = False  # mask_mod depends on b
@@ -164,7 +165,7 @@ def _bias(w: Workload, device: Any) -> Mods:
     shape = (1, w.heads_q, w.seqlen, w.seqlen)
     bias = torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, w.dtype))
     return Mods(
-        {"bias, with its gradient": {"bias": bias}},
+        {"bias": {"bias": bias, "bias_grad": False}, "bias, with its gradient": {"bias": bias}},
         score_mod=lambda score, b, h, q, kv: score + bias[0, h, q, kv],
     )
 
@@ -315,15 +316,20 @@ def free_memory() -> None:
 
 def _our_run(inputs: Inputs, options: dict[str, Any], algorithm: str, name: str) -> Run:
     q, k, v = inputs.q, inputs.k, inputs.v
-    given = {**options, "algorithm": algorithm}
+    given = {**_of_forward(options), "algorithm": algorithm, "return_lse": True}
     if name == "forward":
-        return lambda: cuflash.attention(q, k, v, return_lse=True, **given)[0]
-    out, lse = cuflash.attention(q, k, v, return_lse=True, **given)
+        return lambda: cuflash.attention(q, k, v, **given)[0]
+    out, lse = cuflash.attention(q, k, v, **given)
+    given = {**options, "algorithm": algorithm}
     return lambda: cuflash.attention_backward(inputs.dout, q, k, v, out, lse, **given)
 
 
+def _of_forward(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in options.items() if name != "bias_grad"}
+
+
 def _family(inputs: Inputs, options: dict[str, Any], algorithm: str, name: str) -> str:
-    explanation = cuflash.explain(inputs.q, inputs.k, inputs.v, algorithm=algorithm, **options)
+    explanation = cuflash.explain(inputs.q, inputs.k, inputs.v, algorithm=algorithm, **_of_forward(options))
     return explanation.family if name == "forward" else explanation.backward.split()[0]
 
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from benchmarks.markdown import markdown, short_dtype
 from benchmarks.peers import PEERS
 from benchmarks.results import Results, Row
-from benchmarks.time_tables import TIME_TABLES, compare_counters, varlen_table
+from benchmarks.time_tables import (
+    TIME_SUMMARIES,
+    TIME_TABLES,
+    compare_counters,
+    varlen_summary,
+    varlen_table,
+)
 
 UNTOLD_FEATURES = ("registers", "spill_bytes", "chosen")  # columns, and bold print, of the candidates' tables
 
 
 def table(results: Results) -> str:
     """Every row: our speed, each peer's, and the ratio; a geometric mean for each head dim and over all."""
-    first = results["rows"][0]
-    make = varlen_table if "lengths" in first["features"] else TIME_TABLES.get(first["direction"])
-    if make is None:
-        return _sections(results, _speed_table)
-    return "\n".join([*make(results["rows"]), "", footer(results)])
+    return _timed(results, varlen_table, TIME_TABLES) or _sections(results, _speed_table)
 
 
 def burst(results: Results) -> str:
@@ -33,8 +35,22 @@ def burst(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """One line for each head dim and mask: our speeds; geometric mean and lowest ratio to each peer."""
-    return _sections(results, _summary_table)
+    """One line for each head dim and mask: our speeds; geometric mean and lowest ratio to each peer.
+
+    Of packed documents for each pass and kernel; of decoding and modifiers the rows that tell most.
+    """
+    return _timed(results, varlen_summary, TIME_SUMMARIES) or _sections(results, _summary_table)
+
+
+def _timed(
+    results: Results,
+    of_packed: Callable[[list[Row]], list[str]],
+    by_direction: Mapping[str, Callable[[list[Row]], list[str]]],
+) -> str | None:
+    """The table of rows that have one of their own."""
+    first = results["rows"][0]
+    make = of_packed if "lengths" in first["features"] else by_direction.get(first["direction"])
+    return "\n".join([*make(results["rows"]), "", footer(results)]) if make else None
 
 
 def candidates(results: Results) -> str:

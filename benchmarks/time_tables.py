@@ -41,6 +41,11 @@ def _decode_table(rows: list[Row]) -> list[str]:
     return [*markdown(head, body), "", note]
 
 
+def _decode_summary(rows: list[Row]) -> list[str]:
+    """The same of one query for each sequence and a cache in one piece."""
+    return _decode_table([row for row in rows if row["seqlen_q"] == 1 and not row["features"]])
+
+
 DECODE_PEER_LABELS = {"fa3": "FA3", "fa2": "FA2", "sdpa": "SDPA"}
 DECODE_PEERS = tuple(DECODE_PEER_LABELS)
 
@@ -268,6 +273,27 @@ def _modifiers_line(row: Row, peers: list[str]) -> list[str]:
     return cells
 
 
+def _modifiers_summary(rows: list[Row]) -> list[str]:
+    """A line for each modifier, as it is given first, in the first kernel; forward beside backward."""
+    of_pass: dict[str, dict[str, Row]] = {"forward": {}, "backward": {}}
+    for row in rows:
+        if row["family"] == rows[0]["family"]:
+            of_pass[row["features"]["pass"]].setdefault(row["features"]["modifier"], row)
+    head, body = ["modifier"], []
+    for name in of_pass:
+        head += [f"{name}, ms", "FlexAttention, ms", "speed-up"]
+    for modifier in of_pass["forward"] | of_pass["backward"]:
+        cells = [modifier]
+        for found in of_pass.values():
+            ms = found[modifier]["ms"] if modifier in found else None
+            flex = found[modifier]["peers"].get("flex") if modifier in found else None
+            cells += [f"{ms:.3f}" if ms else "-"]
+            cells += [f"{flex:.3f}", f"{flex / ms:.2f}"] if ms and flex else ["-", "-"]
+        body.append(cells)
+    size = "{family}, d = {head_dim}, length {seqlen_q}, batch {batch}, {heads_q} heads, ".format(**rows[0])
+    return [size + f"{short_dtype(rows[0])}.", "", *markdown(head, body)]
+
+
 def varlen_table(rows: list[Row]) -> list[str]:
     """Packed documents: a line for each point and kernel, then what the documents are."""
     names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
@@ -280,6 +306,23 @@ def varlen_table(rows: list[Row]) -> list[str]:
     lengths = {key(row)[1:]: row["features"]["lengths"] for row in rows}
     notes = [f"- {tokens} tokens: {lengths[tokens, longest]}." for tokens, longest in sorted(lengths)]
     return [*markdown(head, lines), "", *notes]
+
+
+def varlen_summary(rows: list[Row]) -> list[str]:
+    """For each pass and kernel: our speeds; geometric mean and lowest ratio to each peer."""
+    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    head = ["pass", "kernel", "TFLOP/s", *(f"ratio to {_VARLEN_PEERS.get(n, n)} (lowest)" for n in names)]
+    lines = []
+    kinds = dict.fromkeys((row["direction"], row["family"]) for row in rows)
+    for direction, family in sorted(kinds, key=lambda kind: kind[0] == "backward"):
+        found = [row for row in rows if (row["direction"], row["family"]) == (direction, family)]
+        speeds = [row["tflops"] for row in found]
+        cells = [direction, family, f"{min(speeds):.0f} to {max(speeds):.0f}"]
+        for name in names:
+            ratios = [row["tflops"] / row["peers"][name] for row in found if name in row["peers"]]
+            cells.append(f"{_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "-")
+        lines.append(cells)
+    return markdown(head, lines)
 
 
 _VARLEN_PEERS = {
@@ -317,4 +360,8 @@ TIME_TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "memory": _memory_table,
     "matmul": _matmul_table,
     "modifiers": _modifiers_table,
+}
+TIME_SUMMARIES: dict[str, Callable[[list[Row]], list[str]]] = {
+    "decode": _decode_summary,
+    "modifiers": _modifiers_summary,
 }

@@ -34,6 +34,7 @@ def attention_backward(
     layout: str = "bshd",
     deterministic: bool = False,
     algorithm: str = "auto",
+    bias_grad: bool = True,
     mod_args_grad: Sequence[str] = (),
     **modifiers: Unpack[Arguments],
 ) -> tuple[Any, ...]:
@@ -65,6 +66,8 @@ def attention_backward(
         other, which takes longer and no more memory to speak of.
     algorithm : "auto", "hopper", "fa2", "fa1", "standard" or "cpu"
         The kernel family, as for ``attention``. "fa1" and "standard" always give the same bits.
+    bias_grad : bool
+        Whether to return dbias where bias is given. It takes a kernel more: pass False where bias is fixed.
     mod_args_grad : sequence of names of mod_args
         Float arrays among them whose gradients by way of score_mod are to be returned too.
 
@@ -73,7 +76,7 @@ def attention_backward(
     dq, dk, dv : arrays of the shapes and the dtype of q, k and v
         Contiguous, of q's library and on its device. dk and dv are summed over the query heads that share a
         key/value head. Queries that see no key, and keys that no query sees, get zeros, whatever they hold.
-    dbias : array of the shape and dtype of bias, after dv, only if bias is given
+    dbias : array of the shape and dtype of bias, after dv, if bias is given, but not with bias_grad=False
         Summed over the axes along which it is broadcast.
     dsinks : array of the shape and dtype of sinks, after these, only if sinks is given
     gradients of mod_args : arrays of their shapes and dtypes, last, in the order of ``mod_args_grad``
@@ -96,7 +99,10 @@ def attention_backward(
     as the process lives.
     """
     scalars, operands = collect(modifiers)
-    wanted = *differentiable(operands), *_operands_of(mod_args_grad)
+    if not isinstance(bias_grad, bool):
+        raise TypeError(f"bias_grad must be a bool, got {bias_grad!r}")
+    of_operands = [name for name in differentiable(operands) if bias_grad or name != "bias"]
+    wanted = *of_operands, *_operands_of(mod_args_grad)
     options = BackwardOptions(causal, scale, layout, deterministic, algorithm, scalars, wanted)
     return differentiate(dout, q, k, v, out, lse, dlse, options, operands)
 

@@ -70,6 +70,9 @@ class HopperConfig:
         q, o = self._tile_bytes(self.block_m, self.head_dim), self._tile_bytes(self.block_m, self.head_dim_v)
         k, v = self._tile_bytes(self.block_n, self.head_dim), self._tile_bytes(self.block_n, self.head_dim_v)
         tiles = self.q_stages * q + self.stages * (k + v) + (o if self.q_stages == 2 else 0)
+        if self.modifiers.bias_tiles:
+            bias = self._tile_bytes(self.block_m, self.block_n)
+            tiles += self.stages * (bias + 2 * _BARRIER_BYTES)
         barriers = _BARRIER_BYTES * (2 * (self.q_stages + 2 * self.stages) + 1)
         # Where V is not ready when TMA is done, another barrier, and which block it is.
         zeroes_v = self.modifiers.hides_keys or (self.varlen and self.modifiers.window)
@@ -128,6 +131,15 @@ MODIFIED_TILES = (
     Tile(192, 192, warpgroups=2, block_n=112, q_stages=1),
     Tile(256, 256, warpgroups=2, block_n=64, q_stages=1),
 )
+# With a bias whose tiles are in shared memory too, in panels of 64 keys.
+BIAS_TILES = (
+    Tile(64, 64, warpgroups=2, block_n=128, q_stages=2),
+    Tile(96, 96, warpgroups=2, block_n=128, q_stages=1),
+    Tile(128, 128, warpgroups=2, block_n=128, q_stages=1),
+    Tile(192, 128, warpgroups=2, block_n=64, q_stages=1),
+    Tile(192, 192, warpgroups=2, block_n=64, q_stages=1),
+    Tile(256, 256, warpgroups=2, block_n=64, q_stages=1),
+)
 MODIFIED_SPILL_BYTES = 512  # of programs with modifiers, all at once; one alone spills little if anything
 
 _PRODUCER_REGISTERS = 32  # as few as it needs without spilling
@@ -155,7 +167,8 @@ def choose_hopper(
 
     Only plain programs pack heads: modifiers take the rows of a tile for queries of one head.
     """
-    tile = next(tile for tile in (MODIFIED_TILES if modifiers else TILES) if tile.takes(problem))
+    tiles = BIAS_TILES if modifiers.bias_tiles else MODIFIED_TILES if modifiers else TILES
+    tile = next(tile for tile in tiles if tile.takes(problem))
     return make_config(
         tile,
         dtype=problem.dtype,

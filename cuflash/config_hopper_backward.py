@@ -5,7 +5,7 @@ Pure Python without CuPy, as ``cuflash.config_hopper``, whose conventions hold h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cuflash import config_hopper
@@ -87,7 +87,8 @@ class HopperBackwardConfig:
         slot = _PACKED_BLOCK_SLOT_BYTES if self.modifiers.varlen else _BLOCK_SLOT_BYTES
         next_block = _BARRIER_BYTES + slot if self.is_persistent else 0
         second_p = ds if self.modifiers.makes_two_ps else 0  # what makes dS, as fragments
-        return _streamed_bytes(self) + _DS_STAGES * ds + second_p + barriers + next_block
+        bias = self.stages * ds if self.modifiers.bias_tiles else 0
+        return _streamed_bytes(self) + _DS_STAGES * ds + second_p + bias + barriers + next_block
 
     def stub(self) -> str:
         """The translation unit given to NVRTC: the constants as ``struct Config``, then the kernel."""
@@ -310,6 +311,12 @@ MODIFIED_TILES = (
     Tile(96, 96, 64, 3, True, 96, helper_registers=88, main_registers=208),
     Tile(128, 128, 64, 3, True, 64, helper_registers=72, main_registers=216),
 )
+# In place of those where tiles of bias come with Q.
+BIAS_TILES = (
+    Tile(64, 64, 64, 3, True, 64, helper_registers=72, main_registers=216),
+    Tile(96, 96, 64, 2, True, 96, helper_registers=88, main_registers=208),
+    Tile(128, 128, 64, 2, True, 64, helper_registers=72, main_registers=216),
+)
 MODIFIED_WIDE_TILES = WIDE_TILES
 MODIFIED_SPILL_BYTES = 1024  # of programs with modifiers, all at once; one alone spills little if anything
 
@@ -357,7 +364,7 @@ def make_config(
             block_n=MAIN_ROWS,
             causal=causal,
             deterministic=deterministic,
-            modifiers=modifiers,
+            modifiers=replace(modifiers, bias_tiles=False),  # there is no room for them
             **tile._asdict(),
         )
     if isinstance(tile, PairTile):
@@ -410,7 +417,7 @@ def _pairs_pay(problem: Problem, deterministic: bool) -> bool:
 def _tile(problem: Problem, deterministic: bool, modifiers: ModifierFlags) -> AnyTile:
     tiles: tuple[AnyTile, ...] = (*TILES, *WIDE_TILES)
     if modifiers.modify:
-        tiles = (*MODIFIED_TILES, *MODIFIED_WIDE_TILES)
+        tiles = (*(BIAS_TILES if modifiers.bias_tiles else MODIFIED_TILES), *MODIFIED_WIDE_TILES)
     elif not modifiers.varlen and _pairs_pay(problem, deterministic):
         tiles = (*TILES[:-1], *TILES_PAIR, *WIDE_TILES)
     return next(t for t in tiles if problem.head_dim <= t.head_dim and problem.head_dim_v <= t.head_dim_v)

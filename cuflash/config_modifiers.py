@@ -17,6 +17,7 @@ from cuflash.formulas import ModArg
 from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
 from cuflash.stub import translation_unit
+from cuflash.tensor_map import ALIGNMENT, STRIDE_LIMIT
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -34,6 +35,7 @@ class ModifierFlags:
     mask: bool = False
     unit_strides: bool = False  # bias and mask, whichever there are, have contiguous rows
     bias_pairs: bool = False  # the forward reads two neighbouring elements of bias at once
+    bias_tiles: bool = False  # hopper's forward has TMA bring tiles of bias
     key_padding: bool = False
     query_padding: bool = False
     sinks: bool = False
@@ -106,7 +108,8 @@ class ModifierFlags:
 
 PLAIN = ModifierFlags()
 _MASK_SUMMARY_THREADS = 256  # about so many
-_OF_BIAS_AND_MASK = {"bias_float32", "unit_strides", "bias_pairs"}  # how they are read: no modifiers
+# How they are read: no modifiers.
+_OF_BIAS_AND_MASK = {"bias_float32", "unit_strides", "bias_pairs", "bias_tiles"}
 
 
 def spill_bytes(plain: int, modifiers: ModifierFlags) -> int:
@@ -145,7 +148,8 @@ def flags_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> ModifierFlags:
         bias_float32="bias" in infos and infos["bias"].dtype == "float32",
         mask="mask" in infos,
         unit_strides=bool(by_key) and unit_strides,
-        bias_pairs="bias" in infos and unit_strides and _are_pairs_aligned(infos["bias"]),
+        bias_pairs="bias" in infos and unit_strides and _are_pairs(infos["bias"]),
+        bias_tiles="bias" in infos and unit_strides and _are_tiles(infos["bias"]),
         key_padding="key_padding" in infos,
         query_padding="query_padding" in infos,
         sinks="sinks" in infos,
@@ -156,10 +160,24 @@ def flags_of(problem: Problem, infos: Mapping[str, ArrayInfo]) -> ModifierFlags:
     )
 
 
-def _are_pairs_aligned(info: ArrayInfo) -> bool:
+def _are_pairs(info: ArrayInfo) -> bool:
     """Every row starts at a multiple of two elements, and has a whole number of pairs."""
-    steps = [stride for stride, size in zip(info.strides[:3], info.shape[:3], strict=True) if size > 1]
-    return info.shape[3] % 2 == 0 and all(n % (2 * info.itemsize) == 0 for n in (info.pointer, *steps))
+    return info.shape[3] % 2 == 0 and all(n % (2 * info.itemsize) == 0 for n in (info.pointer, *_steps(info)))
+
+
+def _are_tiles(info: ArrayInfo) -> bool:
+    """Elements are of 16 bits, and TMA can step along the rows."""
+    steps = _steps(info)
+    return (
+        info.itemsize == ELEMENT_BYTES
+        and all(n % ALIGNMENT == 0 for n in (info.pointer, *steps))
+        and all(0 <= step < STRIDE_LIMIT for step in steps)
+    )
+
+
+def _steps(info: ArrayInfo) -> list[int]:
+    """Strides along the axes before the last that have more than one element."""
+    return [stride for stride, size in zip(info.strides[:3], info.shape[:3], strict=True) if size > 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +274,11 @@ class BiasGradientConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of one thread block, as the kernel maps it."""
         return (self.block_m + self.block_n) * (self.head_dim + self.head_dim_v) * ELEMENT_BYTES
+
+    @property
+    def spill_bytes(self) -> int:
+        """What ptxas may store to the stack: the bias stays in registers beside what a formula takes."""
+        return 64 if self.modifiers.score_mod else 0
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""

@@ -12,7 +12,7 @@ from cuflash.config_hopper import HopperConfig
 from cuflash.config_modifiers import flags_of
 from cuflash.config_standard import SoftmaxConfig, choose_softmax
 from cuflash.launch import KernelCall
-from cuflash.launch_hopper import HopperCall, hopper_forward_call
+from cuflash.launch_hopper import HopperCall, hopper_forward_call, tiled_bias
 from cuflash.launch_modifiers import modifier_params, with_mod_args
 from cuflash.launch_standard import StandardForward, forward_calls
 from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts, standard_layouts
@@ -160,6 +160,7 @@ def _hopper(request: Request, options: Options, gpu: Gpu, not_used: dict[str, st
         multiprocessors=gpu.multiprocessors,
         l2_bytes=gpu.l2_bytes,
         modifiers=modifiers,
+        bias=tiled_bias(config.modifiers, infos),
     )
     program = jit.compile(config, arch)
     words = summary.words if summary else None

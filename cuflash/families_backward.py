@@ -23,6 +23,7 @@ from cuflash.families import Gpu, pick, why_not_modified
 from cuflash.flash_backward import FlashSteps, load_flash_steps
 from cuflash.launch import Operand
 from cuflash.launch_backward import BackwardCalls, BackwardStrides, backward_calls
+from cuflash.launch_hopper import tiled_bias
 from cuflash.launch_hopper_backward import hopper_backward_calls
 from cuflash.layouts import Objection, padded, why_not_read, why_not_read_by_cublas
 from cuflash.modified_backward import ModifiedConfigs, ModifiedSteps, load_modified_steps, modified_calls
@@ -119,6 +120,7 @@ def _hopper(request: Request, options: BackwardOptions, gpu: Gpu) -> _Made:
             l2_bytes=gpu.l2_bytes,
             modifiers=modifiers,
             of_preprocess=of_preprocess,
+            bias=tiled_bias(configs.main.modifiers, infos),
         )
 
     return layouts, _loader(request, options, gpu, configs, layouts, calls)

@@ -83,6 +83,7 @@ def load_flash_steps(configs: FlashConfigs, calls: BackwardCalls, arch: str) -> 
     main = configs.main
     main_takes = _main_takes(main)
     main_arrays = 0 if isinstance(main, Fa1BackwardConfig) else len(_arrays_of(main))
+    map_inside = any(m.name == "bias" for m in calls.maps)
     of_preprocess = _arrays_of(configs.preprocess)
     preprocess = launcher.load(
         configs.preprocess,
@@ -106,9 +107,10 @@ def load_flash_steps(configs: FlashConfigs, calls: BackwardCalls, arch: str) -> 
             main,
             calls.main,
             arch,
-            maps=len(calls.maps),
+            maps=len(calls.maps) - map_inside,
             addresses=len(main_takes) - main_arrays,
             arrays=main_arrays,
+            map_inside=map_inside,
         ),
         postprocess,
         (*_PREPROCESS_TAKES, *of_preprocess),

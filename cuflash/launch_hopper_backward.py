@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from cuflash.launch_backward import (
     visible_rows,
     with_passes,
 )
+from cuflash.launch_hopper import bias_map, with_bias_map
 from cuflash.problem import Problem
 from cuflash.tensor_map import tensor_map
 
@@ -57,10 +59,12 @@ def hopper_backward_calls(
     l2_bytes: int,
     modifiers: Any = None,
     of_preprocess: Any = None,
+    bias: Operand | None = None,
 ) -> BackwardCalls:
     """As ``launch_backward.backward_calls``, for a problem that ``why_not`` lets through.
 
-    ``operands`` are q, k, v, dout, dk and dv as TMA meets them.
+    ``operands`` are q, k, v, dout, dk and dv as TMA meets them, and ``bias`` is that of a program that takes
+    it in tiles.
     """
     check_ranges(problem)
     main, rows = configs.main, visible_rows(problem)
@@ -95,7 +99,7 @@ def hopper_backward_calls(
     # before and past them, whatever lies there. dK and dV are written whole.
     first_row, first_key = first_visible_row(problem), problem.first_key_visible
     queries, keys = rows.stop - first_row, problem.seqlen_k_visible - first_key
-    maps = (
+    maps: tuple[MapOf, ...] = (
         map_of("q", main.block_m, queries, first_row),
         map_of("k", main.block_n, keys, first_key),
         map_of("v", main.block_n, keys, first_key),
@@ -103,4 +107,8 @@ def hopper_backward_calls(
         map_of("dk", MAIN_ROWS, problem.seqlen_k),
         map_of("dv", MAIN_ROWS, problem.seqlen_k),
     )
+    if bias is not None:
+        described = bias_map(problem, bias, main.block_m, rows.start)
+        maps = (*maps, MapOf("bias", described, rows.start * described.strides[0]))
+        call = replace(call, params=with_bias_map(call.params))
     return with_passes(problem, configs, strides, call, maps, modifiers=of_preprocess)

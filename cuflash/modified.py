@@ -26,7 +26,8 @@ from cuflash.problem import Problem
 from cuflash.tensor_map import EncodedMap
 
 FA2_ADDRESSES = 5  # that its forward takes: q, k, v, out, lse or null
-HOPPER_ADDRESSES = 2  # lse or null, a counter; the arrays by tensor maps
+HOPPER_MAPS = 4  # that Hopper's forward takes: q, k, v, out
+HOPPER_ADDRESSES = 2  # and lse or null, a counter; the arrays by tensor maps
 
 
 class SummaryPass(NamedTuple):
@@ -114,8 +115,15 @@ class ModifiedLauncher:
         arrays = self._mod_args + len(MODIFIER_ARRAYS)
         self._own, maps = FA2_ADDRESSES, 0
         if isinstance(call, HopperCall):
-            self._own, maps = HOPPER_ADDRESSES, len(call.maps)
-        self._main = launcher.Launcher(function, call, maps=maps, addresses=self._own, arrays=arrays)
+            self._own, maps = HOPPER_ADDRESSES, HOPPER_MAPS
+        self._main = launcher.Launcher(
+            function,
+            call,
+            maps=maps,
+            addresses=self._own,
+            arrays=arrays,
+            map_inside=isinstance(call, HopperCall) and len(call.maps) > HOPPER_MAPS,
+        )
         self.summary = None if summary is None else SummaryLauncher.load(summary, program.arch)
 
     def __call__(self, maps: Sequence[EncodedMap], addresses: Sequence[int], stream: int) -> None:

@@ -40,7 +40,7 @@ class Plan:
     footprints: dict[str, Footprint]
     launch: launcher.Launcher | StandardLauncher | ModifiedLauncher | None  # None: the output is empty
     workspace_words: int | None  # that the launch takes, of 4 bytes, if only 0; None: it takes no workspace
-    encoders: tuple[Encoder, ...] | None  # of q, k, v and out, for a kernel that takes tensor maps
+    encoders: tuple[Encoder, ...] | None  # of q, k, v, out and perhaps bias, where a kernel takes maps
     offsets: tuple[int, ...]  # of these maps: bytes from where the arrays start
     takes_tiles: bool  # the kernel needs a tile counter
     is_modified: bool  # the launch takes the addresses of operands
@@ -113,7 +113,7 @@ def _run(
     if plan.layouts.copies:
         q, k, v, target = _copies(plan.layouts, gpu, q, k, v, result, plan.device)
     pointer = gpu.pointer
-    where = (pointer(q), pointer(k), pointer(v), pointer(target))
+    where: tuple[int, ...] = (pointer(q), pointer(k), pointer(v), pointer(target))
     lse_address = 0 if lse is None else pointer(lse)
     stream = gpu.stream(plan.device)
     of_operands = operand_addresses(gpu, operands) if plan.is_modified else ()
@@ -125,6 +125,8 @@ def _run(
         counter = 0
         if plan.takes_tiles:
             counter = tile_counters.address(plan.device, stream, gpu.is_capturing(plan.device))
+        if len(plan.encoders) > len(where):
+            where = (*where, pointer(operands["bias"]))
         maps = list(map(Encoder.__call__, plan.encoders, map(operator.add, where, plan.offsets)))
         addresses = (lse_address, counter, *of_operands)
     kept: MaskSummary | None = operands.get(SUMMARY)

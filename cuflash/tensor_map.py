@@ -18,11 +18,11 @@ from cuflash.resources import ELEMENT_BYTES
 
 ALIGNMENT = 16  # bytes: addresses and strides are multiples of it
 PANEL_COLUMNS = 64  # 16-bit elements in the 128 bytes that the widest swizzle takes
+STRIDE_LIMIT = 2**40  # bytes
+MAP_BYTES, MAP_ALIGNMENT = 128, 64  # of an encoded map
 
 # CUDA driver API, cuTensorMapEncodeTiled
-_STRIDE_LIMIT = 2**40
-_BYTES = 128
-_ENCODED = np.dtype((np.void, _BYTES))
+_ENCODED = np.dtype((np.void, MAP_BYTES))
 _DATA_TYPE = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
 _INVALID_CONTEXT = 201  # CUresult
 _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _OOB_FILL_ZEROS = 0, 3, 2, 0
@@ -83,7 +83,7 @@ def why_not_mapped(shape: tuple[int, ...], strides: tuple[int, ...], pointer: in
     steps = [stride for stride, size in zip(strides[:3], shape[:3], strict=True) if size > 1]
     if any(n % ALIGNMENT for n in (pointer, *steps)):
         return f"its rows do not start at multiples of {ALIGNMENT} bytes"
-    if any(not 0 <= step < _STRIDE_LIMIT for step in steps):
+    if any(not 0 <= step < STRIDE_LIMIT for step in steps):
         return "TMA takes strides from 0 to 2**40 bytes"
     return None
 
@@ -162,8 +162,8 @@ class Encoder:
         return encoded
 
     def _encode(self, pointer: int) -> EncodedMap:
-        buffer = np.empty(2 * _BYTES, np.uint8)
-        start = -buffer.ctypes.data % 64  # the driver wants it aligned; launches copy it
+        buffer = np.empty(2 * MAP_BYTES, np.uint8)
+        start = -buffer.ctypes.data % MAP_ALIGNMENT  # the driver wants it aligned; launches copy it
         target = buffer.ctypes.data + start
         status = self._write(target, pointer)
         if status == _INVALID_CONTEXT:
@@ -174,7 +174,7 @@ class Encoder:
                 f"cuTensorMapEncodeTiled failed with CUDA error {status} "
                 f"for address {pointer:#x} and {self._description}"
             )
-        return EncodedMap(buffer[start : start + _BYTES])
+        return EncodedMap(buffer[start : start + MAP_BYTES])
 
     def _write(self, target: int, pointer: int) -> int:
         return _driver().cuTensorMapEncodeTiled(

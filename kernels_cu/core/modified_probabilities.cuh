@@ -14,10 +14,14 @@ constexpr bool kChangesP = kModifiesScores || Config::kWindow || kMasks || Confi
 // makes dS, for 16 keys and 16 queries at a time as an operand A: P times the slope of the scores, and with the sign bit
 // where it was dropped, but for a formula's slope, which has a sign of its own. Done in strips of 16 keys and
 // 8·kStripTiles queries, one after the other: few slopes at a time.
-template <class Element, int kStripTiles, int kMTiles, int kNTiles, class Params, class Keep>
+//
+// Without kReadsBias, add_bias(p, m, n) adds it to a strip.
+template <class Element, int kStripTiles, bool kReadsBias = Config::kBias, int kMTiles, int kNTiles, class Params,
+          class Keep, class AddBias = AddNothing>
 __device__ __forceinline__ void modified_probabilities(float (&products)[kMTiles][kNTiles][4], const FloatPair* lse_pair,
                                                        const Visible<Params>& visible, int batch, int head, int key,
-                                                       int query, bool masked, const Keep& keep) {
+                                                       int query, bool masked, const Keep& keep,
+                                                       const AddBias& add_bias = AddBias{}) {
   static_assert(kNTiles % kStripTiles == 0 && kStripTiles % 2 == 0, "whole strips of whole operands");
   const Params& params = visible.params;
   const ScoreModifiers<Element> modifiers = score_modifiers<Element>(params, batch, head, params.first_row);
@@ -34,12 +38,13 @@ __device__ __forceinline__ void modified_probabilities(float (&products)[kMTiles
                             params.first_row, [&](int, int j, int r, float x) { slope[j][r] = x; });
     }
     if constexpr (kModifiesScores) {
-      modifiers.template apply<true>(p, strip_key, strip_query, visible.queries(), visible.keys(),
-                                     [&](int, int j, int r, float x) {
-                                       if constexpr (Config::kScoreMod) slope[j][r] *= x;
-                                       else slope[j][r] = x;
-                                     });
+      modifiers.template apply<true, kReadsBias>(p, strip_key, strip_query, visible.queries(), visible.keys(),
+                                                 [&](int, int j, int r, float x) {
+                                                   if constexpr (Config::kScoreMod) slope[j][r] *= x;
+                                                   else slope[j][r] = x;
+                                                 });
     }
+    if constexpr (Config::kBias && !kReadsBias) add_bias(p[0], m, n);
 #pragma unroll
     for (int i = 0; i < kStripTiles * 4; ++i) {
       const FloatPair lse = lse_pair[4 * (n + i / 4)];

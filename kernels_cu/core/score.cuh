@@ -8,6 +8,8 @@
 constexpr bool kModifiesScores = Config::kScoreMod || Config::kSoftcap || Config::kAlibi || Config::kBias;
 constexpr bool kHasSlope = Config::kScoreMod || Config::kSoftcap;  // ∂score/∂(scaled product) is not 1
 
+struct AddNothing {};  // where nothing but ScoreModifiers adds a bias
+
 // Of one (batch, head).
 template <class Element>
 struct ScoreModifiers {
@@ -20,10 +22,12 @@ struct ScoreModifiers {
 
   // Products q·k, or what core/score_mod.cuh made of them, of rows `row` + 16·m + … and columns `column` + … of one warp
   // become scores in base 2. Rows are queries or, if kTransposed, keys; elements from `queries` or `keys` on are not read.
+  // Without kReadsBias its caller adds the bias, which comes last.
   // Calls slope(m, j, r, ∂capped score/∂score) with softcap.
-  template <bool kTransposed, int kMTiles, int kNTiles, class Slope>
+  template <bool kTransposed, bool kReadsBias = Config::kBias, int kMTiles, int kNTiles, class Slope>
   __device__ __forceinline__ void apply(float (&scores)[kMTiles][kNTiles][4], int row, int column, int queries, int keys,
                                         const Slope& slope) const {
+    constexpr bool kReadsPairs = kReadsBias && Config::kBiasPairs && !kTransposed;
     const int lane_column = column + Fragment::column(0, 0);
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
@@ -37,7 +41,7 @@ struct ScoreModifiers {
 #pragma unroll
         for (int j = 0; j < kNTiles; ++j) {
           FloatPair pair = {};
-          if constexpr (Config::kBiasPairs && !kTransposed) {
+          if constexpr (kReadsPairs) {
             if (this_row < queries && lane_column + 8 * j < keys) pair = bias_pair_log2(this_row, lane_column + 8 * j);
           }
 #pragma unroll
@@ -55,17 +59,33 @@ struct ScoreModifiers {
               const float step = 8 * j + parity;
               score -= slope_log2 * fabsf(kTransposed ? row_distance + step : row_distance - step);
             }
-            if constexpr (Config::kBiasPairs && !kTransposed) {
+            if constexpr (kReadsPairs) {
               score += parity == 0 ? pair.lo : pair.hi;
-            } else if constexpr (Config::kBias) {
+            } else if constexpr (kReadsBias) {
               const int this_column = lane_column + 8 * j + parity;
               const int query = kTransposed ? this_column : this_row;
               const int key = kTransposed ? this_row : this_column;
-              if (query < queries && key < keys) score += bias_log2(query, key);
+              if (query < queries && key < keys) score += bias_element_log2(query, key);
             }
           }
         }
       }
+    }
+  }
+
+  // The bias of rows `row` + …, which are queries, and columns `column` + … of one warp, in base 2; 0 for those not read.
+  template <int kNTiles>
+  __device__ __forceinline__ void read_bias(float (&bias_log2)[kNTiles][4], int row, int column, int queries, int keys) const {
+#pragma unroll
+    for (int i = 0; i < kNTiles * 2; ++i) {
+      const int query = row + Fragment::row(i % 2), key = column + Fragment::column(i / 2, 0);
+      FloatPair pair = {};
+      if (query < queries && key < keys) {
+        if constexpr (Config::kBiasPairs) pair = bias_pair_log2(query, key);
+        else pair = {bias_element_log2(query, key), key + 1 < keys ? bias_element_log2(query, key + 1) : 0.0f};
+      }
+      bias_log2[i / 2][i % 2 * 2] = pair.lo;
+      bias_log2[i / 2][i % 2 * 2 + 1] = pair.hi;
     }
   }
 
@@ -79,7 +99,7 @@ struct ScoreModifiers {
     return {pair.lo * kLog2E, pair.hi * kLog2E};
   }
 
-  __device__ __forceinline__ float bias_log2(int query, int key) const {
+  __device__ __forceinline__ float bias_element_log2(int query, int key) const {
     const long long index = query * bias_row + (Config::kUnitStrides ? key : key * bias_key);
     if constexpr (Config::kBiasFloat32) return static_cast<const float*>(bias)[index] * kLog2E;
     else return widen<Element>(static_cast<const Element*>(bias)[index].bits).lo * kLog2E;

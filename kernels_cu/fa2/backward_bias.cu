@@ -65,6 +65,14 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
   const int begin = static_cast<int>((long long)terms * split / params.splits);
   const int end = static_cast<int>((long long)terms * (split + 1) / params.splits);
 
+  // The bias is the same for all of them, like its gradient.
+  float bias_log2[kNTiles][4];
+  score_modifiers<Element>(params, bias_batch, bias_head, 0)
+      .read_bias(bias_log2, bias_m_block * kBlockM + warp * 16, block_key, params.seqlen_q, params.seqlen_k);
+  const auto add_bias = [&](float(&p)[kNTiles][4]) {
+#pragma unroll
+    for (int i = 0; i < kNTiles * 4; ++i) p[i / 4][i % 4] += bias_log2[i / 4][i % 4];
+  };
   float sum[kNTiles][4] = {};
   int loaded = -1;  // (batch, key/value head) of the tiles of K and V
   for (int term = begin; term < end; ++term) {
@@ -92,7 +100,7 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
     const RowStatistics of_rows = row_statistics(lse_log2, delta, params, batch, head, warp_row);
     float p[1][kNTiles][4] = {}, ds[1][kNTiles][4] = {};
     multiply_a_bt<Element, kHeadDim>(p, k_smem + kQOffset, warp * 16, k_smem, 0);
-    probabilities(p, of_rows, visible, batch, head, warp_row, block_key, [](int, int, int, float) {});
+    probabilities<false>(p, of_rows, visible, batch, head, warp_row, block_key, [](int, int, int, float) {}, add_bias);
     dp_minus_delta(ds, k_smem, of_rows, params, batch, head, warp_row, block_key);
 #pragma unroll
     for (int i = 0; i < kNTiles * 4; ++i) sum[i / 4][i % 4] += p[0][i / 4][i % 4] * ds[0][i / 4][i % 4];

@@ -106,18 +106,19 @@ __device__ __forceinline__ void dp_minus_delta(float (&ds)[1][kNTiles][4], unsig
   for (int i = 0; i < kNTiles * 4; ++i) ds[0][i / 4][i % 4] -= of_rows.delta[i % 4 / 2];
 }
 
-// Products q·k become P. Calls slope(m, j, r, ∂capped score/∂score) with softcap.
-template <class Params, class Slope>
+// Products q·k become P. Calls slope(m, j, r, ∂capped score/∂score) with softcap. Without kReadsBias, add_bias(p) adds it.
+template <bool kReadsBias = Config::kBias, class Params, class Slope, class AddBias = AddNothing>
 __device__ __forceinline__ void probabilities(float (&p)[1][kNTiles][4], const RowStatistics& of_rows,
                                               const Visible<Params>& visible, int batch, int head, int warp_row,
-                                              int block_key, const Slope& slope) {
+                                              int block_key, const Slope& slope, const AddBias& add_bias = AddBias{}) {
   const Params& params = visible.params;
   if constexpr (Config::kScoreMod) {
     apply_score_mod<false>(p, warp_row, block_key, visible.queries(), visible.keys(), params, batch, head, 0,
                            [](int, int, int, float) {});
   }
   score_modifiers<Element>(params, batch, head, 0)
-      .template apply<false>(p, warp_row, block_key, visible.queries(), visible.keys(), slope);
+      .template apply<false, kReadsBias>(p, warp_row, block_key, visible.queries(), visible.keys(), slope);
+  if constexpr (Config::kBias && !kReadsBias) add_bias(p[0]);
   hide<false>(p, warp_row, block_key, visible, mask_of(params, batch, head, 0), -infinity());
 #pragma unroll
   for (int i = 0; i < kNTiles * 4; ++i) {

@@ -21,7 +21,7 @@
 //             wait for dK;  release Q and dO
 // Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           K | V | Q · kStages | dO · kStages | dS · 2 as [query][key] | lse · kStages | delta · kStages | barriers
-//           and before lse, if kTwoPs, P as fragments, of each main warpgroup.
+//           and before lse, if kTwoPs, P as fragments, of each main warpgroup; if kBiasTiles, bias · kStages, with Q.
 //           The epilogue stages dK in K's place and dV in V's.
 // Registers dK and dV: kHeadDim/2 + kHeadDimV/2 a thread, S or dP: kBlockM/2, P and dS kBlockM/4 each, dQ
 //           kDqColumns/2; docs/hopper-backward.md has ptxas's figures.
@@ -86,7 +86,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
                 const float* __restrict__ delta,               // (batch, heads_q, m_blocks · kBlockM)
                 float* __restrict__ workspace,  // (batch, heads_q, m_blocks) blocks of dQ, core/dq_workspace.cuh
                 int* __restrict__ turns,        // (batch, heads_q, m_blocks, 4); null unless kDeterministic
-                const __grid_constant__ BackwardParams call) {
+                const __grid_constant__ WithBiasMap<BackwardParams, Config::kBiasTiles>::Type call) {
   DYN_SMEM(smem);
   const unsigned k_smem = cvta_to_shared(smem);
   const unsigned v_smem = k_smem + kVOffset;
@@ -116,6 +116,7 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     const long long heads_before = keys.batch_of_blocks() * params.heads_kv * params.group_size;
     return (heads_before + first_head + at.head) * params.m_blocks + keys.first_block + at.m_block;
   };
+  const auto bias_smem = [&](unsigned use) { return k_smem + kBiasOffset + use % kStages * kBiasBytes; };
   const int lane = Fragment::lane();
   const int warp = threadIdx.x / kWarpSize % 4;
   // The same in every lane, and known to be: descriptors made of it stay in uniform registers.
@@ -127,11 +128,13 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
     QueryBlock to_load = keys.first(params);
     const auto load_q = [&](unsigned use) {
       q_ring.wait_empty(use);
-      mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes + kFloatsBytes);
+      mbarrier_arrive_expect_tx(q_ring.full(use), QTile::kBytes + kFloatsBytes + kBiasBytes);
       load_queries<QTile>(q_ring.slot(use), &q_map, q_ring.full(use), mapped_row<kBlockM>(params, to_load.m_block),
                           first_head + to_load.head, keys);
       cp_async_bulk_load(k_smem + kLseOffset + use % kStages * kFloatsBytes, lse_log2 + block_index(to_load) * kBlockM,
                          kFloatsBytes, q_ring.full(use));
+      load_bias<BiasTile>(bias_smem(use), call, q_ring.full(use), to_load.m_block * kBlockM, first_head + to_load.head,
+                          keys.batch, keys.first_key);
     };
     const auto load_dout = [&](unsigned use) {  // after load_q of the same use
       mbarrier_arrive_expect_tx(dout_ring.full(use), DoutTile::kBytes + kFloatsBytes);
@@ -207,8 +210,8 @@ hopper_backward(const __grid_constant__ CUtensorMap q_map,     // (batch, heads_
   const auto probabilities = [&](float (&acc_s)[1][kNTiles][4], unsigned visit, auto masked) {
     const FloatPair* const lse_log2 = lane_pairs(smem + kLseOffset + visit % kStages * kFloatsBytes);
     if constexpr (kChangesP) {
-      probabilities_of_visit<Element, kBlockM>(acc_s, lse_log2, keys, at, keys.first_key + warp_row, masked, params,
-                                               p_fragments);
+      probabilities_of_visit<Element, kBlockM, kBlockN>(acc_s, lse_log2, keys, at, keys.first_key + warp_row, masked,
+                                                        params, p_fragments, bias_smem(visit));
     } else {
       exponentiate(acc_s[0], params.scale_log2, lse_log2);
       if constexpr (decltype(masked)::value) {

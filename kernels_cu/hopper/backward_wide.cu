@@ -78,6 +78,7 @@ constexpr int kThreads = 4 * kWarpgroupThreads;
 constexpr int kRegisters = 65536 / kThreads;  // of a thread, at launch
 constexpr int kNTiles = kBlockM / 8;
 static_assert(kBlockN == 64 && kBlockM % 64 == 0, "whole wgmma tiles");
+static_assert(!Config::kBiasTiles, "no room for them in shared memory");
 static_assert(kStages >= 2, "a visit's tiles land while another's are in use");
 
 using QTile = PanelTile<kBlockM, kHeadDim>;
@@ -240,7 +241,7 @@ hopper_backward_wide(const __grid_constant__ CUtensorMap q_map,     // (batch, h
       if constexpr (kChangesP) {
         if constexpr (kTwoPs) p_ring.wait_empty(visit);
         const bool masked = hides_some<kBlockM, kBlockN>(keys, at, keys.first_key, params);
-        probabilities_of_visit<Element, kBlockM>(acc_s, lse_of(visit), keys, at, keys.first_key + warp * 16, masked, params,
+        probabilities_of_visit<Element, kBlockM, kBlockN>(acc_s, lse_of(visit), keys, at, keys.first_key + warp * 16, masked, params,
                                                  p_fragments(visit));
         pin_registers(acc_s[0]);
       } else {

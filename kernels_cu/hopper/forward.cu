@@ -18,6 +18,7 @@
 //           Ping-pong (kPingPong): warpgroups issue products in turn, so that one's softmax runs under the other's.
 // Shared memory, in order (hopper/forward_layout.cuh; tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           Q · kQStages | K · kStages | V · kStages | O · kWarpgroups, if kQStages = 2; else O is staged over V
+//           | if kBiasTiles, bias · kStages
 //           | which tile each Q belongs to, 16 bytes · kQStages | if kZeroesV, which block each V is, 16 bytes · kStages
 //           | barriers
 // Registers O: kHeadDimV/2, S: kBlockN/2, P: kBlockN/4 a thread; docs/hopper-forward.md has ptxas's figures.
@@ -27,6 +28,8 @@
 //                            it is; lane 0 after its last S
 //           k.full, v.full   producer, TMA's bytes                  consumers, before each product
 //           k.empty, v.empty each consumer warp, after the product  producer, before each load
+//           bias.full        producer, TMA's bytes                  consumers, after S
+//           bias.empty       each consumer, once it is added        producer, before each load
 //           o_empty          each warpgroup, when O has left V      producer, before the next tile's V
 //           bar 1 + w        the warpgroup before w                 warpgroup w, before it issues products
 //           bar 1 + kWarpgroups + w: O's place is free, O is written (w's warps); with O in V also bar
@@ -36,9 +39,9 @@
 // Masks     keys ≥ seqlen_k and, if kCausal, keys > row + causal_offset get −inf; masked blocks are peeled off. A
 //           tile that sees no key visits one, masked block. TMA reads rows outside the tensors as zeros, and the host
 //           ends K and V at the last key some query sees. A row that sees no key gives out = 0, lse = −inf.
-// Modifiers (docs/modifiers.md) each behind an if constexpr. Scores: core/score.cuh; which blocks are visited, and what is
-//           hidden in them: core/visible.cuh, core/mask_tiles.cuh, core/hide.cuh; then core/dropout.cuh between the two
-//           products and core/sinks.cuh at the end. The maps of K and V start at the first key that a window shows: TMA
+// Modifiers (docs/modifiers.md) each behind an if constexpr. Scores: core/score.cuh, hopper/bias_tile.cuh; which blocks are
+//           visited, and what is hidden in them: core/visible.cuh, core/mask_tiles.cuh, core/hide.cuh; then core/dropout.cuh
+//           between the two products and core/sinks.cuh at the end. The maps of K and V start at the first key that a window shows: TMA
 //           reads zeros before it. Other keys that no query sees, because of a length or a mask, or before the windows of a
 //           packed sequence, become zeros by a warp of the producer's, between TMA and the consumers of V: v.landed, then
 //           v.full. Of packed sequences each has its own parameters (restrict_to_all in hopper/packed.cuh).
@@ -54,6 +57,7 @@
 #include "core/score_mod.cuh"
 #include "core/sinks.cuh"
 #include "core/visible.cuh"
+#include "hopper/bias_tile.cuh"
 #include "hopper/forward_layout.cuh"
 #include "hopper/forward_producer.cuh"
 #include "hopper/products.cuh"
@@ -110,7 +114,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
                const __grid_constant__ CUtensorMap out_map,  // (batch, heads_q, seqlen_q, head_dim_v)
                float* __restrict__ lse,                      // (batch, heads_q, seqlen_q) or null
                unsigned* __restrict__ tiles_taken,           // 0; used, and left 0, if kDynamicTiles
-               const __grid_constant__ ForwardParams params) {
+               const __grid_constant__ CallParams params) {
   DYN_SMEM(smem);
   const Rings rings{smem};
   if (threadIdx.x == 0) {
@@ -168,9 +172,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   };
   TileModifiers modifiers = modifiers_of(tile);
 
-  // From the scores of a block to its P, unrounded, and the row statistics.
+  // From the scores of a block to its P, unrounded, and the row statistics. `use` is that of the block's bias.
   const auto exponentiate = [&](float (&acc_s)[1][kNTiles][4], DeferredSoftmax& softmax, const WorkTile& tile,
-                                const TileModifiers& modifiers, int n_block, auto masked) {
+                                const TileModifiers& modifiers, unsigned use, int n_block, bool exists, auto masked) {
     const int row = block_of(tile) * kBlockM + warp_row, key = n_block * kBlockN;
     if constexpr (Config::kNegativeScale) {
 #pragma unroll
@@ -181,8 +185,15 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
                              [](int, int, int, float) {});
     }
     if constexpr (kModifiesScores) {
-      modifiers.scores.template apply<false>(acc_s, row, key, modifiers.queries, modifiers.keys,
-                                             [](int, int, int, float) {});
+      modifiers.scores.template apply<false, kReadsBias>(acc_s, row, key, modifiers.queries, modifiers.keys,
+                                                         [](int, int, int, float) {});
+    }
+    if constexpr (Config::kBiasTiles) {
+      if (exists) {
+        rings.bias.wait_full(use);
+        add_bias<Element, BiasTile>(acc_s[0], rings.bias.slot(use), warp_row);
+        mbarrier_arrive(rings.bias.empty(use));
+      }
     }
     SequenceParams<ForwardParams> of_tile = params;
     restrict_to_all(of_tile, tile);
@@ -214,7 +225,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     wgmma_wait_group<0>();
     pin_registers(acc_s[0]);
     release(rings.k.empty(use));
-    exponentiate(acc_s, softmax, tile, modifiers, keys.first(), Constant<true>{});
+    exponentiate(acc_s, softmax, tile, modifiers, use, keys.first(), true, Constant<true>{});
     round_p(p_reg, acc_s[0]);
   };
   // The next block's S and P, and O += P V of the block before, which may be the last of the tile before. If there is
@@ -232,7 +243,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
     wgmma_wait_group<1>();
     pin_registers(acc_s[0]);
     if (exists) release(rings.k.empty(use + 1));
-    exponentiate(acc_s, softmax, tile, modifiers, n_block, masked);
+    exponentiate(acc_s, softmax, tile, modifiers, use + 1, n_block, exists, masked);
     wgmma_wait_group<0>();
     pin_registers(acc_o);
     pin_registers(p_reg);  // and only now may P change: it was an operand

@@ -4,6 +4,7 @@
 #include "core/modifier_params.cuh"
 #include "core/packed.cuh"
 #include "core/types.cuh"
+#include "hopper/bias_tile.cuh"
 #include "hopper/packed.cuh"
 #include "hopper/pipeline.cuh"
 #include "hopper/tile.cuh"
@@ -18,6 +19,8 @@ struct ForwardParams : PackedArrays<Config::kVarlen>, ModifierParams<Config::kMo
   int m_blocks, tiles, heads_per_wave;  // tiles = m_blocks · batch_heads
   float scale_log2, scale;              // |scale|·log2(e) and |scale|; the sign is Config::kNegativeScale
 };
+
+using CallParams = WithBiasMap<ForwardParams, Config::kBiasTiles>::Type;
 
 using Element = Config::Element;
 constexpr int kWarpgroups = Config::kWarpgroups;  // of consumers
@@ -45,12 +48,14 @@ using QTile = PanelTile<kBlockM, kHeadDim>;
 using KTile = PanelTile<kBlockN, kHeadDim>;
 using VTile = PanelTile<kBlockN, kHeadDimV>;
 using OTile = PanelTile<64, kHeadDimV>;  // of one warpgroup
+using BiasTile = PanelTile<kBlockM, kBlockN>;
 
 constexpr bool kOInV = kQStages == 1;  // O is staged where V was
 constexpr int kKOffset = kQStages * QTile::kBytes;
 constexpr int kVOffset = kKOffset + kStages * KTile::kBytes;
 constexpr int kOOffset = kOInV ? kVOffset : kVOffset + kStages * VTile::kBytes;
-constexpr int kTileSlotsOffset = kVOffset + kStages * VTile::kBytes + (kOInV ? 0 : kWarpgroups * OTile::kBytes);
+constexpr int kBiasOffset = kVOffset + kStages * VTile::kBytes + (kOInV ? 0 : kWarpgroups * OTile::kBytes);
+constexpr int kTileSlotsOffset = kBiasOffset + (Config::kBiasTiles ? kStages * BiasTile::kBytes : 0);
 constexpr int kVBlocksOffset = kTileSlotsOffset + kQStages * (Config::kVarlen ? 32 : 16);
 constexpr int kBarriersOffset = kVBlocksOffset + (kZeroesV ? kStages * 16 : 0);
 static_assert(!kOInV || kWarpgroups * OTile::kBytes <= kStages * VTile::kBytes, "O fits in V's place");
@@ -58,10 +63,12 @@ static_assert(!kOInV || kWarpgroups * OTile::kBytes <= kStages * VTile::kBytes, 
 using QRing = Ring<kQStages, QTile::kBytes>;
 using KRing = Ring<kStages, KTile::kBytes>;
 using VRing = Ring<kStages, VTile::kBytes>;
+using BiasRing = Ring<kStages, BiasTile::kBytes>;
 using LandedRing = FilledRing<kStages, VTile::kBytes>;  // of V, where it is not ready for the consumers when TMA is done
 constexpr int kOEmptyOffset = kBarriersOffset + QRing::kBarrierBytes + KRing::kBarrierBytes + VRing::kBarrierBytes;
 constexpr int kLandedOffset = kOEmptyOffset + 8;
-static_assert(kLandedOffset + (kZeroesV ? LandedRing::kBarrierBytes : 0) == Config::kSharedBytes,
+constexpr int kBiasBarriersOffset = kLandedOffset + (kZeroesV ? LandedRing::kBarrierBytes : 0);
+static_assert(kBiasBarriersOffset + (Config::kBiasTiles ? BiasRing::kBarrierBytes : 0) == Config::kSharedBytes,
               "the host's map is the same");
 
 using WorkTile = ChosenTile<Config::kVarlen>::Type;
@@ -86,6 +93,7 @@ struct Rings {
   VRing v{{base_smem + kVOffset, k.barriers_smem + KRing::kBarrierBytes}};
   unsigned o_empty = base_smem + kOEmptyOffset;
   LandedRing v_landed{v.slots_smem, base_smem + kLandedOffset};
+  BiasRing bias{{base_smem + kBiasOffset, base_smem + kBiasBarriersOffset}};
 
   __device__ __forceinline__ void init() const {
     q.init(kWarpgroups * kWarpgroupThreads);
@@ -93,6 +101,7 @@ struct Rings {
     v.init(4 * kWarpgroups, kZeroesV ? kWarpSize : 1);
     mbarrier_init(o_empty, kWarpgroups);
     if constexpr (kZeroesV) v_landed.init();
+    if constexpr (Config::kBiasTiles) bias.init(kWarpgroups * kWarpgroupThreads);
   }
 
   __device__ __forceinline__ WorkTile& tile(unsigned q_use) const {

@@ -9,6 +9,7 @@
 // If kZeroesV, a warp beside it stands between TMA and the consumers of V: it zeroes keys that no query sees.
 #pragma once
 #include "core/scheduler.cuh"
+#include "hopper/bias_tile.cuh"
 #include "hopper/forward_layout.cuh"
 
 // The warp that zeroes: takes blocks of V from v_landed and passes them to the consumers' ring, until there is none.
@@ -35,7 +36,7 @@ struct Work {  // a tile, and what its divisions give: they would delay each loa
 
 // The thread that loads.
 __device__ __forceinline__ void produce(const Rings& rings, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                                        const CUtensorMap& v_map, unsigned* tiles_taken, const ForwardParams& params) {
+                                        const CUtensorMap& v_map, unsigned* tiles_taken, const CallParams& params) {
   unsigned use = 0;    // of the K and V rings: key blocks before this one, of all tiles so far
   unsigned q_use = 0;  // of the Q ring: tiles before this one
   const auto load_q = [&](unsigned q_use, const auto& tile) {
@@ -58,6 +59,13 @@ __device__ __forceinline__ void produce(const Rings& rings, const CUtensorMap& q
     if constexpr (Config::kVarlen) {
       KTile::load_of_sequence(slot, &k_map, full, key, work.kv_head, work.first_key, work.tile.keys);
     } else KTile::load(slot, &k_map, full, key, work.kv_head, work.tile.batch);
+    if constexpr (Config::kBiasTiles) {
+      rings.bias.wait_empty(use);
+      mbarrier_arrive_expect_tx(rings.bias.full(use), BiasTile::kBytes);
+      const WorkTile& tile = work.tile;
+      load_bias<BiasTile>(rings.bias.slot(use), params, rings.bias.full(use), tile.m_block * kBlockM, tile.head, tile.batch,
+                          n_block * kBlockN);
+    }
   };
   const auto load_v = [&](unsigned use, const auto& work, int n_block) {
     if constexpr (kOInV) mbarrier_wait(rings.o_empty, q_use % 2);
@@ -79,7 +87,10 @@ __device__ __forceinline__ void produce(const Rings& rings, const CUtensorMap& q
   const auto tiles = [&] { return Config::kVarlen ? packed_blocks * params.heads_q : params.tiles; };
   const auto work_at = [&](int index) {
     if (index >= tiles()) return Work{{kNoTile, 0, 0}};
-    const Tile at = longest_first(index, m_blocks(), params.heads_q, params.batch_heads, params.heads_per_wave);
+    // With a bias, which batch elements often share, those of a head follow each other, and L2 has it for them.
+    const int inner_heads = Config::kBiasTiles ? params.batch_heads / params.heads_q : params.heads_q;
+    Tile at = longest_first(index, m_blocks(), inner_heads, params.batch_heads, params.heads_per_wave);
+    if constexpr (Config::kBiasTiles) at = {at.m_block, at.batch, at.head};
     int first_key = 0;
     const WorkTile tile = tile_at<kBlockM>(params, at, m_blocks(), first_key);
     const KeyBlocks keys = key_blocks<kQueries, kBlockN>(params, tile);

@@ -6,6 +6,7 @@
 #include "core/packed.cuh"
 #include "core/scheduler.cuh"
 #include "core/visible.cuh"
+#include "hopper/bias_tile.cuh"
 #include "hopper/tile.cuh"
 
 // Of the queries, which are counted from the first that is visited. A plain program is told by lse = +inf where they end.
@@ -145,7 +146,9 @@ __device__ __forceinline__ void place(KeyBlock& block, const Sequence& sequence,
 // fewer, for each head. With kVarlen `params` become `call` for the block's sequence.
 template <int kBlockM, int kBlockN, bool kCausal, class Params>
 __device__ __forceinline__ KeyBlock key_block(int index, int n_blocks, const BackwardParams& call, Params& params) {
-  const Tile tile = longest_first(index, n_blocks, params.heads_kv, params.batch_heads, params.heads_per_wave);
+  const int inner_heads = Config::kBiasTiles ? params.batch_heads / params.heads_kv : params.heads_kv;  // as in the forward
+  Tile tile = longest_first(index, n_blocks, inner_heads, params.batch_heads, params.heads_per_wave);
+  if constexpr (Config::kBiasTiles) tile = {tile.m_block, tile.batch, tile.head};
   KeyBlock block;
   block.n_block = n_blocks - 1 - tile.m_block;
   block.head = tile.head;

@@ -7,16 +7,20 @@
 #include "hopper/zero_rows.cuh"
 
 // Scores of keys `key` + … and the queries of a block become P; what makes dS, if that is another, goes to `fragments`.
-template <class Element, int kBlockM, int kNTiles, class Params>
+// With kBiasTiles bias_smem has the bias of these queries and the keys of the block.
+template <class Element, int kBlockM, int kBlockN, int kNTiles, class Params>
 __device__ __forceinline__ void probabilities_of_visit(float (&acc_s)[1][kNTiles][4], const FloatPair* lse_log2,
                                                        const KeyBlock& keys, const QueryBlock& at, int key, bool masked,
-                                                       const Params& params, unsigned char* fragments) {
+                                                       const Params& params, unsigned char* fragments,
+                                                       unsigned bias_smem = 0) {
   const Visible<Params> visible = visible_in(params, keys.batch, params.first_row);
   const int head = keys.head * params.group_size + at.head;
-  modified_probabilities<Element, 2>(acc_s, lse_log2, visible, keys.batch, head, key, at.m_block * kBlockM, masked,
-                                     [&](const unsigned (&a)[4], int, int k) {
-                                       OperandFragments<kNTiles / 2>::store(fragments, a, k);
-                                     });
+  modified_probabilities<Element, 2, kReadsBias>(
+      acc_s, lse_log2, visible, keys.batch, head, key, at.m_block * kBlockM, masked,
+      [&](const unsigned (&a)[4], int, int k) { OperandFragments<kNTiles / 2>::store(fragments, a, k); },
+      [&](float (&scores)[2][4], int, int n) {
+        add_bias_transposed<Element, PanelTile<kBlockM, kBlockN>>(scores, bias_smem, key - keys.first_key, 8 * n);
+      });
 }
 
 // dP becomes dS = P ∘ (dP − delta), where P is what makes dS.

@@ -30,13 +30,18 @@ struct PanelTile {
     return chunk / 8 * kPanelBytes + row * kPanelRowBytes + ((chunk % 8) ^ (row % 8)) * 16;
   }
 
+  // The same for chunk `first + chunk`, given the address of chunk `first` (0 or 1) and an even `chunk`.
+  static __device__ __forceinline__ unsigned advance(unsigned address, int chunk) {
+    return (address ^ (chunk % 8 * 16)) + chunk / 8 * kPanelBytes;
+  }
+
   // Starts the loads of the tile whose first row is `row`; one a panel, so that the last is cut off at the head dim.
   static __device__ __forceinline__ void load(unsigned tile_smem, const CUtensorMap* map, unsigned mbarrier_smem,
-                                              int row, int head, int batch) {
+                                              int row, int head, int batch, int column = 0) {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
-      cp_async_bulk_tensor_4d_load(tile_smem + panel * kPanelBytes, map, mbarrier_smem, panel * kPanelColumns, row,
-                                   head, batch);
+      cp_async_bulk_tensor_4d_load(tile_smem + panel * kPanelBytes, map, mbarrier_smem, column + panel * kPanelColumns,
+                                   row, head, batch);
     }
   }
 

@@ -192,4 +192,10 @@ def test_the_table_has_costs_speed_ups_and_reasons() -> None:
         "| backward | dropout | dropout | fa2 | 128 | 4096 | 2.000 | 2.00 | - | - | 5.000 | 2.50 |" in lines
     )
     assert "FlexAttention could not run (sinks, backward): no" in lines
+    rows.append(row("softcap", "backward", 4.0, flex=2.0))
+    rows.append(row("softcap", "forward", 9.0, flex=3.0))  # as it is given in another way
+    lines = tables.summary(results).splitlines()
+    assert "| softcap | 1.500 | 3.000 | 2.00 | 4.000 | 2.000 | 0.50 |" in lines
+    assert "| ALiBi | 1.000 | 8.000 | 8.00 | - | - | - |" in lines
+    assert "| sinks | - | - | - | 2.000 | - | - |" in lines
     assert run.summary(rows[0]) == "ms 1.5, plain_ms 1.0, peers {'flex': 3.0}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import documents
-from benchmarks.time_tables import varlen_table
+from benchmarks.time_tables import varlen_summary, varlen_table
 
 
 @pytest.mark.parametrize(("tokens", "context"), [(16384, 2048), (65536, 8192), (20_000_000, 16384)])
@@ -46,3 +46,7 @@ def test_the_table_has_a_line_for_each_kernel_and_tells_what_the_documents_are()
         for family in ("hopper", "fa2"):
             assert f"| {direction} | {family} | 64 | 4:2 | 300 | 200 | 50 | 100 | 0.50 |" in table
     assert table.endswith("- 300 tokens: 3 documents, median 100, mean 100, longest 200.")
+    rows.append({**rows[-1], "tflops": 200.0})
+    *others, last = varlen_summary(rows)
+    assert last == "| backward | hopper | 50 to 50 | 0.50 (0.50) |"
+    assert "| forward | hopper | 50 to 200 | 1.00 (0.50) |" in others

@@ -26,6 +26,7 @@ IDS = [f"sm_{major}{minor}" for major, minor in CAPABILITIES]
 TABLES = [(8, 0), (8, 6), (9, 0)]  # one target for each table of tiles, to spare time
 NAMES = ("window", "softcap", "alibi", "bias", "mask", "key_padding", "query_padding", "sinks", "dropout")
 EVERYTHING = ModifierFlags(**dict.fromkeys(NAMES, True))
+IN_TILES = {"bias": True, "unit_strides": True, "bias_pairs": True, "bias_tiles": True}
 SOME = {
     "Gemma": ModifierFlags(window=True, softcap=True),
     "float32 bias": ModifierFlags(bias=True, bias_float32=True, unit_strides=True, bias_pairs=True),
@@ -63,10 +64,15 @@ HOPPER_TILES = {
     )
     for tile in tiles
 }
+BIAS_TILES = {
+    f"{kind}-{tile.head_dim}-{tile.head_dim_v}": (module, tile)
+    for kind, module in (("forward", config_hopper), ("backward", config_hopper_backward))
+    for tile in module.BIAS_TILES
+}
 
 
 def hopper_config(name, flags, causal=True, **options):
-    module, tile = HOPPER_TILES[name]
+    module, tile = (BIAS_TILES if flags.bias_tiles else HOPPER_TILES)[name]
     return module.make_config(tile, dtype="bfloat16", causal=causal, modifiers=flags, **options)
 
 
@@ -173,6 +179,20 @@ def test_hopper_programs_compile_with_all_modifiers_at_once(name):
 @pytest.mark.parametrize("name", ["forward-128-128", "backward-128-128", "backward-256-256"])
 def test_hopper_programs_with_a_few_modifiers_hardly_spill(name, flags):
     compile_within_limits(replace(hopper_config(name, SOME[flags]), spill_bytes=96), (9, 0))
+
+
+def test_hopper_programs_with_a_bias_in_tiles_spill_nothing_with_it_and_little_with_all():
+    for name in ("forward-128-128", "backward-128-128"):
+        compile_within_limits(replace(hopper_config(name, ModifierFlags(**IN_TILES)), spill_bytes=0), (9, 0))
+    for name in ("forward-256-256", "backward-128-128"):
+        made = hopper_config(name, replace(EVERYTHING, **IN_TILES))
+        compile_within_limits(replace(made, spill_bytes=128), (9, 0))
+
+
+@pytest.mark.parametrize("name", BIAS_TILES)
+def test_hopper_programs_with_a_bias_in_tiles_fit_shared_memory(name):
+    made = hopper_config(name, replace(EVERYTHING, **IN_TILES))
+    assert made.shared_bytes <= shared_memory_per_block((9, 0))
 
 
 @pytest.mark.parametrize("name", ["forward-64-64", "backward-128-128", "backward-192-192"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from cuflash.config_hopper import (
     make_config,
     why_not,
 )
+from cuflash.config_modifiers import ModifierFlags
 from cuflash.launch import Operand
-from cuflash.launch_hopper import FORWARD_PARAMS, hopper_forward_call
+from cuflash.launch_hopper import FORWARD_PARAMS, bias_map, hopper_forward_call
 from cuflash.problem import make_problem
 from cuflash.resources import shared_memory_per_block
 from cuflash.tensor_map import PANEL_COLUMNS, tensor_map, why_not_mapped
@@ -277,6 +279,27 @@ def test_call_moves_tiles_of_the_config():
     ]
     assert [description.shape[0] for description in call.maps] == [192, 192, 128, 128]
     assert [description.shape[2] for description in call.maps] == [4, 2, 2, 4]
+
+
+def test_a_bias_in_tiles_is_a_map_with_steps_of_0_where_it_is_broadcast():
+    problem = problem_of(128, seqlen_q=100, seqlen_k=300)
+    description = bias_map(problem, Operand((1, 4, 100, 300), (7, 304 * 200, 608, 2)), rows=128)
+    assert description.shape == (300, 100, 4, 2)
+    assert description.strides == (608, 304 * 200, 0)
+    assert description.box == (PANEL_COLUMNS, 128, 1, 1)
+    later = bias_map(problem, Operand((1, 1, 1, 300), (7, 7, 7, 2)), rows=64, first_row=30)
+    assert (later.shape, later.strides) == ((300, 70, 4, 2), (0, 0, 0))
+
+
+@pytest.mark.parametrize("problem", [problem_of(128), problem_of(256, causal=True)])
+def test_a_bias_in_tiles_has_tiles_of_its_own(problem):
+    flags = ModifierFlags(bias=True, unit_strides=True, bias_tiles=True)
+    config = choose_hopper(problem, modifiers=flags)
+    assert config.block_n % PANEL_COLUMNS == 0
+    assert "kBiasTiles = true" in config.stub()
+    without = replace(config, modifiers=replace(flags, bias_tiles=False))
+    bias_bytes = config.stages * (2 * config.block_m * config.block_n + 16)  # and a ring's barriers
+    assert config.shared_bytes == without.shared_bytes + bias_bytes
 
 
 def test_call_gives_the_kernel_the_magnitude_of_the_scale():

@@ -172,3 +172,49 @@ def test_bad_operands_are_named_while_tracing() -> None:
     ):
         with pytest.raises(error, match=message):
             jax.jit(lambda q, options=options: cuflash.attention(q, k, v, **options))(q)
+
+
+JAX_OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "window": ({"window": (3, 2)}, {"local_window_size": (3, 2)}),
+    "causal window": ({"window": (3, None), "causal": True}, {"local_window_size": (3, 0)}),
+    "mask": ({"mask": "mask"}, {"mask": "mask"}),
+    "bias": ({"bias": "bias"}, {"bias": "bias"}),
+    "lengths": (
+        {"key_padding": "key_padding", "query_padding": "query_padding"},
+        {"key_value_seq_lengths": "key_padding", "query_seq_lengths": "query_padding"},
+    ),
+    "bias, mask and window": (
+        {"bias": "bias", "mask": "mask", "window": (4, 4)},
+        {"bias": "bias", "mask": "mask", "local_window_size": (4, 4)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JAX_OPTIONS)
+def test_results_and_gradients_are_those_of_jax_nn(name: str) -> None:
+    """Of equally long queries and keys, to whose first elements JAX aligns a window."""
+    rng = np.random.default_rng(2)
+    q, k, v, dout = (jnp.asarray(rng.standard_normal((2, 9, heads, 8)), "float32") for heads in (4, 2, 2, 4))
+    mask = rng.random((2, 1, 9, 9)) < 0.7
+    given = {
+        "bias": jnp.asarray(rng.standard_normal((1, 4, 9, 9)), "float32"),
+        "mask": jnp.asarray(mask | np.eye(9, dtype=bool)),
+        "key_padding": jnp.asarray([9, 4], "int32"),
+        "query_padding": jnp.asarray([9, 6], "int32"),
+    }
+    # JAX gives rows of padding the mean of V, and cuflash zeros: neither counts.
+    counts = jnp.arange(9) < (given["query_padding"] if name == "lengths" else jnp.asarray([9, 9]))[:, None]
+    bias = given["bias"]
+
+    def value_and_gradients(function: Any, options: dict[str, Any]) -> Any:
+        def loss(q: Any, k: Any, v: Any, bias: Any) -> Any:
+            named = {n: {**given, "bias": bias}[x] if isinstance(x, str) else x for n, x in options.items()}
+            return (function(q, k, v, **named) * dout * counts[:, :, None, None]).sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(q, k, v, bias)
+
+    ours, theirs = JAX_OPTIONS[name]
+    got = value_and_gradients(cuflash.attention, ours)
+    want = value_and_gradients(jax.nn.dot_product_attention, theirs)
+    for x, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, expected, rtol=2e-5, atol=2e-5)

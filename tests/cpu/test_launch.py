@@ -20,6 +20,7 @@ from cuflash import launch
 from cuflash.arrays import ArrayInfo
 from cuflash.arrays.overlap import Footprint
 from cuflash.config import choose
+from cuflash.launch_hopper import with_bias_map
 from cuflash.launcher import Launcher
 from cuflash.layouts import Layouts, fa2_layouts, hopper_layouts
 from cuflash.problem import Problem, make_problem
@@ -174,6 +175,22 @@ def test_a_launcher_passes_maps_then_addresses_then_params(monkeypatch: pytest.M
     assert driver.seen == [
         (77, [*shape, 9], [*blobs[:2], *as_bytes(5, 0), params]),
         (77, [*shape, 0], [*blobs[1:], *as_bytes(6, 1 << 63), params]),
+    ]
+
+
+def test_a_launcher_passes_a_map_at_the_end_of_the_params(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = call_of(problem_of())
+    call = dataclasses.replace(call, params=with_bias_map(call.params))
+    driver = Driver(monkeypatch, [128, 8, call.params.nbytes])
+    start = Launcher(types.SimpleNamespace(ptr=77), call, maps=1, addresses=1, map_inside=True)
+    blobs = [bytes(range(i, i + 128)) for i in range(3)]
+    maps = [EncodedMap(np.frombuffer(blob, np.uint8)) for blob in blobs]
+    params = call.params.tobytes()
+    assert len(params) % 64 == 0
+    start(maps[:2], (5,), 9)
+    start(maps[1:], (5,), 9)
+    assert [arguments for *_, arguments in driver.seen] == [
+        [first, *as_bytes(5), params[:-128] + inside] for first, inside in (blobs[:2], blobs[1:])
     ]
 
 

@@ -86,6 +86,19 @@ def test_the_backward_returns_dbias_and_dsinks_only_where_bias_and_sinks_are_giv
         assert [(x.shape, x.dtype) for x in gradients] == wanted
 
 
+def test_without_bias_grad_no_gradient_of_bias_comes_back_and_the_others_are_the_same() -> None:
+    rng = np.random.default_rng(4)
+    q, k, v, dout = (rng.standard_normal((2, 5, 2, 8)).astype("float32") for _ in range(4))
+    given = {"bias": rng.standard_normal((1, 2, 5, 5)).astype("float32"), "sinks": np.ones(2, "float32")}
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **given)
+    dq, dk, dv, _, dsinks = cuflash.attention_backward(dout, q, k, v, out, lse, **given)
+    others = cuflash.attention_backward(dout, q, k, v, out, lse, bias_grad=False, **given)
+    for got, want in zip(others, (dq, dk, dv, dsinks), strict=True):
+        np.testing.assert_array_equal(got, want)
+    with pytest.raises(TypeError, match=r"^bias_grad must be a bool, got 0"):
+        cuflash.attention_backward(dout, q, k, v, out, lse, bias_grad=0, **given)
+
+
 def test_every_kind_of_seed_draws_the_same_and_no_dropout_needs_none() -> None:
     q, k, v, _, _ = random_inputs(make_problem(*SHAPES, "float32"))
     seed = 0xFEDCBA9876543210

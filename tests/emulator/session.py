@@ -141,13 +141,23 @@ def emulator(
 
         return function
 
-    def launcher_(function: Any, call: Launchable, *, maps: int = 0, addresses: int, arrays: int = 0) -> Any:
+    def launcher_(
+        function: Any,
+        call: Launchable,
+        *,
+        maps: int = 0,
+        addresses: int,
+        arrays: int = 0,
+        map_inside: bool = False,
+    ) -> Any:
         def start(encoded: Sequence[EncodedMap], pointers: Sequence[int], stream: int) -> None:
-            assert (len(encoded), len(pointers)) == (maps, addresses + arrays)
+            assert (len(encoded), len(pointers)) == (maps + map_inside, addresses + arrays)
             params = bytearray(call.params.tobytes())
             params[: 8 * arrays] = np.array(pointers[addresses:], np.uint64).tobytes()
+            if map_inside:
+                params[-tensor_map.MAP_BYTES :] = encoded[-1].value.tobytes()
             struct = np.frombuffer(params, np.uint8)
-            arguments = (*(x.value for x in encoded), *pointers[:addresses], struct)
+            arguments = (*(x.value for x in encoded[:maps]), *pointers[:addresses], struct)
             function(call.grid, call.block, arguments, call.shared_bytes)
 
         return start

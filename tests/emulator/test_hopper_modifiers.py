@@ -85,12 +85,58 @@ def test_random_pairs_stay_within_the_numerics_contract(
     ids=str,
 )
 def test_all_modifiers_at_once_are_right_in_every_tile(hopper, head_dims):
-    check(hopper, sum(head_dims), (150, 340), True, EVERYTHING, batch=1, heads=(2, 1), head_dims=head_dims)
+    check(hopper, sum(head_dims), (150, 344), True, EVERYTHING, batch=1, heads=(2, 1), head_dims=head_dims)
 
 
 @pytest.mark.parametrize("seqlens", [(1, 150), (37, 150)])
 def test_heads_that_would_share_a_tile_have_one_each(hopper, seqlens):
     check(hopper, 2, seqlens, True, EVERYTHING, batch=2, heads=(8, 2))
+
+
+def rows_padded(cp, bias):
+    """Whose keys are no whole number of 16 bytes, but the steps from row to row are; NaN lies between."""
+    padded = cp.asarray(np.full((*bias.shape[:3], -(-bias.shape[3] // 8) * 8), np.nan, bias.dtype))
+    padded[..., : bias.shape[3]] = bias
+    return padded[..., : bias.shape[3]]
+
+
+def rows_shifted(cp, bias):
+    """Whose rows start at no multiple of 16 bytes."""
+    shifted = cp.asarray(np.full((*bias.shape[:3], bias.shape[3] + 8), np.nan, bias.dtype))
+    shifted[..., 1 : bias.shape[3] + 1] = bias
+    return shifted[..., 1 : bias.shape[3] + 1]
+
+
+def of_all_batches_and_queries(cp, bias):
+    """The first of them, in steps of 0 bytes."""
+    return cp.broadcast_to(bias[:1, :, :1], bias.shape)
+
+
+BIAS_VIEWS = {
+    # how it lies, keys, whether TMA brings its tiles
+    "contiguous": (lambda cp, bias: bias, 304, True),
+    "rows padded": (rows_padded, 301, True),
+    "of all batches and queries": (of_all_batches_and_queries, 304, True),
+    "rows shifted": (rows_shifted, 304, False),
+    "odd": (lambda cp, bias: bias, 301, False),
+    "float32": (lambda cp, bias: cp.asarray(to_numpy(bias).astype(np.float32)), 304, False),
+}
+
+
+@pytest.mark.parametrize("name", BIAS_VIEWS)
+def test_a_bias_is_right_however_it_lies_and_tma_brings_it_where_it_can(hopper, name):
+    view, seqlen_k, in_tiles = BIAS_VIEWS[name]
+    problem, inputs, operands = make_modified(
+        4, 2, (70, seqlen_k), (2, 1), (64, 64), "bfloat16", False, {"bias": True}
+    )
+    bias = view(hopper, hopper.asarray(operands["bias"]))
+    q, k, v = (hopper.asarray(x) for x in inputs[:3])
+    explained = cuflash.explain(q, k, v, bias=bias, algorithm="hopper")
+    assert explained.config.modifiers.bias_tiles == in_tiles
+    given = {"bias": to_numpy(bias)}
+    check_modified(
+        hopper, problem, inputs, given, options_of(problem, False, {}, "hopper"), of_operands=lambda x: bias
+    )
 
 
 @pytest.mark.parametrize("float32", [False, True], ids=["of q's dtype", "float32"])
@@ -136,9 +182,9 @@ def test_nan_that_no_query_sees_stays_invisible(hopper, head_dim):
     """In keys beyond a window, a length or a mask; in padding queries; and in bias where it is masked."""
     modifiers = {"window": (30, 5), "mask": True, "key_padding": True, "query_padding": True, "bias": True}
     problem, inputs, operands = make_modified(
-        7, 2, (70, 150), (2, 1), (head_dim, head_dim), "float16", False, modifiers, (True, True, False)
+        7, 2, (70, 152), (2, 1), (head_dim, head_dim), "float16", False, modifiers, (True, True, False)
     )
-    operands["key_padding"], operands["query_padding"] = np.array([150, 120]), np.array([70, 50])
+    operands["key_padding"], operands["query_padding"] = np.array([152, 120]), np.array([70, 50])
     hidden_keys = np.array([60, 61, 100])
     operands["mask"][...] = True
     operands["mask"][..., hidden_keys] = False
@@ -280,10 +326,10 @@ INTERLEAVED = {
 def test_interleavings_raise_no_report_and_agree_bit_for_bit_when_deterministic(emulated, name, head_dim):
     modifiers = INTERLEAVED[name]
     problem, inputs, operands = make_modified(
-        12, 2, (190, 300), (2, 1), (head_dim, head_dim), "float16", True, modifiers, (True, True, False)
+        12, 2, (190, 304), (2, 1), (head_dim, head_dim), "float16", True, modifiers, (True, True, False)
     )
     if name == "mask":
-        operands["mask"] = documents(300, (140, 160))[:, :, -190:].copy()
+        operands["mask"] = documents(304, (140, 164))[:, :, -190:].copy()
         operands["mask"][..., 100:110] = False
     options = options_of(problem, True, modifiers, "hopper") | on_device(emulated.cp, operands)
     q, k, v, dout = (emulated.cp.asarray(x) for x in inputs[:4])

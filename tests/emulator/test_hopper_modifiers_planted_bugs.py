@@ -20,6 +20,8 @@ WIDE = "hopper/backward_wide.cu"
 KEY_BLOCK = "hopper/key_block.cuh"
 VISITED = "hopper/visited_keys.cuh"
 BETWEEN = "hopper/modified_transposed.cuh"
+BIAS_TILE = "hopper/bias_tile.cuh"
+TILE = "hopper/tile.cuh"
 ZERO = "hopper/zero_rows.cuh"
 
 
@@ -46,6 +48,7 @@ MASKED_256 = MASKED._replace(head_dim=256)
 SOFTCAP = Case((("softcap", 2.0),), (200, 180))
 # Three stages: with two, that of a new visit's Q says that P of two visits before has been read.
 SOFTCAP_192 = SOFTCAP._replace(seqlens=(330, 100), head_dim=192)
+BIAS = Case((("bias", True),), (200, 304), heads=(4, 2))
 BLIND = Case((("dropout_p", 0.4),), (180, 106), causal=True)  # ten blind queries in the first 16
 
 
@@ -99,6 +102,22 @@ BUGS = [
         "return m_block * kBlockM - params.blind_rows;", "return m_block * kBlockM;", BLIND),
     planted("dV of kept probabilities not scaled", BACKWARD,
         "acc_dv, kept_scale(params), my_v_smem", "acc_dv, 1.0f, my_v_smem", BLIND),
+    planted("a bias added before it has landed", FORWARD,
+        "        rings.bias.wait_full(use);\n", "", BIAS, "race"),
+    planted("a bias loaded over one that is being added", PRODUCER,
+        "      rings.bias.wait_empty(use);\n", "", BIAS, "race"),
+    planted("a bias's place given back before it has been added", FORWARD,
+        "        rings.bias.wait_full(use);\n", "        rings.bias.wait_full(use);\n        mbarrier_arrive(rings.bias.empty(use));\n", BIAS, "race"),
+    planted("a bias always of the first keys", BIAS_TILE,
+        "query, head, batch, key);", "query, head, batch, 0);", BIAS),
+    planted("the second panel of a bias in place of the first", TILE,
+        "+ chunk / 8 * kPanelBytes;", "+ kPanelBytes;", BIAS),
+    planted("batch elements and heads exchanged", PRODUCER,
+        "at = {at.m_block, at.batch, at.head};", "at = at;", BIAS, "bounds"),
+    planted("bias of keys and queries not transposed", BIAS_TILE,
+        "ldmatrix_x4_trans(bias_reg, tile_smem", "ldmatrix_x4(bias_reg, tile_smem", BIAS),
+    planted("the bytes of a bias not awaited with Q", BACKWARD,
+        "QTile::kBytes + kFloatsBytes + kBiasBytes", "QTile::kBytes + kFloatsBytes", BIAS, "barrier"),
 ]  # fmt: skip
 
 

@@ -56,8 +56,8 @@ BUGS = [
         "    wgmma_wait_group<0>();\n    pin_registers(acc_o);\n    pin_registers(p_reg);",
         "    pin_registers(acc_o);\n    pin_registers(p_reg);", "in flight", MANY),
     Bug("P overwritten while it is an operand", FORWARD,
-        "    exponentiate(acc_s, softmax, tile, modifiers, n_block, masked);\n    wgmma_wait_group<0>();",
-        "    exponentiate(acc_s, softmax, tile, modifiers, n_block, masked);\n    round_p(p_reg, acc_s[0]);\n    wgmma_wait_group<0>();",
+        "    exponentiate(acc_s, softmax, tile, modifiers, use + 1, n_block, exists, masked);\n    wgmma_wait_group<0>();",
+        "    exponentiate(acc_s, softmax, tile, modifiers, use + 1, n_block, exists, masked);\n    round_p(p_reg, acc_s[0]);\n    wgmma_wait_group<0>();",
         "in flight", MANY),
     Bug("no wgmma.fence before O += P V", FORWARD,
         "unsigned v_smem) {\n  wgmma_fence();", "unsigned v_smem) {", "in flight", O_IN_V),  # elsewhere S's fence covers O

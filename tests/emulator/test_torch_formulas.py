@@ -17,6 +17,7 @@ from cuflash import api, api_backward, arrays
 torch = pytest.importorskip("torch")
 
 import cuflash.torch as adapter  # noqa: E402
+from cuflash import torch_schema  # noqa: E402
 from cuflash.arrays import torch as tensors  # noqa: E402
 
 
@@ -136,7 +137,7 @@ def test_numbers_reach_the_kernels_as_they_are():
     for value in (3, -7, 0.1, 1e-30, -2.5e300, float("inf"), -float("inf"), 0.0):
         given = {"score_mod": "x", "mod_args": {"x": value}}
         modifiers, operands = cuflash.modifiers.collect(given)
-        again, numbers = adapter._unflat(adapter._flat(modifiers, operands, None))
+        again, numbers = torch_schema.restore(torch_schema.flatten(modifiers, operands, None))
         assert (again, numbers) == (modifiers, operands)
         assert type(numbers["mod_args['x']"]) is type(value)
 

@@ -130,7 +130,7 @@ def check_blind_rows(cp: Any, name: str, head_dim: int = 64, algorithm: str = "f
     modifiers, causal = BLIND[name], name == "dropout"
     head_dims = (head_dim, head_dim)
     problem, inputs, operands = make_modified(
-        11, 2, (70, 60), (4, 2), head_dims, "float16", causal, modifiers, (False, False, False)
+        11, 2, (70, 64), (4, 2), head_dims, "float16", causal, modifiers, (False, False, False)
     )
     options = options_of(problem, causal, modifiers, algorithm)
     if name == "mask":
