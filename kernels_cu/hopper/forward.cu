@@ -41,8 +41,8 @@
 //           ends K and V at the last key some query sees. A row that sees no key gives out = 0, lse = −inf.
 // Modifiers (docs/modifiers.md) each behind an if constexpr. Scores: core/score.cuh, hopper/bias_tile.cuh; which blocks are
 //           visited, and what is hidden in them: core/visible.cuh, core/mask_tiles.cuh, core/hide.cuh; then core/dropout.cuh
-//           between the two products and core/sinks.cuh at the end. The maps of K and V start at the first key that a window shows: TMA
-//           reads zeros before it. Other keys that no query sees, because of a length or a mask, or before the windows of a
+//           between the two products and core/sinks.cuh at the end. The maps of K and V start at the first key that a
+//           window shows: TMA reads zeros before it. Other keys that no query sees, because of a length or a mask, or before the windows of a
 //           packed sequence, become zeros by a warp of the producer's, between TMA and the consumers of V: v.landed, then
 //           v.full. Of packed sequences each has its own parameters (restrict_to_all in hopper/packed.cuh).
 // Numerics  S, P's sums and O in float32; P rounded to Element for the second product.

@@ -34,6 +34,18 @@ struct Work {  // a tile, and what its divisions give: they would delay each loa
   KeyBlocks keys;
 };
 
+// The block of bias that comes with a block of K.
+__device__ __forceinline__ void load_bias_block(const Rings& rings, const CallParams& params, unsigned use,
+                                                const WorkTile& tile, int n_block) {
+  if constexpr (Config::kBiasTiles) {
+    rings.bias.wait_empty(use);
+    const unsigned full = rings.bias.full(use);
+    mbarrier_arrive_expect_tx(full, BiasTile::kBytes);
+    load_bias<BiasTile>(rings.bias.slot(use), params, full, tile.m_block * kBlockM, tile.head, tile.batch,
+                        n_block * kBlockN);
+  }
+}
+
 // The thread that loads.
 __device__ __forceinline__ void produce(const Rings& rings, const CUtensorMap& q_map, const CUtensorMap& k_map,
                                         const CUtensorMap& v_map, unsigned* tiles_taken, const CallParams& params) {
@@ -59,13 +71,6 @@ __device__ __forceinline__ void produce(const Rings& rings, const CUtensorMap& q
     if constexpr (Config::kVarlen) {
       KTile::load_of_sequence(slot, &k_map, full, key, work.kv_head, work.first_key, work.tile.keys);
     } else KTile::load(slot, &k_map, full, key, work.kv_head, work.tile.batch);
-    if constexpr (Config::kBiasTiles) {
-      rings.bias.wait_empty(use);
-      mbarrier_arrive_expect_tx(rings.bias.full(use), BiasTile::kBytes);
-      const WorkTile& tile = work.tile;
-      load_bias<BiasTile>(rings.bias.slot(use), params, rings.bias.full(use), tile.m_block * kBlockM, tile.head, tile.batch,
-                          n_block * kBlockN);
-    }
   };
   const auto load_v = [&](unsigned use, const auto& work, int n_block) {
     if constexpr (kOInV) mbarrier_wait(rings.o_empty, q_use % 2);
@@ -103,6 +108,7 @@ __device__ __forceinline__ void produce(const Rings& rings, const CUtensorMap& q
   const auto start_tile = [&](unsigned q_use, unsigned use, const Work& work) {
     load_q(q_use, work.tile);
     load_k(use, work, work.n_first);
+    load_bias_block(rings, params, use, work.tile, work.n_first);
   };
   const auto finish = [&] {
     rings.q.wait_empty(q_use);
@@ -137,6 +143,7 @@ __device__ __forceinline__ void produce(const Rings& rings, const CUtensorMap& q
       const bool is_last = kMasks ? after < keys.begin : n_block == keys.begin;
       if (kMasks ? !is_last : n_block > keys.begin) {
         load_k(use + 1, work, kMasks ? after : n_block - 1);
+        load_bias_block(rings, params, use + 1, work.tile, kMasks ? after : n_block - 1);
       } else {
         next = work_at(index);
         if (!kOInV && next.tile.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);

@@ -105,7 +105,7 @@ BUGS = [
     planted("a bias added before it has landed", FORWARD,
         "        rings.bias.wait_full(use);\n", "", BIAS, "race"),
     planted("a bias loaded over one that is being added", PRODUCER,
-        "      rings.bias.wait_empty(use);\n", "", BIAS, "race"),
+        "    rings.bias.wait_empty(use);\n", "", BIAS, "race"),
     planted("a bias's place given back before it has been added", FORWARD,
         "        rings.bias.wait_full(use);\n", "        rings.bias.wait_full(use);\n        mbarrier_arrive(rings.bias.empty(use));\n", BIAS, "race"),
     planted("a bias always of the first keys", BIAS_TILE,
