@@ -16,7 +16,7 @@ from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.tensor_map import MAP_ALIGNMENT, MAP_BYTES, TensorMap, tensor_map
 
-# ForwardParams in kernels_cu/hopper/forward.cu
+# ForwardParams in kernels_cu/hopper/forward_layout.cuh
 FORWARD_PARAMS = np.dtype(
     [
         ("seqlen_q", np.int32),

@@ -14,6 +14,7 @@ import cuflash
 from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
 
 FORWARD = "hopper/forward.cu"
+PRODUCER = "hopper/forward_producer.cuh"
 BACKWARD = "hopper/backward.cu"
 WIDE = "hopper/backward_wide.cu"
 KEY_BLOCK = "hopper/key_block.cuh"
@@ -65,13 +66,13 @@ BUGS = [
         "    modifiers = next_modifiers;\n", "", MANY_TILES),
     planted("a tile's first block visited as if the window began at 0", FORWARD,
         "for (; n_block >= keys.begin; --n_block) {", "for (; n_block >= 0; --n_block) {", WINDOW, "deadlock"),
-    planted("K and V loaded from the first key, the maps from a window's", FORWARD,
+    planted("K and V loaded from the first key, the maps from a window's", PRODUCER,
         "const int mapped = first_mapped_key(params);", "const int mapped = 0;", LATE_WINDOW),
     planted("the same in the backward", BACKWARD,
         "keys.first_key - first_mapped_key(params);", "keys.first_key;", LATE_WINDOW),
-    planted("V lands at its consumers' barrier, where the warp that zeroes does not wait", FORWARD,
-        "kZeroesV ? v_landed.full(use) : v_ring.full(use);", "v_ring.full(use);", PADDED, "deadlock"),
-    planted("a block that a length cuts taken for one that is seen whole", FORWARD,
+    planted("V lands at its consumers' barrier, where the warp that zeroes does not wait", PRODUCER,
+        "kZeroesV ? rings.v_landed.full(use) : rings.v.full(use);", "rings.v.full(use);", PADDED, "deadlock"),
+    planted("a block that a length cuts taken for one that is seen whole", PRODUCER,
         "if (!block.is_full) {", "if (false) {", PADDED),
     planted("zeros without fence.proxy.async", ZERO,
         "  fence_proxy_async_shared();\n", "", PADDED, "proxy"),
@@ -102,16 +103,16 @@ BUGS = [
     planted("dV of kept probabilities not scaled", BACKWARD,
         "acc_dv, kept_scale(params), my_v_smem", "acc_dv, 1.0f, my_v_smem", BLIND),
     planted("a bias added before it has landed", FORWARD,
-        "        bias_ring.wait_full(use);\n", "", BIAS, "race"),
-    planted("a bias loaded over one that is being added", FORWARD,
-        "        bias_ring.wait_empty(use);\n", "", BIAS, "race"),
+        "        rings.bias.wait_full(use);\n", "", BIAS, "race"),
+    planted("a bias loaded over one that is being added", PRODUCER,
+        "    rings.bias.wait_empty(use);\n", "", BIAS, "race"),
     planted("a bias's place given back before it has been added", FORWARD,
-        "        bias_ring.wait_full(use);\n", "        bias_ring.wait_full(use);\n        mbarrier_arrive(bias_ring.empty(use));\n", BIAS, "race"),
+        "        rings.bias.wait_full(use);\n", "        rings.bias.wait_full(use);\n        mbarrier_arrive(rings.bias.empty(use));\n", BIAS, "race"),
     planted("a bias always of the first keys", BIAS_TILE,
         "query, head, batch, key);", "query, head, batch, 0);", BIAS),
     planted("the second panel of a bias in place of the first", TILE,
         "+ chunk / 8 * kPanelBytes;", "+ kPanelBytes;", BIAS),
-    planted("batch elements and heads exchanged", FORWARD,
+    planted("batch elements and heads exchanged", PRODUCER,
         "at = {at.m_block, at.batch, at.head};", "at = at;", BIAS, "bounds"),
     planted("bias of keys and queries not transposed", BIAS_TILE,
         "ldmatrix_x4_trans(bias_reg, tile_smem", "ldmatrix_x4(bias_reg, tile_smem", BIAS),
