@@ -23,7 +23,7 @@ from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES
 from cuflash.tensor_map import TensorMap
 
-# PreprocessParams, BackwardParams and PostprocessParams in kernels_cu/fa2/backward*.cu
+# PreprocessParams, BackwardParams and PostprocessParams in kernels_cu/fa2/backward*
 PREPROCESS_PARAMS = params_dtype(
     "dout out lse dlse", "first_row seqlen_q heads_q head_dim_v m_blocks turns_per_block"
 )

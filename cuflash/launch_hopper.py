@@ -12,7 +12,7 @@ from cuflash.launch import LOG2_E, Operand, check_ranges, heads_per_wave, kernel
 from cuflash.problem import Problem
 from cuflash.tensor_map import TensorMap, tensor_map
 
-# ForwardParams in kernels_cu/hopper/forward.cu
+# ForwardParams in kernels_cu/hopper/forward_layout.cuh
 FORWARD_PARAMS = np.dtype(
     [
         ("seqlen_q", np.int32),

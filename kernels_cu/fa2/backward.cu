@@ -18,8 +18,8 @@
 //            wait kDsReady;  load dO[j+2]             wait kDsStored;  load Q[j+2]
 //            dQ share: red.add (dS K)                 dQ share: red.add (dS K)
 // Shared   bytes (N = kBlockN, M = kBlockM, D and Dv the head dims): K 2·N·D, V 2·N·Dv; rings of two: Q 4·M·D, dO 4·M·Dv;
-// memory   P 2·M·N and dS 2·M·N as [key][query]; lse 8·M, delta 8·M. Tiles are swizzled (core/layout.cuh): no bank is hit
-//          twice. The epilogue stages dK in K's place and dV in V's.
+// memory   P 2·M·N and dS 2·M·N as [key][query]; lse 8·M, delta 8·M (fa2/backward_layout.cuh). Tiles are swizzled
+//          (core/layout.cuh): no bank is hit twice. The epilogue stages dK in K's place and dV in V's.
 // Registers dK or dV: 4·kMTiles·D/8 a thread, S or dP: 4·kMTiles·M/8, for one warp along the columns; dQ less than S.
 // Barriers kPReady (all; probability warps arrive, gradient warps wait): P[j] is stored; dO[j+1], delta[j+1] have
 //          landed; every probability warp is done with dQ[j−1], so dS may be overwritten.
@@ -41,20 +41,17 @@
 // Configs  head dims to 256 in steps of 16 (others zero-padded by the loads), Dv ≠ D, float16 and bfloat16.
 // Speed    docs/fa2-backward.md.
 // Sibling  FlashAttention-2's own kernel keeps S untransposed and passes P and dS through shared memory for dV and dK.
-#include "core/dq_workspace.cuh"
 #include "core/dropout.cuh"
 #include "core/is_read.cuh"
 #include "core/mask_tiles.cuh"
 #include "core/mask_transposed.cuh"
 #include "core/modified_probabilities.cuh"
-#include "core/modifier_params.cuh"
-#include "core/packed.cuh"
 #include "core/scheduler.cuh"
-#include "core/score.cuh"
-#include "core/strides.cuh"
 #include "core/turn.cuh"
 #include "core/visible.cuh"
 #include "core/widen.cuh"
+#include "fa2/backward_layout.cuh"
+#include "fa2/backward_operands.cuh"
 #include "fa2/load_tile.cuh"
 #include "fa2/products.cuh"
 #include "fa2/store_gradient.cuh"
@@ -62,61 +59,6 @@
 #include "ptx/reduce.cuh"
 #include "ptx/shared_memory.cuh"
 
-struct BackwardParams : PackedArrays<Config::kVarlen>, ModifierParams<Config::kModified> {
-  Strides q, k, v, dout, dk, dv;
-  int first_row;         // the first query that sees a key; the counts and the offset below start from it
-  int seqlen_q;          // queries from there on
-  int seqlen_k;          // keys, of which …
-  int seqlen_k_visible;  // … some query sees these: those past them are never read, and get zeros
-  int heads_kv, group_size, batch_heads;  // batch_heads = batch · heads_kv
-  int head_dim, head_dim_v;
-  int causal_offset;
-  int m_blocks, n_blocks, heads_per_wave;
-  float scale_log2, scale;
-};
-
-using Element = Config::Element;
-constexpr int kBlockM = Config::kBlockM;
-constexpr int kBlockN = Config::kBlockN;
-constexpr int kHeadDim = Config::kHeadDim;
-constexpr int kHeadDimV = Config::kHeadDimV;
-constexpr int kThreads = Config::kWarps * kWarpSize;
-constexpr int kHalf = kThreads / 2;  // threads of the probability warps, and of the gradient warps
-constexpr int kKeyWarps = Config::kKeyWarps;
-constexpr int kColumnWarps = Config::kWarps / 2 / kKeyWarps;
-constexpr int kMTiles = kBlockN / (16 * kKeyWarps);      // m16 tiles of keys of a warp
-constexpr int kNTiles = kBlockM / (8 * kColumnWarps);    // n8 tiles of queries of a warp
-constexpr int kDTiles = kHeadDim / (8 * kColumnWarps);   // n8 tiles of a warp's columns of dK
-constexpr int kDvTiles = kHeadDimV / (8 * kColumnWarps);
-constexpr int kDqRowWarps = Config::kDqRowWarps;
-constexpr int kDqColumnWarps = Config::kWarps / kDqRowWarps;
-constexpr int kDqMTiles = kBlockM / (16 * kDqRowWarps);
-constexpr int kDqPairs = ceil_div(kHeadDim / 16, kDqColumnWarps);  // 16-column tiles of dQ of a warp
-
-using QTile = SwizzledTile<kHeadDim>;  // and K, dK
-using VTile = SwizzledTile<kHeadDimV>;  // and dO, dV
-using PTile = SwizzledTile<kBlockM>;  // and dS
-using Workspace = DqWorkspace<kBlockM, kHeadDim, Config::kVectorReductions>;
-
-static_assert(kBlockN % (16 * kKeyWarps) == 0 && kBlockM % (16 * kColumnWarps) == 0, "whole mma tiles");
-static_assert(kBlockM % (16 * kDqRowWarps) == 0, "whole mma tiles of dQ");
-static_assert(kColumnWarps == 1 || (kDTiles % QTile::kPeriod == 0 && kDvTiles % VTile::kPeriod == 0),
-              "a warp's columns are whole swizzle periods");
-static_assert(kColumnWarps == 1 || (kNTiles & (kNTiles - 1)) == 0, "a warp's queries are part of one, or whole ones");
-
-constexpr int kStages = 2;  // of the Q and dO rings; the barriers above rely on it
-constexpr int kQBytes = kBlockM * kHeadDim * 2;
-constexpr int kDoutBytes = kBlockM * kHeadDimV * 2;
-constexpr int kVOffset = kBlockN * kHeadDim * 2;  // K is at 0
-constexpr int kQOffset = kVOffset + kBlockN * kHeadDimV * 2;
-constexpr int kDoutOffset = kQOffset + kStages * kQBytes;
-constexpr int kPOffset = kDoutOffset + kStages * kDoutBytes;
-constexpr int kDsOffset = kPOffset + kBlockM * kBlockN * 2;
-constexpr int kLseOffset = kDsOffset + kBlockM * kBlockN * 2;
-constexpr int kDeltaOffset = kLseOffset + kStages * kBlockM * 4;
-// P as the gradient warps need it: apart from P[key][query] where that multiplies dO and is another.
-constexpr bool kSplitP = kColumnWarps > 1 && kTwoPs;
-constexpr int kGradientPOffset = kSplitP ? kDeltaOffset + kStages * kBlockM * 4 : kPOffset;
 constexpr bool kBanded = Config::kWindow || kMasks;
 
 enum Barrier { kPReady = 1, kDsReady, kDsStored, kPStored, kDsShared };
@@ -131,53 +73,6 @@ struct QueryBlock {
     }
   }
 };
-
-// Stores P or dS, packed as operands A, into its [key][query] tile.
-template <int kStrips>
-__device__ __forceinline__ void store_operand(unsigned char* tile, const OperandA<kStrips, kNTiles / 2>& a, int row,
-                                              int chunk) {
-#pragma unroll
-  for (int m = 0; m < kStrips; ++m) {
-#pragma unroll
-    for (int i = 0; i < kNTiles * 2; ++i) {
-      *reinterpret_cast<unsigned*>(tile + operand_offset<PTile>(row, chunk, m, i / 4, i % 4)) = a.reg[m][i / 4][i % 4];
-    }
-  }
-}
-
-// The same of 16 keys and queries.
-__device__ __forceinline__ void store_operand(unsigned char* tile, const unsigned (&a)[4], int row, int chunk) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) *reinterpret_cast<unsigned*>(tile + operand_offset<PTile>(row, chunk, 0, 0, i)) = a[i];
-}
-
-// Loads columns from 8·chunk of it back, as they were stored or, from other columns, as warps beside this one did.
-template <int kKTiles>
-__device__ __forceinline__ void load_operand(OperandA<kMTiles, kKTiles>& a, unsigned tile_smem, int row, int chunk) {
-  const int lane = Fragment::lane();
-  const unsigned a_lane = tile_smem + PTile::offset(row + lane % 16, chunk + lane / 16);
-#pragma unroll
-  for (int kk = 0; kk < kKTiles; ++kk) {
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
-      ldmatrix_x4(a.reg[m][kk], PTile::advance(a_lane, 2 * kk) + m * 16 * PTile::kRowBytes);
-    }
-  }
-}
-
-// acc += A B, where A is what this warp has in registers or, if warps share keys, those rows of the tile.
-template <int kColumns, int kTiles>
-__device__ __forceinline__ void multiply_operand(float (&acc)[kMTiles][kTiles][4],
-                                                 const OperandA<kMTiles, kNTiles / 2>& a, unsigned tile_smem, int row,
-                                                 unsigned b_smem, int chunk) {
-  if constexpr (kColumnWarps == 1) {
-    multiply_a_b<Element, kColumns>(acc, a, b_smem, 0);
-  } else {
-    OperandA<kMTiles, kBlockM / 16> whole;
-    load_operand(whole, tile_smem, row, 0);
-    multiply_a_b<Element, kColumns>(acc, whole, b_smem, chunk);
-  }
-}
 
 // Adds this warp's share of dS K to one block of the workspace.
 __device__ __forceinline__ void accumulate_dq(float* workspace, int* turn, int mine, unsigned ds_smem,

@@ -7,8 +7,8 @@
 //           the next that nobody has taken (an atomic counter, which is back at 0 when the last block is done).
 //           Few queries: kPackedHeads heads of a group share a tile, row r being head r % kPackedHeads of query
 //           r / kPackedHeads, and "head" below counts such packs.
-// Threads   warpgroup 0 produces: one thread starts all TMA loads. kWarpgroups more consume; each owns 64 queries and
-//           sees every key. setmaxnreg moves the producer's registers to them.
+// Threads   warpgroup 0 produces: one thread starts all TMA loads (hopper/forward_producer.cuh). kWarpgroups more consume,
+//           here; each owns 64 queries and sees every key. setmaxnreg moves the producer's registers to them.
 // Loop      of a consumer, over the key blocks n of a tile from the last visible one down:
 //             start S = Q K[n]ᵀ;  start O += P V[n + 1];  wait for S;  release K[n];
 //             mask, row_max, P' = 2^(S·scale_log2 − row_max·scale_log2), row_sum          (under the products)
@@ -16,12 +16,12 @@
 //           At a tile's end the last O += P V has no S beside it. With two Q slots (kQStages) it gets the first S of
 //           the next tile, and the tensor cores do not idle between tiles. One Q slot is refilled meanwhile.
 //           Ping-pong (kPingPong): warpgroups issue products in turn, so that one's softmax runs under the other's.
-// Shared memory, in order (tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
+// Shared memory, in order (hopper/forward_layout.cuh; tile.cuh: a tile has ceil(head dim / 64) panels of 128 bytes a row):
 //           Q · kQStages | K · kStages | V · kStages | O · kWarpgroups, if kQStages = 2; else O is staged over V
 //           | which tile each Q belongs to, 16 bytes · kQStages | if kZeroesV, which block each V is, 16 bytes · kStages
 //           | barriers
 // Registers O: kHeadDimV/2, S: kBlockN/2, P: kBlockN/4 a thread; docs/hopper-forward.md has ptxas's figures.
-// Barriers  (pipeline.cuh)   who arrives                            who waits
+// Barriers  (Rings)          who arrives                            who waits
 //           q.full           producer, TMA's bytes                  consumers, before they read the tile or its Q
 //           q.empty          each consumer that has read which tile producer, before it writes either
 //                            it is; lane 0 after its last S
@@ -50,20 +50,14 @@
 #include "core/fragment.cuh"
 #include "core/hide.cuh"
 #include "core/mask.cuh"
-#include "core/modifier_params.cuh"
-#include "core/packed.cuh"
-#include "core/scheduler.cuh"
 #include "core/score.cuh"
 #include "core/score_mod.cuh"
 #include "core/sinks.cuh"
-#include "core/types.cuh"
 #include "core/visible.cuh"
-#include "hopper/packed.cuh"
-#include "hopper/pipeline.cuh"
+#include "hopper/forward_layout.cuh"
+#include "hopper/forward_producer.cuh"
 #include "hopper/products.cuh"
 #include "hopper/softmax.cuh"
-#include "hopper/tile.cuh"
-#include "hopper/visited_keys.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/fence.cuh"
 #include "ptx/mbarrier.cuh"
@@ -73,84 +67,11 @@
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
-struct ForwardParams : PackedArrays<Config::kVarlen>, ModifierParams<Config::kModified> {
-  int seqlen_q, seqlen_k_visible;  // keys that some query sees
-  int heads_q, group_size, batch_heads;  // in packs of kPackedHeads heads
-  int causal_offset;
-  int m_blocks, tiles, heads_per_wave;  // tiles = m_blocks · batch_heads
-  float scale_log2, scale;              // |scale|·log2(e) and |scale|; the sign is Config::kNegativeScale
-};
-
-using Element = Config::Element;
-constexpr int kWarpgroups = Config::kWarpgroups;  // of consumers
-constexpr int kBlockM = Config::kBlockM;
-constexpr int kBlockN = Config::kBlockN;
-constexpr int kHeadDim = Config::kHeadDim;
-constexpr int kHeadDimV = Config::kHeadDimV;
-constexpr int kStages = Config::kStages;
-constexpr int kQStages = Config::kQStages;
-constexpr int kPack = Config::kPackedHeads;
-constexpr int kQueries = Config::kBlockM / kPack;  // of a tile
-constexpr int kWarpgroupThreads = 4 * kWarpSize;
-constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
-constexpr int kNTiles = kBlockN / 8;
-constexpr int kDTiles = kHeadDimV / 8;
-static_assert(kBlockM == 64 * kWarpgroups && kBlockN % 16 == 0, "whole wgmma tiles");
-static_assert(64 % kPack == 0, "whole queries in the rows of a warpgroup");
-static_assert(kPack == 1 || !Config::kModified, "modifiers take rows for queries of one head");
-static_assert(!Config::kVarlen || (kPack == 1 && Config::kDynamicTiles), "packed sequences are of many lengths");
-static_assert(!Config::kVarlen || !(kMasks || Config::kBias || Config::kKeyPadding || Config::kQueryPadding),
-              "operands with rows or columns of a batch element's");
-static_assert(kQStages == 1 || kQStages == 2, "the next Q waits for this one, or has its own slot");
-
-using QTile = PanelTile<kBlockM, kHeadDim>;
-using KTile = PanelTile<kBlockN, kHeadDim>;
-using VTile = PanelTile<kBlockN, kHeadDimV>;
-using OTile = PanelTile<64, kHeadDimV>;  // of one warpgroup
-
-constexpr bool kOInV = kQStages == 1;  // O is staged where V was
-constexpr int kKOffset = kQStages * QTile::kBytes;
-constexpr int kVOffset = kKOffset + kStages * KTile::kBytes;
-constexpr int kOOffset = kOInV ? kVOffset : kVOffset + kStages * VTile::kBytes;
-constexpr int kTileSlotsOffset = kVOffset + kStages * VTile::kBytes + (kOInV ? 0 : kWarpgroups * OTile::kBytes);
-constexpr int kVBlocksOffset = kTileSlotsOffset + kQStages * (Config::kVarlen ? 32 : 16);
-constexpr int kBarriersOffset = kVBlocksOffset + (kZeroesV ? kStages * 16 : 0);
-static_assert(!kOInV || kWarpgroups * OTile::kBytes <= kStages * VTile::kBytes, "O fits in V's place");
-
-using QRing = Ring<kQStages, QTile::kBytes>;
-using KRing = Ring<kStages, KTile::kBytes>;
-using VRing = Ring<kStages, VTile::kBytes>;
-using LandedRing = FilledRing<kStages, VTile::kBytes>;  // of V, where it is not ready for the consumers when TMA is done
-constexpr int kOEmptyOffset = kBarriersOffset + QRing::kBarrierBytes + KRing::kBarrierBytes + VRing::kBarrierBytes;
-constexpr int kLandedOffset = kOEmptyOffset + 8;
-static_assert(kLandedOffset + (kZeroesV ? LandedRing::kBarrierBytes : 0) == Config::kSharedBytes,
-              "the host's map is the same");
-
-using WorkTile = ChosenTile<Config::kVarlen>::Type;
-struct alignas(16) TileSlot { WorkTile tile; };  // how the producer tells the consumers which tile Q belongs to
-constexpr int kNoTile = -1;                  // in place of m_block: there is no further tile
-
-// How the producer tells which block V is of, and whether every query of the tile sees all of it.
-struct alignas(16) VBlock {
-  int batch, head, n_block;
-  int is_full;
-};
-constexpr int kNoBlock = -1;  // in place of n_block: there is no further V
-
-struct Work {  // a tile, and what its divisions give: they would delay each load
-  WorkTile tile;
-  int kv_head;
-  int n_first;  // key block
-  int first_key;  // of a packed sequence
-  KeyBlocks keys;
-};
-
 // What the modifiers of a tile's scores are: lengths and a slope are read once for each tile.
 struct TileModifiers {
   int queries, keys;
   ScoreModifiers<Element> scores;
 };
-static_assert(sizeof(TileSlot) == (Config::kVarlen ? 32 : 16), "as its place in shared memory");
 
 // acc_s = Q Kᵀ: 64 rows of Q, from q_smem on, and all keys of the block. Started, not waited for.
 __device__ __forceinline__ void start_q_k(float (&acc_s)[kNTiles][4], unsigned q_smem, unsigned k_smem) {
@@ -191,21 +112,9 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
                unsigned* __restrict__ tiles_taken,           // 0; used, and left 0, if kDynamicTiles
                const __grid_constant__ ForwardParams params) {
   DYN_SMEM(smem);
-  const unsigned base_smem = cvta_to_shared(smem);
-  const QRing q_ring{{base_smem, base_smem + kBarriersOffset}};
-  const KRing k_ring{{base_smem + kKOffset, q_ring.barriers_smem + QRing::kBarrierBytes}};
-  const VRing v_ring{{base_smem + kVOffset, k_ring.barriers_smem + KRing::kBarrierBytes}};
-  const unsigned o_empty = base_smem + kOEmptyOffset;
-  TileSlot* const tile_slots = reinterpret_cast<TileSlot*>(smem + kTileSlotsOffset);  // (kQStages,)
-  const LandedRing v_landed{v_ring.slots_smem, base_smem + kLandedOffset};
-  VBlock* const v_blocks = reinterpret_cast<VBlock*>(smem + kVBlocksOffset);  // (kStages,)
-
+  const Rings rings{smem};
   if (threadIdx.x == 0) {
-    q_ring.init(kWarpgroups * kWarpgroupThreads);
-    k_ring.init(4 * kWarpgroups);
-    v_ring.init(4 * kWarpgroups, kZeroesV ? kWarpSize : 1);
-    mbarrier_init(o_empty, kWarpgroups);
-    if constexpr (kZeroesV) v_landed.init();
+    rings.init();
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -216,125 +125,10 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   if (warpgroup < 0) {
     setmaxnreg_dec<Config::kProducerRegisters>();
     if constexpr (kZeroesV) {
-      if (threadIdx.x / kWarpSize == 1) {
-        for (unsigned use = 0;; ++use) {
-          v_landed.wait_full(use);
-          const VBlock block = v_blocks[use % kStages];
-          if (block.n_block == kNoBlock) return;
-          if (!block.is_full) {
-            zero_unseen_keys<VTile, kBlockN>(smem + kVOffset + use % kStages * VTile::kBytes, params, block.batch,
-                                             block.head, block.n_block * kBlockN);
-          }
-          mbarrier_arrive(v_ring.full(use));
-        }
-      }
+      if (threadIdx.x / kWarpSize == 1) return zero_landed_v(rings, params);
     }
-    if (threadIdx.x != 0) return;
-    unsigned use = 0;    // of the K and V rings: key blocks before this one, of all tiles so far
-    unsigned q_use = 0;  // of the Q ring: tiles before this one
-    const auto load_q = [&](unsigned q_use, const auto& tile) {
-      q_ring.wait_empty(q_use);
-      tile_slots[q_use % kQStages].tile = tile;
-      mbarrier_arrive_expect_tx(q_ring.full(q_use), QTile::kBytes);
-      const unsigned slot = q_ring.slot(q_use), full = q_ring.full(q_use);
-      if constexpr (Config::kVarlen) {
-        QTile::load_of_sequence(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.first_query, tile.queries);
-      } else if constexpr (kPack == 1) QTile::load(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
-      else QTile::load_packed(slot, &q_map, full, tile.m_block * kQueries, tile.head, tile.batch);
-    };
-    const int mapped = first_mapped_key(params);
-    const auto load_k = [&](unsigned use, const auto& work, int n_block) {
-      k_ring.wait_empty(use);
-      mbarrier_arrive_expect_tx(k_ring.full(use), KTile::kBytes);
-      const int key = n_block * kBlockN - mapped;
-      if constexpr (Config::kVarlen) {
-        KTile::load_of_sequence(k_ring.slot(use), &k_map, k_ring.full(use), key, work.kv_head, work.first_key,
-                                work.tile.keys);
-      } else KTile::load(k_ring.slot(use), &k_map, k_ring.full(use), key, work.kv_head, work.tile.batch);
-    };
-    const auto load_v = [&](unsigned use, const auto& work, int n_block) {
-      if constexpr (kOInV) mbarrier_wait(o_empty, q_use % 2);
-      v_ring.wait_empty(use);
-      if constexpr (kZeroesV) {
-        v_blocks[use % kStages] = {work.tile.batch, work.tile.head, n_block, work.keys.is_full(n_block)};
-      }
-      const unsigned landed = kZeroesV ? v_landed.full(use) : v_ring.full(use);
-      mbarrier_arrive_expect_tx(landed, VTile::kBytes);
-      const int key = n_block * kBlockN - mapped;
-      if constexpr (Config::kVarlen) {
-        VTile::load_of_sequence(v_ring.slot(use), &v_map, landed, key, work.kv_head, work.first_key, work.tile.keys);
-      } else VTile::load(v_ring.slot(use), &v_map, landed, key, work.kv_head, work.tile.batch);
-    };
-    const int packed_blocks = packed_blocks_of(params);
-    const auto m_blocks = [&] { return Config::kVarlen ? packed_blocks : params.m_blocks; };
-    const auto tiles = [&] { return Config::kVarlen ? packed_blocks * params.heads_q : params.tiles; };
-    const auto work_at = [&](int index) {
-      if (index >= tiles()) return Work{{kNoTile, 0, 0}};
-      const Tile at = longest_first(index, m_blocks(), params.heads_q, params.batch_heads, params.heads_per_wave);
-      int first_key = 0;
-      const WorkTile tile = tile_at<kBlockM>(params, at, m_blocks(), first_key);
-      const KeyBlocks keys = key_blocks<kQueries, kBlockN>(params, tile);
-      const int kv_head = tile.head / params.group_size;
-      if constexpr (kBanded || kZeroesV) return Work{tile, kv_head, keys.first(), first_key, keys};
-      else return Work{tile, kv_head, keys.first(), first_key};
-    };
-
-    // Q and the first key block.
-    const auto start_tile = [&](unsigned q_use, unsigned use, const Work& work) {
-      load_q(q_use, work.tile);
-      load_k(use, work, work.n_first);
-    };
-
-    int index = blockIdx.x;
-    Work work = work_at(index);
-    const auto finish = [&] {
-      q_ring.wait_empty(q_use);
-      tile_slots[q_use % kQStages].tile = WorkTile{kNoTile, 0, 0};
-      mbarrier_arrive(q_ring.full(q_use));
-    };
-    const auto finish_v = [&] {
-      if constexpr (kZeroesV) {
-        v_ring.wait_empty(use);
-        v_blocks[use % kStages] = {0, 0, kNoBlock, 0};
-        mbarrier_arrive(v_landed.full(use));
-      }
-    };
-    if constexpr (Config::kVarlen) {
-      if (work.tile.m_block == kNoTile) {  // there are fewer tiles than the host had to allow for
-        finish();
-        return finish_v();
-      }
-    }
-    start_tile(q_use, use, work);
-    while (true) {
-      Work next;
-      const KeyBlocks& keys = work.keys;
-      int after = 0;  // with a mask: looking for it takes reading
-      for (int n_block = work.n_first; n_block >= keys.begin; n_block = kMasks ? after : n_block - 1, ++use) {
-        if constexpr (kMasks) after = keys.after(n_block);
-        // The next tile is claimed late, to balance the load, but a block ahead: the counter takes its time to answer.
-        // With a mask it is claimed at the first block: nobody knows how many are to come.
-        if (n_block == (kMasks ? work.n_first : min(work.n_first, keys.begin + 1))) {
-          if constexpr (Config::kDynamicTiles) index = gridDim.x + atomicInc(tiles_taken, tiles() - 1);
-          else index += gridDim.x;
-        }
-        // Always what is needed next comes first; but one Q slot is not free before the last V is awaited.
-        const bool is_last = kMasks ? after < keys.begin : n_block == keys.begin;
-        if (kMasks ? !is_last : n_block > keys.begin) {
-          load_k(use + 1, work, kMasks ? after : n_block - 1);
-        } else {
-          next = work_at(index);
-          if (!kOInV && next.tile.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);
-        }
-        load_v(use, work, n_block);
-        if (kOInV && is_last && next.tile.m_block != kNoTile) start_tile(q_use + 1, use + 1, next);
-      }
-      ++q_use;
-      if (next.tile.m_block == kNoTile) break;
-      work = next;
-    }
-    finish();
-    return finish_v();
+    if (threadIdx.x == 0) produce(rings, q_map, k_map, v_map, tiles_taken, params);
+    return;
   }
 
   setmaxnreg_inc<Config::kConsumerRegisters>();
@@ -346,15 +140,15 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   unsigned q_use = 0;
 
   const auto receive_tile = [&](unsigned q_use) {
-    q_ring.wait_full(q_use);
-    const WorkTile tile = tile_slots[q_use % kQStages].tile;
-    if (lane > 0) mbarrier_arrive(q_ring.empty(q_use));  // early: lane 0 does when the warp is done with Q
+    rings.q.wait_full(q_use);
+    const WorkTile tile = rings.tile(q_use);
+    if (lane > 0) mbarrier_arrive(rings.q.empty(q_use));  // early: lane 0 does when the warp is done with Q
     return tile;
   };
   const auto release = [&](unsigned empty_barrier) {
     if (lane == 0) mbarrier_arrive(empty_barrier);
   };
-  const auto q_smem = [&](unsigned q_use) { return q_ring.slot(q_use) + warpgroup * 64 * kPanelRowBytes; };
+  const auto q_smem = [&](unsigned q_use) { return rings.q.slot(q_use) + warpgroup * 64 * kPanelRowBytes; };
 
   float acc_o[kDTiles][4] = {};
   unsigned p_reg[kNTiles / 2][4];  // P of the block whose S was computed last
@@ -409,17 +203,17 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   // The first block of a tile, with no product beside it.
   const auto first_block = [&] {
     float acc_s[1][kNTiles][4];
-    k_ring.wait_full(use);
-    start_q_k(acc_s[0], q_smem(q_use), k_ring.slot(use));
+    rings.k.wait_full(use);
+    start_q_k(acc_s[0], q_smem(q_use), rings.k.slot(use));
     if constexpr (kOInV) {
       if (stores_o) {  // the O of the tile before has left V, if there was one
         cp_async_bulk_wait_group_read<0>();
-        mbarrier_arrive(o_empty);
+        mbarrier_arrive(rings.o_empty);
       }
     }
     wgmma_wait_group<0>();
     pin_registers(acc_s[0]);
-    release(k_ring.empty(use));
+    release(rings.k.empty(use));
     exponentiate(acc_s, softmax, tile, modifiers, keys.first(), Constant<true>{});
     round_p(p_reg, acc_s[0]);
   };
@@ -429,20 +223,20 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
   const auto next_block = [&](DeferredSoftmax& softmax, const WorkTile& tile, const TileModifiers& modifiers,
                               unsigned q_use, int n_block, bool exists, auto masked) {
     float acc_s[1][kNTiles][4];
-    if (exists) k_ring.wait_full(use + 1);
+    if (exists) rings.k.wait_full(use + 1);
     if constexpr (Config::kPingPong) bar_sync(1 + warpgroup, 2 * kWarpgroupThreads);
-    start_q_k(acc_s[0], q_smem(q_use), k_ring.slot(use + 1));
-    v_ring.wait_full(use);
-    start_p_v(acc_o, p_reg, v_ring.slot(use));
+    start_q_k(acc_s[0], q_smem(q_use), rings.k.slot(use + 1));
+    rings.v.wait_full(use);
+    start_p_v(acc_o, p_reg, rings.v.slot(use));
     if constexpr (Config::kPingPong) bar_arrive(1 + (warpgroup + 1) % kWarpgroups, 2 * kWarpgroupThreads);
     wgmma_wait_group<1>();
     pin_registers(acc_s[0]);
-    if (exists) release(k_ring.empty(use + 1));
+    if (exists) release(rings.k.empty(use + 1));
     exponentiate(acc_s, softmax, tile, modifiers, n_block, masked);
     wgmma_wait_group<0>();
     pin_registers(acc_o);
     pin_registers(p_reg);  // and only now may P change: it was an operand
-    release(v_ring.empty(use));
+    release(rings.v.empty(use));
     round_p(p_reg, acc_s[0]);
     ++use;
   };
@@ -479,17 +273,17 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       }
     }
 
-    release(q_ring.empty(q_use));
+    release(rings.q.empty(q_use));
     WorkTile next_tile;
     KeyBlocks next_keys;
     TileModifiers next_modifiers;
     DeferredSoftmax next_softmax;
     if constexpr (kOInV) {
-      v_ring.wait_full(use);
-      start_p_v(acc_o, p_reg, v_ring.slot(use));
+      rings.v.wait_full(use);
+      start_p_v(acc_o, p_reg, rings.v.slot(use));
       wgmma_wait_group<0>();
       pin_registers(acc_o);
-      release(v_ring.empty(use));
+      release(rings.v.empty(use));
       ++use;
     } else {
       next_tile = receive_tile(q_use + 1);
@@ -508,7 +302,7 @@ hopper_forward(const __grid_constant__ CUtensorMap q_map,    // (batch, heads_q,
       if (stores_o) cp_async_bulk_wait_group_read<0>();
       bar_sync(o_barrier, kWarpgroupThreads);
     }
-    const unsigned o_smem = base_smem + kOOffset + warpgroup * OTile::kBytes;
+    const unsigned o_smem = rings.base_smem + kOOffset + warpgroup * OTile::kBytes;
     const Sink sink = sink_of<Element>(params, tile.batch, tile.head);
     float inverse[2];
 #pragma unroll

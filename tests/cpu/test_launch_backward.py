@@ -19,7 +19,7 @@ from cuflash.problem import Problem, make_problem
 H100_L2 = 50 << 20
 STRUCTS = [
     ("fa2/backward_preprocess.cu", "PreprocessParams", launch_backward.PREPROCESS_PARAMS),
-    ("fa2/backward.cu", "BackwardParams", launch_backward.BACKWARD_PARAMS),
+    ("fa2/backward_layout.cuh", "BackwardParams", launch_backward.BACKWARD_PARAMS),
     ("fa2/backward_postprocess.cu", "PostprocessParams", launch_backward.POSTPROCESS_PARAMS),
     ("fa2/backward_sinks.cu", "SinksParams", modified_backward.SINKS_PARAMS),
     ("fa2/backward_bias.cu", "BiasParams", modified_backward.BIAS_PARAMS),

@@ -13,6 +13,7 @@ from modified import check_modified, make_modified, options_of
 from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
 
 BACKWARD = "fa2/backward.cu"
+LAYOUT = "fa2/backward_layout.cuh"
 PROBABILITIES = "core/modified_probabilities.cuh"
 BIAS = "fa2/backward_bias.cu"
 SINKS = "fa2/backward_sinks.cu"
@@ -72,7 +73,7 @@ BUGS = [
         "row - params.window_offset + 1);", "row - params.window_offset + 2);", NARROW),
     planted("softcap without its gradient", PROBABILITIES,
         "Config::kSoftcap ? x * slope[i / 4][i % 4] : x;", "x;", SOFTCAP),
-    planted("softcap's gradient in dV", BACKWARD,
+    planted("softcap's gradient in dV", LAYOUT,
         "constexpr bool kSplitP = kColumnWarps > 1 &&", "constexpr bool kSplitP = false &&", SOFTCAP_256),
     planted("tanh with half its argument", "core/score.cuh",
         "tanh_from_ex2(score * softcap_rate)", "tanh_from_ex2(score * softcap_rate * 0.5f)", SOFTCAP),

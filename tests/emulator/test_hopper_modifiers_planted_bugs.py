@@ -14,6 +14,7 @@ import cuflash
 from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
 
 FORWARD = "hopper/forward.cu"
+PRODUCER = "hopper/forward_producer.cuh"
 BACKWARD = "hopper/backward.cu"
 WIDE = "hopper/backward_wide.cu"
 KEY_BLOCK = "hopper/key_block.cuh"
@@ -62,13 +63,13 @@ BUGS = [
         "    modifiers = next_modifiers;\n", "", MANY_TILES),
     planted("a tile's first block visited as if the window began at 0", FORWARD,
         "for (; n_block >= keys.begin; --n_block) {", "for (; n_block >= 0; --n_block) {", WINDOW, "deadlock"),
-    planted("K and V loaded from the first key, the maps from a window's", FORWARD,
+    planted("K and V loaded from the first key, the maps from a window's", PRODUCER,
         "const int mapped = first_mapped_key(params);", "const int mapped = 0;", LATE_WINDOW),
     planted("the same in the backward", BACKWARD,
         "keys.first_key - first_mapped_key(params);", "keys.first_key;", LATE_WINDOW),
-    planted("V lands at its consumers' barrier, where the warp that zeroes does not wait", FORWARD,
-        "kZeroesV ? v_landed.full(use) : v_ring.full(use);", "v_ring.full(use);", PADDED, "deadlock"),
-    planted("a block that a length cuts taken for one that is seen whole", FORWARD,
+    planted("V lands at its consumers' barrier, where the warp that zeroes does not wait", PRODUCER,
+        "kZeroesV ? rings.v_landed.full(use) : rings.v.full(use);", "rings.v.full(use);", PADDED, "deadlock"),
+    planted("a block that a length cuts taken for one that is seen whole", PRODUCER,
         "if (!block.is_full) {", "if (false) {", PADDED),
     planted("zeros without fence.proxy.async", ZERO,
         "  fence_proxy_async_shared();\n", "", PADDED, "proxy"),
