@@ -54,10 +54,8 @@ class MaskSummary:
             self._kept.clear()
 
     def __reduce__(self) -> tuple[type[MaskSummary], tuple[()]]:
-        return (
-            MaskSummary,
-            (),
-        )  # a copy, of a module that has one, knows nothing: addresses are not the copies'
+        """A copy, of a module that has one, knows nothing: what is kept is by the original's addresses."""
+        return MaskSummary, ()
 
     def __repr__(self) -> str:
         return f"<cuflash.MaskSummary of {len(self._kept)} kernels>"
