@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -45,10 +46,16 @@ class MaskSummary:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()  # the last used is last
+        self._lock = threading.Lock()  # PyTorch differentiates in threads of its own, one for each device
 
     def clear(self) -> None:
         """Forget everything; the next calls look again."""
-        self._kept.clear()
+        with self._lock:
+            self._kept.clear()
+
+    def __reduce__(self) -> tuple[type[MaskSummary], tuple[()]]:
+        """A copy, of a module that has one, knows nothing: what is kept is by the original's addresses."""
+        return MaskSummary, ()
 
     def __repr__(self) -> str:
         return f"<cuflash.MaskSummary of {len(self._kept)} kernels>"
@@ -69,24 +76,27 @@ class MaskSummary:
         """
         given = (mask, *mod_args[: summary.mod_args])
         key = device, summary.key
-        kept = self._kept.get(key)
         is_capturing = gpu.is_capturing(device)
-        if kept is None or kept.given != given:
-            if is_capturing:
-                raise ValueError(
-                    "mask_summary does not hold what this call needs, and a CUDA graph is being captured: "
-                    "make the call once before the capture, with the same arrays"
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is None or kept.given != given:
+                if is_capturing:
+                    raise ValueError(
+                        "mask_summary does not hold what this call needs, and a CUDA graph is being "
+                        "captured: make the call once before the capture, with the same arrays"
+                    )
+                buffer = gpu.empty((summary.words,), "float32", device)
+                arrays = tuple(
+                    x
+                    for name, x in operands.items()
+                    if name == "mask" or (summary.mod_args and is_mod_arg(name))
                 )
-            buffer = gpu.empty((summary.words,), "float32", device)
-            arrays = tuple(
-                x for name, x in operands.items() if name == "mask" or (summary.mod_args and is_mod_arg(name))
-            )
-            kept = _Kept(given, arrays, buffer, gpu.pointer(buffer))
-            summary(mask, mod_args, kept.address, stream)
-            self._kept[key] = kept
-            if len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        if is_capturing:
-            _captured[kept.address] = kept.buffer
+                kept = _Kept(given, arrays, buffer, gpu.pointer(buffer))
+                summary(mask, mod_args, kept.address, stream)
+                self._kept[key] = kept
+                if len(self._kept) > _MAX_KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            if is_capturing:
+                _captured[kept.address] = kept.buffer
         return summary.parts(kept.address)

@@ -31,7 +31,7 @@ _BACKWARD_NAMES = ("dout", "out", "lse", "dlse", *_NAMES)
 _REQUIRED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
 _TENSORS = ", ".join(f"Tensor {name}" if name in _REQUIRED else f"Tensor? {name}" for name in _NAMES)
 _CALL = (
-    "str causal, float? scale, int? max_seqlen_q, int? max_seqlen_k, str algorithm, int? window_left, "
+    "str causal, float? scale, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str algorithm, int? window_left, "
     "int? window_right, float? softcap, float dropout_p"
 )
 
@@ -80,7 +80,7 @@ attention_varlen_forward = torch.library.custom_op(
 @attention_varlen_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors, call = arguments[: len(_NAMES)], arguments[len(_NAMES) :]
-    _, _, out_shape, lse_shape = _checked(tensors, _NAMES, _options(*call))
+    _, _, out_shape, lse_shape = _checked(tensors, _NAMES, _traced_options(*call))
     q = tensors[0]
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(out_shape), q.new_empty(lse_shape, dtype=lse_dtype)
@@ -114,7 +114,7 @@ attention_varlen_backward = torch.library.custom_op(
 @attention_varlen_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, call = arguments[: len(_BACKWARD_NAMES)], arguments[len(_BACKWARD_NAMES) :]
-    _checked(tensors, _BACKWARD_NAMES, _options(*call[:-2]))
+    _checked(tensors, _BACKWARD_NAMES, _traced_options(*call[:-2]))
     q, k, v = tensors[4:7]
     dsinks = tensors[4 + _SINKS] if call[-1] else q[:0, 0, 0]
     return tuple(x.new_empty(x.shape) for x in (q, k, v, dsinks))
@@ -211,3 +211,14 @@ def _options(*call: Any) -> VarlenOptions:
     return VarlenOptions(
         python_causal(causal), scale, max_seqlen_q, max_seqlen_k, algorithm, modifiers=modifiers
     )
+
+
+def _traced_options(*call: Any) -> VarlenOptions:
+    """The same where PyTorch traces. The longest lengths may be symbols there, which no check looks at.
+
+    It would pin them down, and each batch has others. The call checks them.
+    """
+    options = _options(*call)
+    hints = (options.max_seqlen_q, options.max_seqlen_k)
+    max_seqlen_q, max_seqlen_k = (None if isinstance(x, torch.SymInt) else x for x in hints)
+    return options._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)

@@ -15,7 +15,7 @@ from cuflash.config_backward import _TILES, BackwardConfigs, choose
 from cuflash.problem import make_problem
 from cuflash.resources import shared_memory_per_block
 
-BACKWARD_CU = Path(__file__).parents[2] / "kernels_cu" / "fa2" / "backward.cu"
+BACKWARD_MAP = Path(__file__).parents[2] / "kernels_cu" / "fa2" / "backward_layout.cuh"
 # Where each row of the tables uses most registers, and one that pads (120 to 128).
 HEAD_DIMS = sorted({bound for rows in _TILES.values() for bound, _ in rows} | {32, 120})
 CAPABILITY_IDS = [f"sm_{major}{minor}" for major, minor in CAPABILITIES]
@@ -93,7 +93,7 @@ def test_tiles_are_whole_for_every_warp(capability, head_dim):
 
 def test_shared_memory_is_what_the_kernels_map_adds_up_to():
     """The constants in the source, evaluated as Python."""
-    source = BACKWARD_CU.read_text()
+    source = BACKWARD_MAP.read_text()
     for capability, head_dim, head_dim_v in itertools.product(
         CAPABILITIES, (16, 64, 128, 256), (48, 128, 256)
     ):

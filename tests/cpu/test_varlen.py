@@ -233,6 +233,28 @@ def test_torch_operators_are_registered_as_the_library_wants_them() -> None:
     torch.library.opcheck(torch.ops.cuflash.attention_varlen_forward.default, arguments)
 
 
+def test_torch_compile_makes_one_graph_for_all_longest_lengths() -> None:
+    torch = pytest.importorskip("torch")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    arrays = tensors("float32")
+    q, k, v = (arrays[name] for name in "qkv")
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(longest: int) -> Any:
+        given = {name: arrays[name] for name in ("cu_seqlens_q", "cu_seqlens_k")}
+        out = cuflash.attention_varlen(q, k, v, **given, max_seqlen_q=longest, max_seqlen_k=longest)
+        return out.square().sum()
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    (wanted,) = torch.autograd.grad(loss(9), q)
+    for longest in (9, 10, 11, 12):  # each batch has others
+        assert torch.equal(torch.autograd.grad(compiled(longest), q)[0], wanted)
+    assert counter.frame_count == 2, "the first, and one for all that differ"
+    with pytest.raises(ValueError, match="max_seqlen_q must be at least 0, got -2"):
+        compiled(-2)
+
+
 def test_torch_vmap_autocast_and_second_derivatives() -> None:
     torch = pytest.importorskip("torch")
     arrays = tensors("float32")

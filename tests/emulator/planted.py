@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
 from arrays import make_inputs
 from numerics import Inputs
 
@@ -15,6 +20,7 @@ from emulator.findings import KernelFault
 from emulator.session import Emulator, emulator
 
 WRONG_RESULT = "wrong result"
+EVERY = "CUFLASH_EVERY_PLANTED_BUG"
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,10 @@ def noticed_by(
     """The checks that report something in any of some interleavings, each with its first report.
 
     ``until`` names the check that is waited for: the interleavings after its report are left out.
-    ``options`` are the emulator's.
+    ``options`` are the emulator's. Skips the test if the bug is none of those that run (``_is_drawn``).
     """
+    if edits and not _is_drawn(edits):
+        pytest.skip(f"not of the third of planted bugs that this tree draws; {EVERY}=1 runs all")
     noticed: dict[str, str] = {}
     for seed in range(seeds):
         # Without race checks a launch that they ended goes on to its end, so that a wrong result shows too.
@@ -91,3 +99,21 @@ def noticed_by(
                     noticed.setdefault(WRONG_RESULT, str(error))
                 break
     return noticed
+
+
+def _is_drawn(edits: dict[str, str]) -> bool:
+    """Whether a bug is of the third that runs, to spare time: another third with every change of the tree."""
+    if os.environ.get(EVERY):
+        return True
+    return hashlib.sha256(repr((_tree(), edits)).encode()).digest()[0] % 3 == 0
+
+
+@functools.cache
+def _tree() -> str:
+    """The texts of all kernels and of the emulator with its tests, as a digest."""
+    digest = hashlib.sha256()
+    for place in (jit.sources_dir(), Path(__file__).parent):
+        for path in sorted(place.rglob("*.*")):
+            if path.suffix in (".cu", ".cuh", ".h", ".cpp", ".py"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

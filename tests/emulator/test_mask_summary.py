@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
 import numpy as np
 import pytest
 from arrays import to_numpy
@@ -156,6 +162,35 @@ def test_a_captured_call_needs_a_summary_that_is_there(calls, monkeypatch):
     monkeypatch.setattr(mask_summary, "_captured", {})
     monkeypatch.setattr(type(arrays.CUPY), "is_capturing", lambda self, device: True)
     assert_equal(calls(**given, mask_summary=summary)[0], expected)
+
+
+def test_a_copy_looks_for_itself():
+    summary = cuflash.MaskSummary()
+    summary._kept["key"] = object()  # addresses that are the original's
+    for copied in (copy.copy(summary), copy.deepcopy(summary), pickle.loads(pickle.dumps(summary))):
+        assert not copied._kept
+    assert summary._kept
+
+
+def test_threads_share_one_though_each_forgets_what_the_others_need(monkeypatch):
+    from cuflash import mask_summary
+
+    monkeypatch.setattr(mask_summary, "_MAX_KEPT", 1)
+    shared, gpu = cuflash.MaskSummary(), mock.MagicMock()
+    gpu.is_capturing.return_value = False
+
+    def fetch(key):
+        found = mock.MagicMock(key=key, mod_args=0)
+        for _ in range(300):
+            assert shared.fetch(found, gpu, 0, 0, (), {}, 0) is found.parts.return_value
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(fetch, range(4)))
+    finally:
+        sys.setswitchinterval(switch)
 
 
 def test_anything_else_is_refused(calls):
