@@ -124,6 +124,13 @@ def shared_bytes(config: DecodeConfig) -> int:
     return max(loop, exchange)
 
 
+# (stages, blocks on a multiprocessor). Two blocks, so that one streams while the other starts or ends; else
+# one that has as much in flight as fits.
+_RINGS = ((3, 2), (2, 2), (4, 1), (3, 1), (2, 1))
+# Eight warps have enough in flight with two stages, and of two such blocks each had too few registers.
+_RINGS_OF_EIGHT_WARPS = ((2, 1),)
+
+
 class Shape(NamedTuple):
     """How the warps of a block share rows and keys; the fields mean what they do in ``DecodeConfig``."""
 
@@ -132,6 +139,7 @@ class Shape(NamedTuple):
     warps_n: int
     tile_keys: int
     spill_bytes: int = 0
+    rings: tuple[tuple[int, int], ...] = _RINGS
 
 
 def _shapes(rows: int, widest: int) -> tuple[Shape, ...]:
@@ -139,19 +147,14 @@ def _shapes(rows: int, widest: int) -> tuple[Shape, ...]:
     if rows <= 16:  # every warp has keys of its own
         keys = 32 if widest <= 64 else 16
         return Shape(1, 1, 4, keys), Shape(1, 1, 2, keys)
-    if rows <= 32 and widest <= 128:
-        return (Shape(2, 1, 4, 16),)
+    if rows <= 32 and widest <= 128:  # two warps share keys: each leaves half as much of O to exchange
+        return Shape(1, 2, 4, 32, rings=_RINGS_OF_EIGHT_WARPS), Shape(1, 2, 2, 32)
     if rows <= 32:  # 32 rows of O do not fit a warp's registers
         return Shape(1, 2, 2, 32, 8), Shape(1, 2, 1, 32, 8)
     if rows <= 64 or widest > 128:
         return Shape(1, 4, 1, 64), Shape(1, 2, 1, 32, 8)
     # Products matter as much as memory here: with 32 rows a warp uses each K/V fragment twice.
     return (Shape(2, 4, 1, 64, 112 if widest > 64 else 0),)
-
-
-# (stages, blocks on a multiprocessor). Two blocks, so that one streams while the other starts or ends; else
-# one that has as much in flight as fits.
-_RINGS = ((3, 2), (2, 2), (4, 1), (3, 1), (2, 1))
 
 
 def choose(
@@ -166,16 +169,20 @@ def choose(
             head_dim=head_dim,
             head_dim_v=head_dim_v,
             group=problem.group_size,
-            **shape._asdict(),
+            m_tiles=shape.m_tiles,
+            warps_m=shape.warps_m,
+            warps_n=shape.warps_n,
+            tile_keys=shape.tile_keys,
             stages=stages,
             min_blocks_per_sm=blocks,
             appends=appends,
             split=False,
             negative_scale=problem.scale < 0,
             **features._asdict(),
+            spill_bytes=shape.spill_bytes,
         )
         for shape in _shapes(problem.seqlen_q * problem.group_size, max(head_dim, head_dim_v))
-        for stages, blocks in _RINGS
+        for stages, blocks in shape.rings
     )
     # What a block reserves for the system comes on top of its own.
     return next(c for c in configs if c.min_blocks_per_sm * (shared_bytes(c) + 1024) <= per_block + 1024)

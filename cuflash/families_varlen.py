@@ -130,12 +130,10 @@ def _hopper(packed: Packed, options: VarlenOptions, gpu: Gpu) -> VarlenForward:
 
 def _why_not_hopper(packed: Packed, options: VarlenOptions, gpu: Gpu) -> str | None:
     """Why the Hopper kernel cannot compute the forward, or "auto" should not take it; None if it should."""
-    problem, infos, _, band = packed
+    problem, infos, _, _ = packed
     if reason := config_hopper.why_not(dataclasses.replace(problem, causal_offset=None), gpu.capability):
         return reason
     if options.algorithm == "auto":
-        if _flags(problem, infos, band).modify:
-            return "with modifiers it has not been compared with fa2 yet"  # to be measured on a device
         copied_by_both = fa2_layouts(problem, infos, "bshd").copies
         for name, reason in packed_layouts(problem, infos).copies.items():
             if name in infos and name not in copied_by_both and not (name == "out" and "v" in copied_by_both):

@@ -51,9 +51,9 @@ def attention_varlen(
     Sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q and out, and rows cu_seqlens_k[b] to
     cu_seqlens_k[b + 1] of k and v. It sees no other sequence. docs/packed.md has examples.
 
-    On a GPU by the kernels of ``attention``, hopper's or fa2's ("auto" takes fa2's forward with
-    modifiers): a pass over the offsets, on the device, lists the blocks of all sequences, the longest
-    sequences first, and thread blocks take them from there. The host knows no length and never waits.
+    On a GPU by the kernels of ``attention``, hopper's or fa2's: a pass over the offsets, on the
+    device, lists the blocks of all sequences, the longest sequences first, and thread blocks take them from
+    there. The host knows no length and never waits.
 
     Parameters
     ----------

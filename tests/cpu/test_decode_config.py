@@ -204,7 +204,8 @@ def test_parts_have_room_for_every_row_of_every_split() -> None:
     assert calls.part_rows == 2 * 2 * 3 * 4
     assert calls.part_floats == calls.part_rows * (64 + 2)
     tree = calls_of(heads=(32, 1), d=128, capacity=1 << 14, num_splits=29)  # 29 parts, 5 of these, the result
-    assert tree.counters == 2 * (5 + 1) * 4
+    assert tree.attention is not None
+    assert tree.counters == 2 * (5 + 1) * tree.attention[0].warps
     assert tree.part_rows == 2 * (29 + 5) * 32
     whole = calls_of(num_splits=1)
     assert (whole.part_floats, whole.counters) == (0, 0)
