@@ -20,7 +20,7 @@ from benchmarks.results import Row, significant
 from benchmarks.speed import new_memory_is_nan, random_inputs
 from benchmarks.timing import Timer
 from benchmarks.workload import Workload, grid_point
-from cuflash.philox import dropout_keep
+from cuflash.philox import dropout_keep, kept_scale
 
 TOPIC = "modifiers"
 METHOD = (
@@ -241,7 +241,7 @@ def reference(inputs: Inputs, mods: Mods) -> tuple[Any, tuple[Any, ...]]:
         if mods.dropout is not None:
             p, seed = mods.dropout
             kept = dropout_keep(p, seed, batch, head, slice(0, seqlen), slice(0, seqlen))
-            probability = probability * torch.from_numpy(kept).to(q.device) / (1 - p)
+            probability = probability * torch.from_numpy(kept).to(q.device) * kept_scale(p)
         out = probability @ leaves[2]
         outs.append(out.detach())
         gradients.append(torch.autograd.grad(out, leaves, dout[0, :, i]))

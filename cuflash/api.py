@@ -80,8 +80,8 @@ def attention(
         Attention sinks (Xiao et al., arXiv 2309.17453), learnt: exp(sink) joins the denominator of the
         softmax, hence lse too, as a key whose value is 0. float32 or q's dtype.
     dropout_p : float
-        Probabilities are dropped with this probability, in [0, 1), and the others divided by 1 − dropout_p;
-        lse is that without dropout.
+        Probabilities are dropped with this probability, in [0, 1), rounded down to a multiple of 2⁻¹⁶, and
+        the others divided by 1 minus it; lse is that without dropout.
     seed : int, or integer array of one element or of two (low and high 32 bits)
         Which probabilities are dropped: a function of it and of (batch, head, row, column) alone. PyTorch
         draws it from its generator where it is None; with other libraries it must be given.

@@ -309,7 +309,7 @@ class ModArgsGradientConfig(BiasGradientConfig):
     @property
     def spill_bytes(self) -> int:
         """What ptxas may store to the stack: sums of several sites are in registers all along."""
-        return 64 if len(self.sites) > 1 else 0
+        return 96 if len(self.sites) > 1 else 0
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""

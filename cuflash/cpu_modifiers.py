@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuflash.modifiers import NO_OPERANDS
-from cuflash.philox import dropout_keep, seed_value
+from cuflash.philox import dropout_keep, kept_scale, seed_value
 from cuflash.problem import Problem
 
 Array = NDArray[Any]
@@ -127,7 +127,7 @@ class Group(NamedTuple):
         batch = self.problem.first_batch + self.batch
         for head, part, queries in self.heads_of(rows):
             factor[part] = dropout_keep(p, self.seed, batch, self.heads.start + head, queries, keys)
-        return np.multiply(factor, 1 / (1 - p), out=factor)
+        return np.multiply(factor, kept_scale(p), out=factor)
 
     def add_dbias(self, dbias: Array, ds: Array, rows: slice, keys: slice) -> None:
         """Add a tile of dS to the gradient of a bias (1 or B, 1 or Hq, 1 or Sq, Sk), summed where it is 1."""

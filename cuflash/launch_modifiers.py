@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cuflash import philox
 from cuflash.arrays import ArrayInfo
 from cuflash.formulas import MAX_AXES, ModArg, depends_on
 from cuflash.launch import LOG2_E, KernelCall, check_grid
@@ -178,8 +179,8 @@ def modifier_params(
         # A formula's score is scaled already.
         rate = 2 * LOG2_E * (1.0 if problem.formulas.score_mod else scale) / problem.softcap
         params["softcap_rate"] = np.clip(rate, -_LARGE, _LARGE)  # times a score of 0 it must stay 0
-    params["dropped_below"] = int(problem.dropout_p * 2.0**32)
-    params["kept_scale"] = 1 / (1 - problem.dropout_p)
+    params["dropped_below"] = philox.dropped_below(problem.dropout_p) << 16
+    params["kept_scale"] = philox.kept_scale(problem.dropout_p)
     return params
 
 

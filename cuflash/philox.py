@@ -1,18 +1,21 @@
-"""Dropout's random numbers: Philox4x32-10 of absolute positions, the same for every kernel family.
+"""Dropout's random numbers: Philox4x32-7 of absolute positions, the same for every kernel family.
 
-Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The generator is a
-function of a counter and a key, so any element can be drawn alone, again, and in any order: the mask depends
-neither on tile shapes nor on the algorithm, and the backward replays it.
+Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): seven rounds are the
+fewest that pass all their tests. The generator is a function of a counter and a key, so any element can be
+drawn alone, again, and in any order: the mask depends neither on tile shapes nor on the algorithm, and the
+backward replays it.
 
     key     = (seed mod 2³², seed div 2³²)
-    counter = (column', row', head, batch),  x' = 8 · (x div 16) + x mod 8
+    counter = (4 · (column div 16) + column mod 8 div 2, 8 · (row div 16) + row mod 8, head, batch)
     word    = 2 · (row div 8 mod 2) + column div 8 mod 2 of the four that come out
+    half    = column mod 2 of its two, the lower first
 
-One draw of four words thus serves the block {row, row + 8} × {column, column + 8}. In the accumulators of
-``mma.sync`` and ``wgmma`` a thread owns rows r and r + 8 and, eight columns on, the same column of the next
-tile: it owns such blocks whole, both where S is computed (forward) and where Sᵀ is (backward).
+One draw of four words thus serves rows {i, i + 8} and columns {2j, 2j + 1, 2j + 8, 2j + 9}: what a thread
+owns of S in the accumulators of ``mma.sync`` and ``wgmma``, and, with what one other lane of its warp drew,
+of Sᵀ in the backward.
 
-An element is dropped if its word is below ⌊p · 2³²⌋, and the others are scaled by 1 / (1 − p).
+An element is dropped if its 16 bits are below ⌊p · 2¹⁶⌋, and the others are scaled so that their expectation
+is that without dropout: by 1 / (1 − ⌊p · 2¹⁶⌋ / 2¹⁶).
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ Array = NDArray[Any]
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
 _MASK32 = 0xFFFFFFFF
 
 
@@ -47,16 +50,28 @@ def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tupl
     return tuple(x.astype(np.uint32) for x in np.broadcast_arrays(c0, c1, c2, c3))
 
 
+def dropped_below(dropout_p: float) -> int:
+    """Of 2¹⁶ values that 16 random bits may have, how many drop their element: p · 2¹⁶, rounded down."""
+    return int(dropout_p * 2.0**16)
+
+
+def kept_scale(dropout_p: float) -> float:
+    """What elements are multiplied by that are not dropped."""
+    return 1 / (1 - dropped_below(dropout_p) / 2.0**16)
+
+
 def dropout_keep(
     dropout_p: float, seed: int, batch: int, head: int, rows: slice, columns: slice
 ) -> NDArray[np.bool_]:
     """Which probabilities of a tile of one head survive: (rows, columns), slices of absolute positions."""
-    row_draws, row_half, row_draw = _draws(rows)
-    column_draws, column_half, column_draw = _draws(columns)
+    i, j = (np.arange(positions.start, positions.stop) for positions in (rows, columns))
+    row_draws, row_draw = np.unique(i // 16 * 8 + i % 8, return_inverse=True)
+    column_draws, column_draw = np.unique(j // 16 * 4 + j % 8 // 2, return_inverse=True)
     key = (seed & _MASK32, seed >> 32)
     words = np.stack(philox4x32((column_draws, row_draws[:, None], head, batch), key))
-    drawn = words[2 * row_half[:, None] + column_half, row_draw[:, None], column_draw]
-    return drawn >= np.uint32(int(dropout_p * 2.0**32))
+    drawn = words[2 * (i // 8 % 2)[:, None] + j // 8 % 2, row_draw[:, None], column_draw]
+    bits = drawn >> (16 * (j % 2)).astype(np.uint32) & np.uint32(0xFFFF)
+    return bits >= np.uint32(dropped_below(dropout_p))
 
 
 def seed_value(seed: Any) -> int:
@@ -67,10 +82,3 @@ def seed_value(seed: Any) -> int:
     if len(words) == 2:
         return words[0] & _MASK32 | (words[1] & _MASK32) << 32
     return words[0] & (1 << 64) - 1
-
-
-def _draws(positions: slice) -> tuple[Array, Array, Array]:
-    """The distinct x' of some positions; and of each position its half of the draw, and which draw it is."""
-    x = np.arange(positions.start, positions.stop)
-    draws, draw = np.unique(x // 16 * 8 + x % 8, return_inverse=True)
-    return draws, x // 8 % 2, draw

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cuflash.philox import dropout_keep, seed_value
+from cuflash.philox import dropout_keep, kept_scale, seed_value
 from cuflash.problem import Problem
 
 Array = NDArray[Any]
@@ -232,7 +232,7 @@ def _kept(shape: tuple[int, ...], extras: Extras) -> Array:
     for b, h in np.ndindex(batches, heads):
         batch = extras.first_batch + b
         kept[b, h] = dropout_keep(extras.dropout_p, extras.seed, batch, h, slice(0, rows), slice(0, columns))
-    return kept / (1 - extras.dropout_p)
+    return kept * kept_scale(extras.dropout_p)
 
 
 def _softmax(scores: Array, sinks: Array, dtype: Any) -> tuple[Array, Array]:

@@ -10,12 +10,11 @@ enum SeedKind { kSeedIsValue, kSeedInt32, kSeedUint32, kSeed64, kSeedPair };
 // Of one (batch, head).
 struct Dropout {
   PhiloxKey key;
-  unsigned dropped_below;
+  unsigned dropped_below;  // its upper 16 bits: random halves of words below them are of dropped elements
   int batch, head;
 
   // Calls drop(m, j, r) for each dropped element of accumulators at rows `row` + 16·m + … and columns `column` + …, both
-  // absolute and multiples of 16; rows are queries or, if kTransposed, keys. One draw serves rows r and r + 8 and
-  // columns c and c + 8, which one thread owns.
+  // absolute and multiples of 16; rows are queries or, if kTransposed, keys. All lanes of a warp call it together.
   template <bool kTransposed, int kMTiles, int kNTiles, class Drop>
   __device__ __forceinline__ void for_each_dropped(int row, int column, const Drop& drop) const {
     static_assert(kNTiles % 2 == 0, "draws span two n8 tiles");
@@ -23,21 +22,46 @@ struct Dropout {
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int pair = 0; pair < kNTiles / 2; ++pair) {
+        unsigned words[4];
+        if constexpr (kTransposed) draw_transposed(words, row / 16 + m, column / 16 + pair);
+        else draw(words, row / 16 + m, column / 16 + pair, Fragment::lane() / 4, Fragment::lane() % 4);
 #pragma unroll
-        for (int parity = 0; parity < 2; ++parity) {
-          const unsigned row_draw = row / 2 + 8 * m + Fragment::row(0);
-          const unsigned column_draw = column / 2 + Fragment::column(pair, parity);
-          unsigned words[4];  // 2·(half of the query) + half of the key
-          if constexpr (kTransposed) philox4x32(words, row_draw, column_draw, head, batch, key);
-          else philox4x32(words, column_draw, row_draw, head, batch, key);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int row_half = kTransposed ? i % 2 : i / 2;
-            const int column_half = kTransposed ? i / 2 : i % 2;
-            if (words[i] < dropped_below) drop(m, 2 * pair + column_half, 2 * row_half + parity);
-          }
+        for (int i = 0; i < 8; ++i) {
+          // Of the word for 8 rows and 8 columns the lower half is for the first of two columns, or, transposed, of rows
+          // that are 8 apart: draw_transposed.
+          const int right = i / 4, below = i / 2 % 2, parity = i % 2;
+          const unsigned word = kTransposed ? words[2 * parity + right] : words[2 * below + right];
+          const bool upper = kTransposed ? below : parity;
+          // Of the upper half the lower cannot change the order.
+          if ((upper ? word : word << 16) < dropped_below) drop(m, 2 * pair + right, 2 * below + parity);
         }
       }
+    }
+  }
+
+ private:
+  // What one draw gives for a block of 16 queries and 16 keys: for queries `query` and `query` + 8, and for keys
+  // 2·key_pair, that + 1, that + 8 and that + 9. Word 2·(half of the query) + half of the key, lower half for even keys.
+  __device__ __forceinline__ void draw(unsigned (&words)[4], int query_block, int key_block, int query, int key_pair) const {
+    philox4x32(words, 4 * key_block + key_pair, 8 * query_block + query, head, batch, key);
+  }
+
+  // The same for keys `lane` / 4, + 8 and queries 2·(lane % 4), + 1, + 8, + 9. They take half of two draws each, as does
+  // the lane whose key is the other of the pair: each of the two lanes draws for one query and gives the other its half.
+  // Word 2·(query % 2) + half of the query, lower half for the first of the keys.
+  __device__ __forceinline__ void draw_transposed(unsigned (&words)[4], int key_block, int query_block) const {
+    const int lane = Fragment::lane();
+    const bool odd = lane / 4 % 2 != 0;  // the key
+    unsigned drawn[4];
+    draw(drawn, query_block, key_block, lane % 4 * 2 + odd, lane / 8);
+    const unsigned lower = 0x5410, upper = 0x7632;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const unsigned own = __byte_perm(drawn[2 * half], drawn[2 * half + 1], odd ? upper : lower);
+      const unsigned given = __byte_perm(drawn[2 * half], drawn[2 * half + 1], odd ? lower : upper);
+      const unsigned taken = __shfl_xor_sync(0xffffffffu, given, 4);
+      words[half] = odd ? taken : own;
+      words[2 + half] = odd ? own : taken;
     }
   }
 };

@@ -43,8 +43,8 @@ struct ModifierNumbers {
   int blind_rows;                                // queries before this one see no key
   float softcap_log2;                            // the cap in base 2
   float softcap_rate;                            // 2·log2(e)·scale / cap: tanh(scale·s / cap) from 2^(rate·s)
-  unsigned dropped_below;                        // an element is dropped if its random word is smaller
-  float kept_scale;                              // 1 / (1 − dropout_p)
+  unsigned dropped_below;                        // 2¹⁶ times as much: an element is dropped if its 16 random bits are less
+  float kept_scale;                              // 1 / (1 − p), p as rounded
   int unused;                                    // 8-byte alignment, in sight
 };
 

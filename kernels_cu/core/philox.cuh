@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC 2011): four words of random bits from a counter and a key, as cuflash/philox.py.
+// Philox4x32-7 (Salmon et al., SC 2011): four words of random bits from a counter and a key, as cuflash/philox.py.
 #pragma once
 
 struct PhiloxKey {
@@ -8,7 +8,7 @@ struct PhiloxKey {
 __device__ __forceinline__ void philox4x32(unsigned (&words)[4], unsigned c0, unsigned c1, unsigned c2, unsigned c3,
                                            PhiloxKey key) {
 #pragma unroll
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     const unsigned long long product0 = 0xD2511F53ull * c0;
     const unsigned long long product1 = 0xCD9E8D57ull * c2;
     c0 = static_cast<unsigned>(product1 >> 32) ^ c1 ^ key.lo;

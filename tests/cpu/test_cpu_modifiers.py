@@ -25,7 +25,7 @@ from numerics import (
 
 from cuflash import cpu
 from cuflash.modifiers import OPERANDS, Modifiers, differentiable
-from cuflash.philox import dropout_keep
+from cuflash.philox import dropout_keep, kept_scale
 from cuflash.problem import DTYPES, Problem, make_problem
 
 SCALARS: dict[str, Any] = {"window": (3, 2), "softcap": 1.5, "dropout_p": 0.3}
@@ -113,7 +113,7 @@ def test_any_sizes_broadcasts_and_tiles_agree_with_float64(data: st.DataObject) 
     inputs, operands = random_inputs(p, seed), random_operands(p, seed, bias_shape=shape)
     with blocks(draw(st.integers(1, 8)), draw(st.integers(1, 6))):
         actual = attend(p, inputs, operands)
-    scale = 4 if "dropout_p" not in names else 4 / (1 - p.dropout_p)
+    scale = 4 if "dropout_p" not in names else 4 * kept_scale(p.dropout_p)
     assert_close(actual, reference_results(p, inputs, operands), scale * TOLERANCE[p.dtype])
 
 
@@ -280,7 +280,7 @@ def test_values_that_are_the_identity_recover_the_dropout_mask(tiles: Any) -> No
         )
     for b, h in np.ndindex(2, 4):
         kept = dropout_keep(0.3, seed, b, h, slice(0, 30), slice(0, 24))
-        np.testing.assert_allclose(dropped[b, :, h], plain[b, :, h] * kept / 0.7, atol=1e-12)
+        np.testing.assert_allclose(dropped[b, :, h], plain[b, :, h] * kept * kept_scale(0.3), atol=1e-12)
     np.testing.assert_array_equal(lse, plain_lse)
     assert ((dropped == 0) == (np.abs(dropped) < 1e-9)).all()
 
@@ -360,7 +360,7 @@ def test_gradients_match_torch_autograd_of_the_formulas(names: tuple[str, ...]) 
         kept = [
             dropout_keep(0.3, operands["seed"], b, h, slice(0, 13), slice(0, 14)) for b, h in np.ndindex(2, 4)
         ]
-        p = p * torch.tensor(np.stack(kept).reshape(2, 4, 13, 14)) / 0.7
+        p = p * torch.tensor(np.stack(kept).reshape(2, 4, 13, 14)) * kept_scale(0.3)
     out = p @ v
     loss = (out * torch.tensor(inputs.dout).transpose(1, 2)).sum()
     loss = loss + (joined.logsumexp(-1) * torch.tensor(inputs.dlse))[live].sum()

@@ -111,6 +111,13 @@ EMU_INLINE float __expf(float x) { return expf(x); }
 EMU_INLINE float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 EMU_INLINE unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
 EMU_INLINE int __popc(unsigned x) { return __builtin_popcount(x); }
+// Byte i of the result is the one that nibble i of the selector names: 0 to 3 of x, 4 to 7 of y.
+EMU_INLINE unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
+  unsigned made = 0;
+  for (int i = 0; i < 4; ++i) made |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return made;
+}
 EMU_INLINE int __ffs(int x) { return __builtin_ffs(x); }
 EMU_INLINE int __clz(int x) { return x == 0 ? 32 : __builtin_clz((unsigned)x); }
 
