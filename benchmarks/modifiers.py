@@ -50,6 +50,7 @@ class Mods:
     by_batch: bool = False  # mask_mod depends on b
     sinks: Any = None  # which FlexAttention has not
     dropout: tuple[float, int] | None = None  # p and seed; nor this
+    learnt: Sequence[Any] = ()  # what score_mod reads whose gradients a backward gives too
     plain: dict[str, Any] = field(default_factory=dict)  # the options without the modifier
 
 
@@ -160,14 +161,29 @@ def _mask(w: Workload, device: Any) -> Mods:
 
 
 def _bias(w: Workload, device: Any) -> Mods:
-    """One for all batch elements. FlexAttention computes no gradient of it here: it does not require one."""
-    generator = torch.Generator(device).manual_seed(2)
-    shape = (1, w.heads_q, w.seqlen, w.seqlen)
-    bias = torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, w.dtype))
+    """One for all batch elements, and fixed."""
+    bias = _random_bias(w, device)
     return Mods(
-        {"bias": {"bias": bias, "bias_grad": False}, "bias, with its gradient": {"bias": bias}},
+        {"bias": {"bias": bias, "bias_grad": False}},
         score_mod=lambda score, b, h, q, kv: score + bias[0, h, q, kv],
     )
+
+
+def _learnt_bias(w: Workload, device: Any) -> Mods:
+    """The same, and its gradient is of its shape: summed over the batch."""
+    bias = _random_bias(w, device)
+    leaf = bias.detach().requires_grad_()
+    return Mods(
+        {"bias": {"bias": bias}},
+        score_mod=lambda score, b, h, q, kv: score + leaf[0, h, q, kv],
+        learnt=(leaf,),
+    )
+
+
+def _random_bias(w: Workload, device: Any) -> Any:
+    generator = torch.Generator(device).manual_seed(2)
+    shape = (1, w.heads_q, w.seqlen, w.seqlen)
+    return torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, w.dtype))
 
 
 def _padding(w: Workload, device: Any) -> Mods:
@@ -212,6 +228,7 @@ CASES = {
     "softcap": Case(_softcap, True),
     "mask": Case(_mask, True),
     "bias": Case(_bias, False),
+    "learnt-bias": Case(_learnt_bias, False),
     "padding": Case(_padding, False),
     "sinks": Case(_sinks, True),
     "dropout": Case(_dropout, True),
@@ -353,14 +370,17 @@ def _peer_runs(
                 "fa2_sdpa": _with_dropout(mods.dropout[0], of_pass, without[name]),
             }
         else:
-            made = {"flex": _checked("flex", flex, of_pass, expected[name])}
+            made = {"flex": _checked("flex", flex, of_pass, expected[name], mods.learnt)}
         runs[name] = {peer: run for peer, run in made.items() if not isinstance(run, str)}
         errors[name] = {peer: why for peer, why in made.items() if isinstance(why, str)}
     return runs, errors
 
 
-def _checked(name: str, prepare: Callable[[Inputs], Run], of_pass: Inputs, expected: Any) -> Run | str:
-    return prepare_peer(partial(in_direction, prepare, of_pass), partial(_require, name, expected=expected))
+def _checked(
+    name: str, prepare: Callable[[Inputs], Run], of_pass: Inputs, expected: Any, learnt: Sequence[Any] = ()
+) -> Run | str:
+    run = partial(in_direction, prepare, of_pass, learnt)
+    return prepare_peer(run, partial(_require, name, expected=expected))
 
 
 def _with_dropout(p: float, of_pass: Inputs, expected: Any) -> Run | str:

@@ -17,7 +17,7 @@ ALGORITHMS = ("fa2", "fa1", "hopper", "standard", "auto")
 # Of benchmarks.modifiers, which imports torch. FlexAttention compiles for seconds at each of both.
 MODIFIER_CASES = (
     *("causal", "window", "document", "prefix-LM", "ALiBi", "softcap"),
-    *("mask", "bias", "padding", "sinks", "dropout"),
+    *("mask", "bias", "learnt-bias", "padding", "sinks", "dropout"),
 )
 MODIFIER_SHAPES = ((128, 4096), (64, 8192))  # head_dim, seqlen
 COUNTED = ("fa2", "fa1", "hopper")  # families of one main kernel, which is what ncu counts

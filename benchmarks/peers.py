@@ -55,8 +55,10 @@ def reference(inputs: Inputs) -> Any:
     return in_direction(sdpa(None), inputs)()
 
 
-def in_direction(prepare: Callable[[Inputs], Run], inputs: Inputs) -> Run:
+def in_direction(prepare: Callable[[Inputs], Run], inputs: Inputs, learnt: Sequence[Any] = ()) -> Run:
     """The forward that ``prepare`` makes, or its backward where ``inputs`` ask for that.
+
+    The gradients are of q, k, v and the leaves ``learnt``.
 
     The backward is run by autograd, not by each library's own operator: it is the call that users make, and
     it launches the same kernels and no more. What autograd adds is host time, which ``Timer`` leaves out.
@@ -67,7 +69,7 @@ def in_direction(prepare: Callable[[Inputs], Run], inputs: Inputs) -> Run:
 
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     out = prepare(replace(inputs, q=q, k=k, v=v))()
-    return lambda: grad(out, (q, k, v), inputs.dout, retain_graph=True)
+    return lambda: grad(out, (q, k, v, *learnt), inputs.dout, retain_graph=True)
 
 
 def row_error(out: Any, expected: Any, rows: int = 1) -> float:
