@@ -55,6 +55,7 @@ def decode_label(features: dict[str, Any]) -> str:
     parts = [f"pages of {features['page_size']}" if "page_size" in features else "contiguous"]
     parts += [name for name in ("append", "ragged") if features.get(name)]
     parts += [f"{features['num_splits']} splits"] if "num_splits" in features else []
+    parts += [features["variant"]] if "variant" in features else []
     return ", ".join(parts)
 
 
