@@ -87,24 +87,32 @@ def decode(head_dim: int) -> Iterator[str]:
 
 
 def varlen(head_dim: int) -> Iterator[str]:
-    """Packed sequences, one of them empty."""
+    """Packed sequences, one of them empty; with modifiers too."""
     offsets = np.array([0, 70, 70, 201, 330], np.int32)
     arrays = {name: random(330, heads, head_dim) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
     arrays |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
-    for causal in (False, True):
-        yield compare(cuflash.attention_varlen, arrays, causal=causal, return_lse=True)
+    for options in (
+        {"causal": False},
+        {"causal": True},
+        {"window": (60, None), "softcap": 15.0, "dropout_p": 0.2, "seed": 5},
+    ):
+        yield compare(cuflash.attention_varlen, arrays, return_lse=True, **options)
 
 
 def modifiers(head_dim: int) -> Iterator[str]:
-    arrays = {
-        "q": random(1, 200, 2, head_dim),
-        "k": random(1, 300, 1, head_dim),
-        "v": random(1, 300, 1, head_dim),
-    }
-    for options in ({"window": (60, 5)}, {"softcap": 15.0}, {"causal": True, "softcap": 15.0}):
-        yield compare(cuflash.attention, arrays, return_lse=True, **options)
-    with_bias = arrays | {"bias": random(1, 2, 200, 300)}
-    yield f"bias, {compare(cuflash.attention, with_bias, causal=True, return_lse=True)}"
+    """A bias, in tiles where TMA brings them, and much at once: forward and backward."""
+    shapes = {"q": (1, 200, 2, head_dim), "k": (1, 304, 1, head_dim), "v": (1, 304, 1, head_dim)}
+    arrays = {name: random(*shape) for name, shape in shapes.items()}
+    bias = {"bias": random(1, 2, 200, 304)}
+    others = {"mask": rng.random((1, 1, 200, 304)) < 0.7, "sinks": random(2), "key_padding": np.array([290])}
+    at_once = {"window": (150, 5), "softcap": 15.0, "dropout_p": 0.2, "seed": 5}
+    for operands, options in ((bias, {"causal": True}), (bias | others, at_once)):
+        given = arrays | operands
+        out, lse = cuflash.attention(**given, **options, return_lse=True)
+        of_backward = {"dout": random(*out.shape), **given, "out": out, "lse": lse}
+        for algorithm in ("auto", "fa2"):
+            yield f"bias, {compare(cuflash.attention, given, algorithm, **options, return_lse=True)}"
+            yield f"bias, {compare(cuflash.attention_backward, of_backward, algorithm, **options)}, backward"
 
 
 OTHERS = {"decode": decode, "varlen": varlen, "modifiers": modifiers}
