@@ -51,8 +51,8 @@ struct Term { int batch, head, block_row; };
 // Four neighbouring elements of one row of two n8 tiles from pairs that four lanes have of both: even lanes get elements of
 // the first tile, odd lanes of the second. Stored together they are 32 bytes, a whole sector of L2, in each row.
 template <class Element>
-__device__ __forceinline__ void exchange_pairs(unsigned (&four)[2], const float* first, const float* second) {
-  const unsigned pair[2] = {Element::pack(first[0], first[1]), Element::pack(second[0], second[1])};
+__device__ __forceinline__ void exchange_pairs(unsigned (&four)[2], const float (&pairs)[2][2]) {
+  const unsigned pair[2] = {Element::pack(pairs[0][0], pairs[0][1]), Element::pack(pairs[1][0], pairs[1][1])};
   const bool odd = Fragment::lane() % 2;
   const unsigned other = __shfl_xor_sync(0xffffffffu, odd ? pair[0] : pair[1], 1);
   four[0] = odd ? other : pair[0];
@@ -174,42 +174,52 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
   }
 
   const long long bias_head_index = ((long long)split * params.bias_batch + bias_batch) * params.bias_heads + bias_head;
-  const long long first_row = bias_head_index * params.bias_rows;
   const bool is_float32 = Config::kBiasFloat32 || params.splits > 1;
+  // Where a row's elements from `key` on go.
+  const auto address = [&](int row, int key) {
+    const long long at = (bias_head_index * params.bias_rows + row) * params.seqlen_k + key;
+    return static_cast<char*>(dbias) + at * (is_float32 ? 4 : 2);
+  };
   const auto store = [&](int row, int key, float value) {
     if (row >= params.bias_rows || key >= params.seqlen_k) return;
-    const long long at = (first_row + row) * params.seqlen_k + key;
-    if (is_float32) static_cast<float*>(dbias)[at] = value;
-    else static_cast<Element*>(dbias)[at].bits = Element::pack(value, 0.0f) & 0xffff;
+    if (is_float32) *reinterpret_cast<float*>(address(row, key)) = value;
+    else reinterpret_cast<Element*>(address(row, key))->bits = Element::pack(value, 0.0f) & 0xffff;
   };
-  // 8 bytes at a multiple of 8 bytes.
-  const auto store_8 = [&](int row, int key, const unsigned (&words)[2]) {
-    if (row >= params.bias_rows || key >= params.seqlen_k) return;
-    st_global_v2(static_cast<char*>(dbias) + ((first_row + row) * params.seqlen_k + key) * (is_float32 ? 4 : 2), words);
+  const auto store_8_bytes = [&](int row, int key, const unsigned (&words)[2]) {
+    if (row < params.bias_rows && key < params.seqlen_k) st_global_v2(address(row, key), words);
   };
-  if (params.bias_rows > 1) {
-    const bool whole_fours = params.seqlen_k % 4 == 0;
+  // Calls function(row, tile, the row's pairs of this tile and the next).
+  const auto for_each_two_tiles = [&](const auto& function) {
 #pragma unroll
     for (int i = 0; i < kMTiles * kNTiles; ++i) {
       const int m = i / kNTiles, half = i % 2, j = i % kNTiles / 2 * 2;
-      const int row = bias_row + 16 * m + Fragment::row(half);
-      const float first[2] = {sum[m][j][2 * half], sum[m][j][2 * half + 1]};
-      const float second[2] = {sum[m][j + 1][2 * half], sum[m][j + 1][2 * half + 1]};
-      if (whole_fours && is_float32) {
-        store_8(row, block_key + Fragment::column(j, 0), {__float_as_uint(first[0]), __float_as_uint(first[1])});
-        store_8(row, block_key + Fragment::column(j + 1, 0), {__float_as_uint(second[0]), __float_as_uint(second[1])});
-      } else if (whole_fours) {
-        unsigned four[2];
-        exchange_pairs<Element>(four, first, second);
-        store_8(row, block_key + 8 * (j + lane % 2) + lane % 4 / 2 * 4, four);
-      } else {
-#pragma unroll
-        for (int parity = 0; parity < 2; ++parity) {
-          store(row, block_key + Fragment::column(j, parity), first[parity]);
-          store(row, block_key + Fragment::column(j + 1, parity), second[parity]);
-        }
-      }
+      const float pairs[2][2] = {{sum[m][j][2 * half], sum[m][j][2 * half + 1]},
+                                 {sum[m][j + 1][2 * half], sum[m][j + 1][2 * half + 1]}};
+      function(bias_row + 16 * m + Fragment::row(half), j, pairs);
     }
+  };
+  if (params.bias_rows > 1 && params.seqlen_k % 4 != 0) {
+    for_each_two_tiles([&](int row, int j, const float(&pairs)[2][2]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) store(row, block_key + Fragment::column(j + i / 2, i % 2), pairs[i / 2][i % 2]);
+    });
+    return;
+  }
+  if (params.bias_rows > 1 && is_float32) {
+    for_each_two_tiles([&](int row, int j, const float(&pairs)[2][2]) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        store_8_bytes(row, block_key + Fragment::column(j + i, 0), {__float_as_uint(pairs[i][0]), __float_as_uint(pairs[i][1])});
+      }
+    });
+    return;
+  }
+  if (params.bias_rows > 1) {
+    for_each_two_tiles([&](int row, int j, const float(&pairs)[2][2]) {
+      unsigned four[2];
+      exchange_pairs<Element>(four, pairs);
+      store_8_bytes(row, block_key + 8 * (j + lane % 2) + lane % 4 / 2 * 4, four);
+    });
     return;
   }
   // One row for all queries: rows are summed in a warp, then those of the warps.
