@@ -46,7 +46,7 @@ static_assert(kStages == 1 || kStages == 2, "one slot, or another that is loaded
 static_assert(kBlockN % Config::kStrip == 0 && Config::kStrip % 16 == 0, "whole strips of whole pairs of n8 tiles");
 static_assert(kWarps * kBlockN * 4 <= kQueriesBytes, "the sums of the warps fit into Q's place");
 
-struct Term { int batch, head, block_row; };
+struct Term { int number, batch, head, m_block; };
 
 // Four neighbouring elements of one row of two n8 tiles from pairs that four lanes have of both: even lanes get elements of
 // the first tile, odd lanes of the second. Stored together they are 32 bytes, a whole sector of L2, in each row.
@@ -92,57 +92,61 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
   const int terms = term_m * term_heads * (params.bias_batch == 1 ? params.batch : 1);
   const int begin = static_cast<int>((long long)terms * split / params.splits);
   const int end = static_cast<int>((long long)terms * (split + 1) / params.splits);
-  const auto term_at = [&](int term) -> Term {
-    return {bias_batch + term / term_m / term_heads, bias_head + term / term_m % term_heads,
-            (bias_m_block + term % term_m) * kBlockM};
+  Term next = {begin, bias_batch + begin / term_m / term_heads, bias_head + begin / term_m % term_heads,
+               bias_m_block + begin % term_m};
+  const auto advance = [&] {
+    ++next.number;
+    if (++next.m_block < bias_m_block + term_m) return;
+    next.m_block = bias_m_block;
+    if (++next.head < bias_head + term_heads) return;
+    next.head = bias_head;
+    ++next.batch;
   };
-  // The first from `term` on in which some query sees some key of the tile.
-  const auto visited_from = [&](int term) {
-    for (; term < end; ++term) {
-      const Term at = term_at(term);
-      const KeyTiles tiles = visited_tiles<kBlockM, kBlockN>(visible_in(params, at.batch, 0), at.block_row);
-      if (tiles.begin <= n_block && n_block < tiles.end) break;
+  // To the next term, this one included, in which some query sees some key of the tile.
+  const auto skip_hidden = [&] {
+    for (; next.number < end; advance()) {
+      const KeyTiles tiles = visited_tiles<kBlockM, kBlockN>(visible_in(params, next.batch, 0), next.m_block * kBlockM);
+      if (tiles.begin <= n_block && n_block < tiles.end) return;
     }
-    return term;
   };
 
-  // Of the latest loads: their slots, their batch and key/value head, and what is loaded into registers.
+  // Of the latest loads: their slots, their batch and key/value head.
   int queries_slot = 0, keys_slot = 0, loaded = -1;
-  RowStatistics of_loaded = {};
-  const auto start_loads = [&](int term) {
-    const Term at = term_at(term);
-    const Visible<BiasParams> visible = visible_in(params, at.batch, 0);
-    const int head_kv = at.head / params.group_size;
-    const int batch_head_kv = at.batch * (params.heads_q / params.group_size) + head_kv;
+  const auto start_loads = [&] {
+    if (next.number >= end) return;
+    const Visible<BiasParams> visible = visible_in(params, next.batch, 0);
+    const int head_kv = next.head / params.group_size;
+    const int batch_head_kv = next.batch * (params.heads_q / params.group_size) + head_kv;
     if (batch_head_kv != loaded) {
       loaded = batch_head_kv;
       keys_slot = (keys_slot + 1) % kStages;
-      load_keys(smem_base + keys_slot * kKeysBytes, k, v, visible, at.batch, head_kv, block_key);
+      load_keys(smem_base + keys_slot * kKeysBytes, k, v, visible, next.batch, head_kv, block_key);
     }
     queries_slot = (queries_slot + 1) % kStages;
-    load_queries(smem_base + kQueriesOffset + queries_slot * kQueriesBytes, q, dout, visible, at.batch, at.head, at.block_row);
+    load_queries(smem_base + kQueriesOffset + queries_slot * kQueriesBytes, q, dout, visible, next.batch, next.head,
+                 next.m_block * kBlockM);
     cp_async_commit_group();
-    of_loaded = row_statistics(lse_log2, delta, params, at.batch, at.head, at.block_row + warp_row);
   };
-  int term = visited_from(begin);
-  if (term < end) start_loads(term);
+  skip_hidden();
+  start_loads();
 
   // The bias is the same for all of them, like its gradient.
   BiasPair<Element> bias[kMTiles][kNTiles][2];
   score_modifiers<Element>(params, bias_batch, bias_head, 0).read_bias(bias, bias_row, block_key, params.seqlen_q, params.seqlen_k);
   float sum[kMTiles][kNTiles][4] = {};
-  while (term < end) {
+  while (next.number < end) {
     cp_async_wait_group<0>();
     __syncthreads();  // the loads of every warp have landed, and with two slots every warp is done with the other
-    const Term at = term_at(term);
+    const Term at = next;
     const unsigned k_smem = smem_base + keys_slot * kKeysBytes;
     const unsigned q_smem = smem_base + kQueriesOffset + queries_slot * kQueriesBytes;
-    const RowStatistics of_rows = of_loaded;
-    term = visited_from(term + 1);
-    if (kStages > 1 && term < end) start_loads(term);
+    advance();
+    skip_hidden();
+    if constexpr (kStages == 2) start_loads();
 
     const Visible<BiasParams> visible = visible_in(params, at.batch, 0);
-    const int row = at.block_row + warp_row;
+    const int row = at.m_block * kBlockM + warp_row;
+    const RowStatistics of_rows = row_statistics(lse_log2, delta, params, at.batch, at.head, row);  // the products hide the wait
 #pragma unroll
     for (int strip = 0; strip < kNTiles; strip += kStripTiles) {
       const int key = block_key + 8 * strip;
@@ -169,7 +173,7 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
     }
     if constexpr (kStages == 1) {
       __syncthreads();  // every warp is done with the slot
-      if (term < end) start_loads(term);
+      start_loads();
     }
   }
 
