@@ -293,8 +293,12 @@ class BiasGradientConfig:
 
     @property
     def spill_bytes(self) -> int:
-        """What ptxas may store to the stack: the bias stays in registers beside what a formula takes."""
-        return 64 if self.modifiers.score_mod else 0
+        """What ptxas may store to the stack.
+
+        The sums and the bias stay in registers beside S and dP, or what a formula takes. With 32 rows a warp
+        that is all there are: what a term needs once, addresses for the most part, is stored.
+        """
+        return 192 if self.m_tiles > 1 else 64 if self.modifiers.score_mod else 0
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
@@ -325,7 +329,7 @@ class ModArgsGradientConfig(BiasGradientConfig):
     @property
     def spill_bytes(self) -> int:
         """What ptxas may store to the stack: sums of several sites are in registers all along."""
-        return 64 if len(self.sites) > 1 else 0
+        return 80 if len(self.sites) > 1 else 0
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
