@@ -133,9 +133,7 @@ def modified_calls(
     if "sinks" in options.wanted:
         sinks = _sinks_gradient(problem, infos, flags, strides, rows_per_head)
     if "bias" in options.wanted:
-        bias = _bias_gradient(
-            problem, infos, flags, strides, rows_per_head, capability, multiprocessors
-        )
+        bias = _bias_gradient(problem, infos, flags, strides, rows_per_head, capability, multiprocessors)
     if wanted := tuple(filter(is_mod_arg, options.wanted)):
         of_args = _mod_args_gradient(problem, infos, flags, strides, rows_per_head, capability, wanted)
     return ModifiedCalls(flash, summary, sinks, bias, of_args)
