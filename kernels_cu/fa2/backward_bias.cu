@@ -110,7 +110,7 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
     }
   };
 
-  // Of the latest loads: their slots, their batch and key/value head.
+  // Of the latest loads: their slots, and the batch and key/value head of K and V.
   int queries_slot = 0, keys_slot = 0, loaded = -1;
   const auto start_loads = [&] {
     if (next.number >= end) return;
@@ -132,7 +132,8 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
 
   // The bias is the same for all of them, like its gradient.
   BiasPair<Element> bias[kMTiles][kNTiles][2];
-  score_modifiers<Element>(params, bias_batch, bias_head, 0).read_bias(bias, bias_row, block_key, params.seqlen_q, params.seqlen_k);
+  score_modifiers<Element>(params, bias_batch, bias_head, 0)
+      .read_bias(bias, bias_row, block_key, params.seqlen_q, params.seqlen_k);
   float sum[kMTiles][kNTiles][4] = {};
   while (next.number < end) {
     cp_async_wait_group<0>();
@@ -146,7 +147,8 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
 
     const Visible<BiasParams> visible = visible_in(params, at.batch, 0);
     const int row = at.m_block * kBlockM + warp_row;
-    const RowStatistics of_rows = row_statistics(lse_log2, delta, params, at.batch, at.head, row);  // the products hide the wait
+    // Used after the first products, which hide the wait.
+    const RowStatistics of_rows = row_statistics(lse_log2, delta, params, at.batch, at.head, row);
 #pragma unroll
     for (int strip = 0; strip < kNTiles; strip += kStripTiles) {
       const int key = block_key + 8 * strip;
