@@ -92,8 +92,9 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
   const int terms = term_m * term_heads * (params.bias_batch == 1 ? params.batch : 1);
   const int begin = static_cast<int>((long long)terms * split / params.splits);
   const int end = static_cast<int>((long long)terms * (split + 1) / params.splits);
-  Term next = {begin, bias_batch + begin / term_m / term_heads, bias_head + begin / term_m % term_heads,
-               bias_m_block + begin % term_m};
+  const int some_m = max(1, term_m), some_heads = max(1, term_heads);  // where there are no terms, to divide by
+  Term next = {begin, bias_batch + begin / some_m / some_heads, bias_head + begin / some_m % some_heads,
+               bias_m_block + begin % some_m};
   const auto advance = [&] {
     ++next.number;
     if (++next.m_block < bias_m_block + term_m) return;

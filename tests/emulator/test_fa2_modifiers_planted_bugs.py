@@ -109,7 +109,7 @@ BUGS = [
     planted("a term of dbias with the queries of the next", BIAS,
         "const Term at = next;", "const Term& at = next;", ROW_BIAS),
     planted("every share of dbias from the first head on", BIAS,
-        "bias_head + begin / term_m % term_heads,", "bias_head,", ROW_BIAS),
+        "bias_head + begin / some_m % some_heads,", "bias_head,", ROW_BIAS),
     planted("the bias of the first strip for all", BIAS,
         "bias[m][strip + j][half].in_base_2()", "bias[m][j][half].in_base_2()", DBIAS),
     planted("the lse of the first rows for all of a warp's", "fa2/score_gradient.cuh",
