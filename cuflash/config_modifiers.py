@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cuflash import formulas
 from cuflash.arrays import ArrayInfo
@@ -244,6 +244,17 @@ class SinksGradientConfig:
         return self.modifiers.stub(self, self.kernel)
 
 
+class BiasTile(NamedTuple):
+    """How ``BiasGradientConfig`` tiles a bias."""
+
+    block_m: int
+    block_n: int
+    m_tiles: int
+    strip: int
+    stages: int
+    min_blocks_per_sm: int
+
+
 @dataclass(frozen=True, slots=True)
 class BiasGradientConfig:
     """Compile-time constants of ``kernels_cu/fa2/backward_bias.cu``."""
@@ -251,8 +262,12 @@ class BiasGradientConfig:
     dtype: str
     head_dim: int  # of Q and K, padded to a multiple of 16
     head_dim_v: int  # of V and O, padded likewise
-    block_m: int  # rows of a tile of the gradient, 16 for each warp
+    block_m: int  # rows of a tile of the gradient, 16 * m_tiles for each warp
     block_n: int
+    m_tiles: int
+    strip: int  # keys of the tile whose S and dP are in registers at once
+    stages: int  # slots of Q, dO, K and V in shared memory
+    min_blocks_per_sm: int  # __launch_bounds__: caps the registers
     causal: bool
     modifiers: ModifierFlags = field(metadata={"in_stub": False})
 
@@ -268,17 +283,22 @@ class BiasGradientConfig:
 
     @property
     def threads(self) -> int:
-        return 32 * self.block_m // 16
+        return 32 * self.block_m // (16 * self.m_tiles)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of one thread block, as the kernel maps it."""
-        return (self.block_m + self.block_n) * (self.head_dim + self.head_dim_v) * ELEMENT_BYTES
+        slot = (self.block_m + self.block_n) * (self.head_dim + self.head_dim_v) * ELEMENT_BYTES
+        return self.stages * slot
 
     @property
     def spill_bytes(self) -> int:
-        """What ptxas may store to the stack: the bias stays in registers beside what a formula takes."""
-        return 64 if self.modifiers.score_mod else 0
+        """What ptxas may store to the stack.
+
+        The sums and the bias stay in registers beside S and dP, or what a formula takes. With 32 rows a warp
+        that is all there are: what a term needs once, addresses for the most part, is stored.
+        """
+        return 192 if self.m_tiles > 1 else 64 if self.modifiers.score_mod else 0
 
     def stub(self) -> str:
         """The translation unit given to NVRTC."""
@@ -346,23 +366,42 @@ class SumPartsConfig:
         return translation_unit(self, self.kernel)
 
 
-def bias_gradient_config(
-    problem: Problem, capability: tuple[int, int], modifiers: ModifierFlags
+# In the order in which they are tried: the first whose thread blocks fit shared memory.
+BIAS_TILES = (
+    BiasTile(128, 64, m_tiles=2, strip=32, stages=2, min_blocks_per_sm=2),
+    BiasTile(128, 64, m_tiles=2, strip=32, stages=1, min_blocks_per_sm=2),
+    BiasTile(64, 64, m_tiles=1, strip=64, stages=1, min_blocks_per_sm=2),
+    BiasTile(64, 64, m_tiles=1, strip=64, stages=1, min_blocks_per_sm=1),
+    BiasTile(64, 32, m_tiles=1, strip=32, stages=1, min_blocks_per_sm=1),
+)
+
+
+def make_bias_gradient_config(
+    tile: BiasTile, problem: Problem, modifiers: ModifierFlags
 ) -> BiasGradientConfig:
-    """The largest tile, of few, that fits."""
+    """A Config with a given tile."""
     head_dim, head_dim_v = (-(-size // 16) * 16 for size in (problem.head_dim, problem.head_dim_v))
-    configs = (
-        BiasGradientConfig(problem.dtype, head_dim, head_dim_v, 64, n, problem.is_causal, modifiers)
-        for n in (64, 32)
+    return BiasGradientConfig(
+        problem.dtype, head_dim, head_dim_v, causal=problem.is_causal, modifiers=modifiers, **tile._asdict()
     )
+
+
+def bias_gradient_config(
+    problem: Problem,
+    capability: tuple[int, int],
+    modifiers: ModifierFlags,
+    tiles: tuple[BiasTile, ...] = BIAS_TILES,
+) -> BiasGradientConfig:
+    """The first tile that leaves room for as many thread blocks as it wants on a multiprocessor."""
+    configs = (make_bias_gradient_config(tile, problem, modifiers) for tile in tiles)
     limit = shared_memory_per_block(capability)
-    return next(config for config in configs if config.shared_bytes <= limit)
+    return next(c for c in configs if c.min_blocks_per_sm * (c.shared_bytes + 1024) <= limit + 1024)
 
 
 def mod_args_gradient_config(
     problem: Problem, capability: tuple[int, int], modifiers: ModifierFlags, wanted: tuple[str, ...]
 ) -> ModArgsGradientConfig:
-    """The same for the gradients of the arguments called ``wanted``."""
-    tiles = bias_gradient_config(problem, capability, modifiers)
-    of_tiles = {f.name: getattr(tiles, f.name) for f in fields(tiles)}
-    return ModArgsGradientConfig(**of_tiles, wanted=wanted)
+    """The same for the gradients of the arguments called ``wanted``, whose sums are of two rows a thread."""
+    tiles = tuple(tile for tile in BIAS_TILES if tile.m_tiles == 1)
+    config = bias_gradient_config(problem, capability, modifiers, tiles)
+    return ModArgsGradientConfig(**{f.name: getattr(config, f.name) for f in fields(config)}, wanted=wanted)

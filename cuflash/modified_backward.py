@@ -133,13 +133,9 @@ def modified_calls(
     if "sinks" in options.wanted:
         sinks = _sinks_gradient(problem, infos, flags, strides, rows_per_head)
     if "bias" in options.wanted:
-        bias = _bias_gradient(
-            problem, infos, flags, strides, rows_per_head, capability, multiprocessors, params
-        )
+        bias = _bias_gradient(problem, infos, flags, strides, rows_per_head, capability, multiprocessors)
     if wanted := tuple(filter(is_mod_arg, options.wanted)):
-        of_args = _mod_args_gradient(
-            problem, infos, flags, strides, rows_per_head, capability, wanted, params
-        )
+        of_args = _mod_args_gradient(problem, infos, flags, strides, rows_per_head, capability, wanted)
     return ModifiedCalls(flash, summary, sinks, bias, of_args)
 
 
@@ -174,7 +170,6 @@ def _bias_gradient(
     rows_per_head: int,
     capability: tuple[int, int],
     multiprocessors: int,
-    summary_params: Any,
 ) -> BiasGradient | None:
     bias = infos["bias"]
     if 0 in bias.shape:
@@ -187,7 +182,7 @@ def _bias_gradient(
     tiles = batch * heads * bias_m_blocks * n_blocks
     terms = problem.batch * problem.heads_q * m_blocks // (batch * heads * bias_m_blocks)
     splits = max(1, min(terms, _BLOCKS_PER_SM * multiprocessors // tiles))
-    params = _params_of_all_queries(problem, infos, flags, summary_params)
+    params = _params_of_all_queries(problem, infos, flags)
     s = strides
     call = kernel_call(
         "bias",
@@ -213,13 +208,9 @@ def _bias_gradient(
     return BiasGradient(config, call, sum_config, sum_call, splits * count if splits > 1 else 0)
 
 
-def _params_of_all_queries(
-    problem: Problem, infos: Mapping[str, ArrayInfo], flags: ModifierFlags, summary_params: Any
-) -> Any:
-    """Of a kernel that counts all queries from 0, and takes of a mask's summary which keys are seen."""
-    params = modifier_params(problem, infos, problem.scale)
-    params["keys_seen_strides"] = summary_params["keys_seen_strides"]
-    return with_mod_args(params, flags.mod_args, infos)
+def _params_of_all_queries(problem: Problem, infos: Mapping[str, ArrayInfo], flags: ModifierFlags) -> Any:
+    """Of a kernel that counts all queries from 0."""
+    return with_mod_args(modifier_params(problem, infos, problem.scale), flags.mod_args, infos)
 
 
 def _mod_args_gradient(
@@ -230,7 +221,6 @@ def _mod_args_gradient(
     rows_per_head: int,
     capability: tuple[int, int],
     wanted: tuple[str, ...],
-    summary_params: Any,
 ) -> ModArgsGradient:
     stores, first, words = [], {}, 0
     for operand in wanted:
@@ -266,7 +256,7 @@ def _mod_args_gradient(
         *(problem.head_dim, problem.head_dim_v, problem.causal_offset or 0, m_blocks),
         problem.scale * LOG2_E,
         [first[name] for name in config.sites],
-        modifiers=_params_of_all_queries(problem, infos, flags, summary_params),
+        modifiers=_params_of_all_queries(problem, infos, flags),
     )
     return ModArgsGradient(config, call, tuple(stores), words)
 
@@ -354,7 +344,8 @@ def load_modified_steps(configs: ModifiedConfigs, calls: ModifiedCalls, arch: st
     flash = load_flash_steps(configs, calls.flash, arch)
     summary, sinks, bias, of_args = calls[1:]
     summary_word = flash.workspace_words
-    parts_word = summary_word + (summary.words if summary else 0)
+    after_summary = summary_word + (summary.words if summary else 0)
+    parts_word = -(-after_summary // 2) * 2  # stored two at a time
     sums_word = parts_word + (bias.words if bias else 0)
     arrays = len(MODIFIER_ARRAYS)
     mod_args = configs.main.modifiers.arrays

@@ -4,11 +4,48 @@
 #include "core/modifier_params.cuh"
 #include "core/read_operand.cuh"
 #include "core/tanh.cuh"
+#include "ptx/opaque.cuh"
 
 constexpr bool kModifiesScores = Config::kScoreMod || Config::kSoftcap || Config::kAlibi || Config::kBias;
 constexpr bool kHasSlope = Config::kScoreMod || Config::kSoftcap;  // ∂score/∂(scaled product) is not 1
 
 struct AddNothing {};  // where nothing but ScoreModifiers adds a bias
+
+// Two neighbouring elements of a bias as its array has them: registers that hold many are then half as many if these are
+// of 16 bits.
+template <class Element, bool kFloat32 = Config::kBiasFloat32>
+struct BiasPair {
+  unsigned packed;
+
+  __device__ __forceinline__ void read_both(const void* bias, long long index) {
+    packed = *reinterpret_cast<const unsigned*>(static_cast<const Element*>(bias) + index);
+  }
+  __device__ __forceinline__ void read_each(const void* bias, long long index, long long step, bool has_second) {
+    const Element* first = static_cast<const Element*>(bias) + index;
+    packed = first->bits;
+    if (has_second) packed |= static_cast<unsigned>(first[step].bits) << 16;
+  }
+  __device__ __forceinline__ void stay_packed() { make_opaque(packed); }
+  __device__ __forceinline__ FloatPair in_base_2() const {
+    const FloatPair pair = widen<Element>(packed);
+    return {pair.lo * kLog2E, pair.hi * kLog2E};
+  }
+};
+template <class Element>
+struct BiasPair<Element, true> {
+  FloatPair pair;
+
+  __device__ __forceinline__ void read_both(const void* bias, long long index) {
+    pair = *reinterpret_cast<const FloatPair*>(static_cast<const float*>(bias) + index);
+  }
+  __device__ __forceinline__ void read_each(const void* bias, long long index, long long step, bool has_second) {
+    const float* first = static_cast<const float*>(bias) + index;
+    pair.lo = *first;
+    if (has_second) pair.hi = first[step];
+  }
+  __device__ __forceinline__ void stay_packed() {}
+  __device__ __forceinline__ FloatPair in_base_2() const { return {pair.lo * kLog2E, pair.hi * kLog2E}; }
+};
 
 // Of one (batch, head).
 template <class Element>
@@ -73,30 +110,30 @@ struct ScoreModifiers {
     }
   }
 
-  // The bias of rows `row` + …, which are queries, and columns `column` + … of one warp, in base 2; 0 for those not read.
-  template <int kNTiles>
-  __device__ __forceinline__ void read_bias(float (&bias_log2)[kNTiles][4], int row, int column, int queries, int keys) const {
+  // The bias of rows `row` + 16·m + …, which are queries, and columns `column` + … of one warp; 0 for those not read.
+  template <int kMTiles, int kNTiles>
+  __device__ __forceinline__ void read_bias(BiasPair<Element> (&pairs)[kMTiles][kNTiles][2], int row, int column, int queries,
+                                            int keys) const {
 #pragma unroll
-    for (int i = 0; i < kNTiles * 2; ++i) {
-      const int query = row + Fragment::row(i % 2), key = column + Fragment::column(i / 2, 0);
-      FloatPair pair = {};
+    for (int i = 0; i < kMTiles * kNTiles * 2; ++i) {
+      const int m = i / 2 / kNTiles;
+      const int query = row + 16 * m + Fragment::row(i % 2), key = column + Fragment::column(i / 2 % kNTiles, 0);
+      BiasPair<Element>& pair = pairs[m][i / 2 % kNTiles][i % 2];
+      pair = {};
       if (query < queries && key < keys) {
-        if constexpr (Config::kBiasPairs) pair = bias_pair_log2(query, key);
-        else pair = {bias_element_log2(query, key), key + 1 < keys ? bias_element_log2(query, key + 1) : 0.0f};
+        const long long index = query * bias_row + (Config::kUnitStrides ? key : key * bias_key);
+        if constexpr (Config::kBiasPairs) pair.read_both(bias, index);
+        else pair.read_each(bias, index, Config::kUnitStrides ? 1 : bias_key, key + 1 < keys);
       }
-      bias_log2[i / 2][i % 2 * 2] = pair.lo;
-      bias_log2[i / 2][i % 2 * 2 + 1] = pair.hi;
     }
   }
 
  private:
   // Of two neighbouring keys, which lie together. The second may be past `keys`, not past the array: it is hidden then.
   __device__ __forceinline__ FloatPair bias_pair_log2(int query, int key) const {
-    const long long index = query * bias_row + key;
-    FloatPair pair;
-    if constexpr (Config::kBiasFloat32) pair = *reinterpret_cast<const FloatPair*>(static_cast<const float*>(bias) + index);
-    else pair = widen<Element>(*reinterpret_cast<const unsigned*>(static_cast<const Element*>(bias) + index));
-    return {pair.lo * kLog2E, pair.hi * kLog2E};
+    BiasPair<Element> pair;
+    pair.read_both(bias, query * bias_row + key);
+    return pair.in_base_2();
   }
 
   __device__ __forceinline__ float bias_element_log2(int query, int key) const {

@@ -8,13 +8,21 @@
 // Grid      one dimension: a thread block per (split, tile of kBlockM rows and kBlockN keys, head, batch) of the bias, as
 //           often as it has these. It loops over every (batch, head, query block) that its tile stands for, or over one of
 //           `splits` shares of them: these partial sums are added by fa2/sum_parts.cu.
-// Threads   kWarps warps of 16 query rows each, which see every key of the tile.
+// Threads   kWarps warps of 16·kMTiles query rows each, which see every key of the tile.
+// Loop      with a batch, head and query block for a term, and two slots (kStages):
+//             wait for Q, dO, K, V of this term;  start the loads of the next into the other slot
+//             for each kStrip keys:  S = Q Kᵀ;  dP = dO Vᵀ;  P;  sum += P ∘ (dP − delta)
+//           With one slot loads start when everybody is done with it, and another thread block on the multiprocessor
+//           computes meanwhile. K and V of the term before are not loaded again.
 // Shared    fa2/score_gradient.cuh; at the end, of a bias that is broadcast along the queries, the sums of the warps:
 // memory    kWarps·kBlockN·4 bytes in Q's place.
-// Masks     core/hide.cuh in every tile; tiles outside windows, paddings and the causal mask are passed over.
+// Registers sums: kMTiles·kBlockN/2 a thread; the bias: half as many if of 16 bits; S and dP: kMTiles·kStrip.
+// Masks     core/hide.cuh in strips that are not seen whole; tiles outside windows, paddings and the causal mask are passed
+//           over.
 // Speed     docs/modifiers.md.
 #include "fa2/score_gradient.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/vector_store.cuh"
 
 struct BiasParams : ModifierParams<true> {
   Strides q, k, v, dout;
@@ -31,9 +39,27 @@ struct BiasParams : ModifierParams<true> {
   float scale_log2;
 };
 
-static_assert(kWarps * kBlockN * 4 <= kBlockM * kHeadDim * 2, "the sums of the warps fit into Q's place");
+constexpr int kNTiles = kBlockN / 8;
+constexpr int kStages = Config::kStages;
+constexpr int kStripTiles = Config::kStrip / 8;
+static_assert(kStages == 1 || kStages == 2, "one slot, or another that is loaded meanwhile");
+static_assert(kBlockN % Config::kStrip == 0 && Config::kStrip % 16 == 0, "whole strips of whole pairs of n8 tiles");
+static_assert(kWarps * kBlockN * 4 <= kQueriesBytes, "the sums of the warps fit into Q's place");
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2)
+struct Term { int number, batch, head, m_block; };
+
+// Four neighbouring elements of one row of two n8 tiles from pairs that four lanes have of both: even lanes get elements of
+// the first tile, odd lanes of the second. Stored together they are 32 bytes, a whole sector of L2, in each row.
+template <class Element>
+__device__ __forceinline__ void exchange_pairs(unsigned (&four)[2], const float (&pairs)[2][2]) {
+  const unsigned pair[2] = {Element::pack(pairs[0][0], pairs[0][1]), Element::pack(pairs[1][0], pairs[1][1])};
+  const bool odd = Fragment::lane() % 2;
+  const unsigned other = __shfl_xor_sync(0xffffffffu, odd ? pair[0] : pair[1], 1);
+  four[0] = odd ? other : pair[0];
+  four[1] = odd ? pair[1] : other;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)
 fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, heads_q, head_dim)
                   const Element* __restrict__ k,       // (batch, seqlen_k, heads_kv, head_dim)
                   const Element* __restrict__ v,       // (batch, seqlen_k, heads_kv, head_dim_v)
@@ -43,9 +69,10 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
                   void* __restrict__ dbias,            // of the shape of bias: of its dtype, or (splits, …) float32
                   const __grid_constant__ BiasParams params) {
   DYN_SMEM(smem);
-  const unsigned k_smem = cvta_to_shared(smem);
+  const unsigned smem_base = cvta_to_shared(smem);
   const int lane = Fragment::lane();
   const int warp = threadIdx.x / kWarpSize;
+  const int warp_row = warp * kWarpRows;
 
   int index = blockIdx.x;
   const int n_block = index % params.n_blocks;
@@ -56,6 +83,7 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
   index /= params.bias_heads;
   const int bias_batch = index % params.bias_batch;
   const int split = index / params.bias_batch;
+  const int bias_row = bias_m_block * kBlockM + warp_row;
   const int block_key = n_block * kBlockN;
 
   // What the tile stands for: `terms` triples of batch, head and query block.
@@ -64,69 +92,151 @@ fa2_backward_bias(const Element* __restrict__ q,       // (batch, seqlen_q, head
   const int terms = term_m * term_heads * (params.bias_batch == 1 ? params.batch : 1);
   const int begin = static_cast<int>((long long)terms * split / params.splits);
   const int end = static_cast<int>((long long)terms * (split + 1) / params.splits);
-
-  // The bias is the same for all of them, like its gradient.
-  float bias_log2[kNTiles][4];
-  score_modifiers<Element>(params, bias_batch, bias_head, 0)
-      .read_bias(bias_log2, bias_m_block * kBlockM + warp * 16, block_key, params.seqlen_q, params.seqlen_k);
-  const auto add_bias = [&](float(&p)[kNTiles][4]) {
-#pragma unroll
-    for (int i = 0; i < kNTiles * 4; ++i) p[i / 4][i % 4] += bias_log2[i / 4][i % 4];
+  const int some_m = max(1, term_m), some_heads = max(1, term_heads);  // where there are no terms, to divide by
+  Term next = {begin, bias_batch + begin / some_m / some_heads, bias_head + begin / some_m % some_heads,
+               bias_m_block + begin % some_m};
+  const auto advance = [&] {
+    ++next.number;
+    if (++next.m_block < bias_m_block + term_m) return;
+    next.m_block = bias_m_block;
+    if (++next.head < bias_head + term_heads) return;
+    next.head = bias_head;
+    ++next.batch;
   };
-  float sum[kNTiles][4] = {};
-  int loaded = -1;  // (batch, key/value head) of the tiles of K and V
-  for (int term = begin; term < end; ++term) {
-    const int m_block = bias_m_block + term % term_m;
-    const int head = bias_head + term / term_m % term_heads;
-    const int batch = bias_batch + term / term_m / term_heads;
-    const int head_kv = head / params.group_size;
-    const int block_row = m_block * kBlockM;
-    const Visible<BiasParams> visible = visible_in(params, batch, 0);
-    const KeyTiles tiles = visited_tiles<kBlockM, kBlockN>(visible, block_row);
-    if (n_block < tiles.begin || n_block >= tiles.end) continue;
+  // To the next term, this one included, in which some query sees some key of the tile.
+  const auto skip_hidden = [&] {
+    for (; next.number < end; advance()) {
+      const KeyTiles tiles = visited_tiles<kBlockM, kBlockN>(visible_in(params, next.batch, 0), next.m_block * kBlockM);
+      if (tiles.begin <= n_block && n_block < tiles.end) return;
+    }
+  };
 
-    __syncthreads();  // every warp is done with the tiles before
-    const int batch_head_kv = batch * (params.heads_q / params.group_size) + head_kv;
+  // Of the latest loads: their slots, and the batch and key/value head of K and V.
+  int queries_slot = 0, keys_slot = 0, loaded = -1;
+  const auto start_loads = [&] {
+    if (next.number >= end) return;
+    const Visible<BiasParams> visible = visible_in(params, next.batch, 0);
+    const int head_kv = next.head / params.group_size;
+    const int batch_head_kv = next.batch * (params.heads_q / params.group_size) + head_kv;
     if (batch_head_kv != loaded) {
       loaded = batch_head_kv;
-      load_keys(k_smem, k, v, visible, batch, head_kv, block_key);
+      keys_slot = (keys_slot + 1) % kStages;
+      load_keys(smem_base + keys_slot * kKeysBytes, k, v, visible, next.batch, head_kv, block_key);
     }
-    load_queries(k_smem, q, dout, lse_log2, visible, batch, head, block_row);
+    queries_slot = (queries_slot + 1) % kStages;
+    load_queries(smem_base + kQueriesOffset + queries_slot * kQueriesBytes, q, dout, visible, next.batch, next.head,
+                 next.m_block * kBlockM);
     cp_async_commit_group();
-    cp_async_wait_group<0>();
-    __syncthreads();
+  };
+  skip_hidden();
+  start_loads();
 
-    const int warp_row = block_row + warp * 16;
-    const RowStatistics of_rows = row_statistics(lse_log2, delta, params, batch, head, warp_row);
-    float p[1][kNTiles][4] = {}, ds[1][kNTiles][4] = {};
-    multiply_a_bt<Element, kHeadDim>(p, k_smem + kQOffset, warp * 16, k_smem, 0);
-    probabilities<false>(p, of_rows, visible, batch, head, warp_row, block_key, [](int, int, int, float) {}, add_bias);
-    dp_minus_delta(ds, k_smem, of_rows, params, batch, head, warp_row, block_key);
+  // The bias is the same for all of them, like its gradient.
+  BiasPair<Element> bias[kMTiles][kNTiles][2];
+  score_modifiers<Element>(params, bias_batch, bias_head, 0)
+      .read_bias(bias, bias_row, block_key, params.seqlen_q, params.seqlen_k);
+  float sum[kMTiles][kNTiles][4] = {};
+  while (next.number < end) {
+    cp_async_wait_group<0>();
+    __syncthreads();  // the loads of every warp have landed, and with two slots every warp is done with the other
+    const Term at = next;
+    const unsigned k_smem = smem_base + keys_slot * kKeysBytes;
+    const unsigned q_smem = smem_base + kQueriesOffset + queries_slot * kQueriesBytes;
+    advance();
+    skip_hidden();
+    if constexpr (kStages == 2) start_loads();
+
+    const Visible<BiasParams> visible = visible_in(params, at.batch, 0);
+    const int row = at.m_block * kBlockM + warp_row;
+    // Used after the first products, which hide the wait.
+    const RowStatistics of_rows = row_statistics(lse_log2, delta, params, at.batch, at.head, row);
 #pragma unroll
-    for (int i = 0; i < kNTiles * 4; ++i) sum[i / 4][i % 4] += p[0][i / 4][i % 4] * ds[0][i / 4][i % 4];
+    for (int strip = 0; strip < kNTiles; strip += kStripTiles) {
+      const int key = block_key + 8 * strip;
+      float p[kMTiles][kStripTiles][4] = {}, ds[kMTiles][kStripTiles][4] = {};
+      multiply_a_bt<Element, kHeadDim>(p, q_smem, warp_row, k_smem, 8 * strip);
+      multiply_a_bt<Element, kHeadDimV>(ds, q_smem + kDoutOffset, warp_row, k_smem + kVOffset, 8 * strip);
+      const auto add_bias = [&](float(&scores)[kMTiles][kStripTiles][4]) {
+#pragma unroll
+        for (int i = 0; i < kMTiles * kStripTiles * 2; ++i) {
+          const int m = i / 2 / kStripTiles, j = i / 2 % kStripTiles, half = i % 2;
+          bias[m][strip + j][half].stay_packed();
+          const FloatPair pair = bias[m][strip + j][half].in_base_2();
+          scores[m][j][2 * half] += pair.lo;
+          scores[m][j][2 * half + 1] += pair.hi;
+        }
+      };
+      probabilities<false>(p, of_rows, visible, at.batch, at.head, row, key, [](int, int, int, float) {}, add_bias);
+      subtract_delta(ds, of_rows, params, at.batch, at.head, row, key);
+#pragma unroll
+      for (int i = 0; i < kMTiles * kStripTiles * 4; ++i) {
+        const int m = i / 4 / kStripTiles, j = i / 4 % kStripTiles;
+        if (p[m][j][i % 4] != 0.0f) sum[m][strip + j][i % 4] += p[m][j][i % 4] * ds[m][j][i % 4];
+      }
+    }
+    if constexpr (kStages == 1) {
+      __syncthreads();  // every warp is done with the slot
+      start_loads();
+    }
   }
 
   const long long bias_head_index = ((long long)split * params.bias_batch + bias_batch) * params.bias_heads + bias_head;
+  const bool is_float32 = Config::kBiasFloat32 || params.splits > 1;
+  // Where a row's elements from `key` on go.
+  const auto address = [&](int row, int key) {
+    const long long at = (bias_head_index * params.bias_rows + row) * params.seqlen_k + key;
+    return static_cast<char*>(dbias) + at * (is_float32 ? 4 : 2);
+  };
   const auto store = [&](int row, int key, float value) {
     if (row >= params.bias_rows || key >= params.seqlen_k) return;
-    const long long at = (bias_head_index * params.bias_rows + row) * params.seqlen_k + key;
-    if (Config::kBiasFloat32 || params.splits > 1) static_cast<float*>(dbias)[at] = value;
-    else static_cast<Element*>(dbias)[at].bits = Element::pack(value, 0.0f) & 0xffff;
+    if (is_float32) *reinterpret_cast<float*>(address(row, key)) = value;
+    else reinterpret_cast<Element*>(address(row, key))->bits = Element::pack(value, 0.0f) & 0xffff;
   };
-  if (params.bias_rows > 1) {
+  const auto store_8_bytes = [&](int row, int key, const unsigned (&words)[2]) {
+    if (row < params.bias_rows && key < params.seqlen_k) st_global_v2(address(row, key), words);
+  };
+  // Calls function(row, tile, the row's pairs of this tile and the next).
+  const auto for_each_two_tiles = [&](const auto& function) {
 #pragma unroll
-    for (int i = 0; i < kNTiles * 4; ++i) {
-      const int row = bias_m_block * kBlockM + warp * 16 + Fragment::row(i % 4 / 2);
-      store(row, block_key + Fragment::column(i / 4, i % 2), sum[i / 4][i % 4]);
+    for (int i = 0; i < kMTiles * kNTiles; ++i) {
+      const int m = i / kNTiles, half = i % 2, j = i % kNTiles / 2 * 2;
+      const float pairs[2][2] = {{sum[m][j][2 * half], sum[m][j][2 * half + 1]},
+                                 {sum[m][j + 1][2 * half], sum[m][j + 1][2 * half + 1]}};
+      function(bias_row + 16 * m + Fragment::row(half), j, pairs);
     }
+  };
+  if (params.bias_rows > 1 && params.seqlen_k % 4 != 0) {
+    for_each_two_tiles([&](int row, int j, const float(&pairs)[2][2]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) store(row, block_key + Fragment::column(j + i / 2, i % 2), pairs[i / 2][i % 2]);
+    });
+    return;
+  }
+  if (params.bias_rows > 1 && is_float32) {
+    for_each_two_tiles([&](int row, int j, const float(&pairs)[2][2]) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        store_8_bytes(row, block_key + Fragment::column(j + i, 0), {__float_as_uint(pairs[i][0]), __float_as_uint(pairs[i][1])});
+      }
+    });
+    return;
+  }
+  if (params.bias_rows > 1) {
+    for_each_two_tiles([&](int row, int j, const float(&pairs)[2][2]) {
+      unsigned four[2];
+      exchange_pairs<Element>(four, pairs);
+      store_8_bytes(row, block_key + 8 * (j + lane % 2) + lane % 4 / 2 * 4, four);
+    });
     return;
   }
   // One row for all queries: rows are summed in a warp, then those of the warps.
   __syncthreads();
-  float* warp_sums = reinterpret_cast<float*>(smem + kQOffset);
+  float* warp_sums = reinterpret_cast<float*>(smem + kQueriesOffset);
 #pragma unroll
   for (int i = 0; i < kNTiles * 2; ++i) {
-    float column = sum[i / 2][i % 2] + sum[i / 2][2 + i % 2];
+    float column = 0.0f;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) column += sum[m][i / 2][i % 2] + sum[m][i / 2][2 + i % 2];
 #pragma unroll
     for (int step = 4; step < kWarpSize; step *= 2) column += __shfl_xor_sync(0xffffffffu, column, step);
     if (lane < 4) warp_sums[warp * kBlockN + Fragment::column(i / 2, i % 2)] = column;

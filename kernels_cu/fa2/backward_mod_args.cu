@@ -20,6 +20,8 @@
 #include "ptx/reduce.cuh"
 
 constexpr int kSites = Config::kSites;
+constexpr int kNTiles = kBlockN / 8;
+static_assert(kMTiles == 1, "the sums of a thread are of two rows");
 
 struct ModArgsParams : ModifierParams<true> {
   Strides q, k, v, dout;
@@ -81,7 +83,7 @@ struct Pending {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2)
+extern "C" __global__ void __launch_bounds__(kThreads, Config::kMinBlocksPerSm)
 fa2_backward_mod_args(const Element* __restrict__ q,       // (batch, seqlen_q, heads_q, head_dim)
                       const Element* __restrict__ k,       // (batch, seqlen_k, heads_kv, head_dim)
                       const Element* __restrict__ v,       // (batch, seqlen_k, heads_kv, head_dim_v)
@@ -92,6 +94,7 @@ fa2_backward_mod_args(const Element* __restrict__ q,       // (batch, seqlen_q, 
                       const __grid_constant__ ModArgsParams params) {
   DYN_SMEM(smem);
   const unsigned k_smem = cvta_to_shared(smem);
+  const unsigned q_smem = k_smem + kQueriesOffset;
   const int m_block = blockIdx.x % params.m_blocks;
   const int batch_head = blockIdx.x / params.m_blocks;
   const int batch = batch_head / params.heads_q;
@@ -104,7 +107,7 @@ fa2_backward_mod_args(const Element* __restrict__ q,       // (batch, seqlen_q, 
   const KeyTiles tiles = visited_tiles<kBlockM, kBlockN>(visible, block_row);
   if (tiles.begin >= tiles.end) return;
 
-  load_queries(k_smem, q, dout, lse_log2, visible, batch, head, block_row);
+  load_queries(q_smem, q, dout, visible, batch, head, block_row);
   const RowStatistics of_rows = row_statistics(lse_log2, delta, params, batch, head, warp_row);
   const float scale = params.scale_log2 * kLn2;
   Pending pending[kSites][2];  // of either row of this thread
@@ -117,9 +120,10 @@ fa2_backward_mod_args(const Element* __restrict__ q,       // (batch, seqlen_q, 
     __syncthreads();
 
     float ds[1][kNTiles][4] = {};
-    dp_minus_delta(ds, k_smem, of_rows, params, batch, head, warp_row, block_key);
+    multiply_a_bt<Element, kHeadDimV>(ds, q_smem + kDoutOffset, warp_row - block_row, k_smem + kVOffset, 0);
+    subtract_delta(ds, of_rows, params, batch, head, warp_row, block_key);
     float products[1][kNTiles][4] = {}, p[1][kNTiles][4];
-    multiply_a_bt<Element, kHeadDim>(products, k_smem + kQOffset, warp_row - block_row, k_smem, 0);
+    multiply_a_bt<Element, kHeadDim>(products, q_smem, warp_row - block_row, k_smem, 0);
 #pragma unroll
     for (int i = 0; i < kNTiles * 4; ++i) p[0][i / 4][i % 4] = products[0][i / 4][i % 4];
     probabilities(p, of_rows, visible, batch, head, warp_row, block_key,

@@ -1,14 +1,16 @@
 // What the kernels of dbias and of the gradients of mod_args share: they compute dS again, after fa2/backward.cu's
-// preprocess, in tiles of kBlockM queries and kBlockN keys of which a warp has 16 query rows and every key.
+// preprocess, in tiles of kBlockM queries and kBlockN keys of which a warp has 16·kMTiles query rows and every key.
 //
-// Shared    bytes: K 2·kBlockN·kHeadDim, V 2·kBlockN·kHeadDimV, Q 2·kBlockM·kHeadDim, dO 2·kBlockM·kHeadDimV.
-// memory
+// Shared    kStages slots of K 2·kBlockN·kHeadDim bytes and V 2·kBlockN·kHeadDimV, then as many of Q 2·kBlockM·kHeadDim and
+// memory    dO 2·kBlockM·kHeadDimV.
 // Queries   are counted from 0; those from params.first_row on have an lse and a delta.
+// Hidden    Loads ask no array which queries and keys are seen, for every copy would wait for the answer. Neither product
+//           mixes queries or keys, so whatever is loaded for those that are not seen stays in elements whose P is 0: who
+//           adds up P ∘ dS leaves these out, since their dS may be NaN.
 #pragma once
 #include "core/dropout.cuh"
 #include "core/fragment.cuh"
 #include "core/hide.cuh"
-#include "core/is_read.cuh"
 #include "core/layout.cuh"
 #include "core/modifier_params.cuh"
 #include "core/score.cuh"
@@ -24,105 +26,109 @@ constexpr int kBlockM = Config::kBlockM;
 constexpr int kBlockN = Config::kBlockN;
 constexpr int kHeadDim = Config::kHeadDim;
 constexpr int kHeadDimV = Config::kHeadDimV;
-constexpr int kWarps = kBlockM / 16;
+constexpr int kMTiles = Config::kMTiles;
+constexpr int kWarpRows = 16 * kMTiles;
+constexpr int kWarps = kBlockM / kWarpRows;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kNTiles = kBlockN / 8;
 
-constexpr int kVOffset = kBlockN * kHeadDim * 2;  // K is at 0
-constexpr int kQOffset = kVOffset + kBlockN * kHeadDimV * 2;
-constexpr int kDoutOffset = kQOffset + kBlockM * kHeadDim * 2;
+constexpr int kVOffset = kBlockN * kHeadDim * 2;  // in a slot of K and V
+constexpr int kKeysBytes = kVOffset + kBlockN * kHeadDimV * 2;
+constexpr int kDoutOffset = kBlockM * kHeadDim * 2;  // in a slot of Q and dO
+constexpr int kQueriesBytes = kDoutOffset + kBlockM * kHeadDimV * 2;
+constexpr int kQueriesOffset = Config::kStages * kKeysBytes;
 
-// Starts the loads of K and V of a key/value head; keys that no query of its group sees become zeros.
+// Starts the loads of K and V of a key/value head.
 template <class Params>
-__device__ __forceinline__ void load_keys(unsigned k_smem, const Element* k, const Element* v,
+__device__ __forceinline__ void load_keys(unsigned keys_smem, const Element* k, const Element* v,
                                           const Visible<Params>& visible, int batch, int head_kv, int block_key) {
   const Params& params = visible.params;
-  const auto is_read = keys_read(params, batch, head_kv * params.group_size, params.group_size, block_key);
   const int keys = visible.keys() - block_key;
   load_tile<kBlockN, kHeadDim, kThreads>(
-      k_smem, k + batch * params.k.batch + head_kv * params.k.head + block_key * params.k.row, params.k.row, keys,
-      params.head_dim, threadIdx.x, is_read);
+      keys_smem, k + batch * params.k.batch + head_kv * params.k.head + block_key * params.k.row, params.k.row, keys,
+      params.head_dim, threadIdx.x);
   load_tile<kBlockN, kHeadDimV, kThreads>(
-      k_smem + kVOffset, v + batch * params.v.batch + head_kv * params.v.head + block_key * params.v.row, params.v.row,
-      keys, params.head_dim_v, threadIdx.x, is_read);
+      keys_smem + kVOffset, v + batch * params.v.batch + head_kv * params.v.head + block_key * params.v.row, params.v.row,
+      keys, params.head_dim_v, threadIdx.x);
 }
 
-// Where the lse and the delta of a head start.
+// Starts the loads of Q and dO of a query head.
 template <class Params>
-__device__ __forceinline__ long long first_of_head(const Params& params, int batch, int head) {
-  return ((long long)batch * params.heads_q + head) * params.rows_per_head;
-}
-
-// Starts the loads of Q and dO of a query head; queries that see no key become zeros.
-template <class Params>
-__device__ __forceinline__ void load_queries(unsigned k_smem, const Element* q, const Element* dout, const float* lse_log2,
+__device__ __forceinline__ void load_queries(unsigned queries_smem, const Element* q, const Element* dout,
                                              const Visible<Params>& visible, int batch, int head, int block_row) {
   const Params& params = visible.params;
-  const int rows_end = min(visible.queries(), params.first_row + params.rows) - block_row;
-  const QueryIsRead has_lse = {lse_log2 + first_of_head(params, batch, head)};
-  const auto is_seen = [&](int row) {
-    const int at = block_row + row - params.first_row;
-    return at >= 0 && has_lse(at);
-  };
+  const int queries = visible.queries() - block_row;
   load_tile<kBlockM, kHeadDim, kThreads>(
-      k_smem + kQOffset, q + batch * params.q.batch + head * params.q.head + block_row * params.q.row, params.q.row,
-      rows_end, params.head_dim, threadIdx.x, is_seen);
+      queries_smem, q + batch * params.q.batch + head * params.q.head + block_row * params.q.row, params.q.row, queries,
+      params.head_dim, threadIdx.x);
   load_tile<kBlockM, kHeadDimV, kThreads>(
-      k_smem + kDoutOffset, dout + batch * params.dout.batch + head * params.dout.head + block_row * params.dout.row,
-      params.dout.row, rows_end, params.head_dim_v, threadIdx.x, is_seen);
+      queries_smem + kDoutOffset, dout + batch * params.dout.batch + head * params.dout.head + block_row * params.dout.row,
+      params.dout.row, queries, params.head_dim_v, threadIdx.x);
 }
 
-// Of this lane's two rows.
-struct RowStatistics { float lse[2], delta[2]; };
+// Of this lane's rows. The lse is +inf where a row sees no key.
+struct RowStatistics { float lse[kMTiles][2], delta[kMTiles][2]; };
 
 template <class Params>
 __device__ __forceinline__ RowStatistics row_statistics(const float* lse_log2, const float* delta, const Params& params,
                                                         int batch, int head, int warp_row) {
+  const long long first = ((long long)batch * params.heads_q + head) * params.rows_per_head;
   RowStatistics of_rows;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = warp_row + Fragment::row(half) - params.first_row;
+  for (int i = 0; i < kMTiles * 2; ++i) {
+    const int row = warp_row + 16 * (i / 2) + Fragment::row(i % 2) - params.first_row;
     const bool inside = row >= 0 && row < params.rows;
-    const long long at = first_of_head(params, batch, head) + row;
-    of_rows.lse[half] = inside ? lse_log2[at] : infinity();
-    of_rows.delta[half] = inside ? delta[at] : 0.0f;
+    of_rows.lse[i / 2][i % 2] = inside ? lse_log2[first + row] : infinity();
+    of_rows.delta[i / 2][i % 2] = inside ? delta[first + row] : 0.0f;
   }
   return of_rows;
 }
 
-// dP − delta, where dP = dO Vᵀ is 0 for what dropout dropped.
-template <class Params>
-__device__ __forceinline__ void dp_minus_delta(float (&ds)[1][kNTiles][4], unsigned k_smem, const RowStatistics& of_rows,
-                                               const Params& params, int batch, int head, int warp_row, int block_key) {
-  multiply_a_bt<Element, kHeadDimV>(ds, k_smem + kDoutOffset, warp_row % kBlockM, k_smem + kVOffset, 0);
+// dP = dO Vᵀ becomes dP − delta, where dP is 0 for what dropout dropped.
+template <int kNTiles, class Params>
+__device__ __forceinline__ void subtract_delta(float (&dp)[kMTiles][kNTiles][4], const RowStatistics& of_rows,
+                                               const Params& params, int batch, int head, int warp_row, int key) {
   if constexpr (Config::kDropout) {
 #pragma unroll
-    for (int i = 0; i < kNTiles * 4; ++i) ds[0][i / 4][i % 4] *= kept_scale(params);
+    for (int i = 0; i < kMTiles * kNTiles * 4; ++i) dp[i / 4 / kNTiles][i / 4 % kNTiles][i % 4] *= kept_scale(params);
     dropout_of(params, batch, head)
-        .template for_each_dropped<false, 1, kNTiles>(warp_row, block_key,
-                                                      [&](int, int j, int r) { ds[0][j][r] = 0.0f; });
+        .template for_each_dropped<false, kMTiles, kNTiles>(warp_row, key,
+                                                            [&](int m, int j, int r) { dp[m][j][r] = 0.0f; });
   }
 #pragma unroll
-  for (int i = 0; i < kNTiles * 4; ++i) ds[0][i / 4][i % 4] -= of_rows.delta[i % 4 / 2];
+  for (int i = 0; i < kMTiles * kNTiles * 4; ++i) {
+    const int m = i / 4 / kNTiles;
+    dp[m][i / 4 % kNTiles][i % 4] -= of_rows.delta[m][i % 4 / 2];
+  }
 }
 
 // Products q·k become P. Calls slope(m, j, r, ∂capped score/∂score) with softcap. Without kReadsBias, add_bias(p) adds it.
-template <bool kReadsBias = Config::kBias, class Params, class Slope, class AddBias = AddNothing>
-__device__ __forceinline__ void probabilities(float (&p)[1][kNTiles][4], const RowStatistics& of_rows,
-                                              const Visible<Params>& visible, int batch, int head, int warp_row,
-                                              int block_key, const Slope& slope, const AddBias& add_bias = AddBias{}) {
+template <bool kReadsBias = Config::kBias, int kNTiles, class Params, class Slope, class AddBias = AddNothing>
+__device__ __forceinline__ void probabilities(float (&p)[kMTiles][kNTiles][4], const RowStatistics& of_rows,
+                                              const Visible<Params>& visible, int batch, int head, int warp_row, int key,
+                                              const Slope& slope, const AddBias& add_bias = AddBias{}) {
   const Params& params = visible.params;
   if constexpr (Config::kScoreMod) {
-    apply_score_mod<false>(p, warp_row, block_key, visible.queries(), visible.keys(), params, batch, head, 0,
+    apply_score_mod<false>(p, warp_row, key, visible.queries(), visible.keys(), params, batch, head, 0,
                            [](int, int, int, float) {});
   }
   score_modifiers<Element>(params, batch, head, 0)
-      .template apply<false, kReadsBias>(p, warp_row, block_key, visible.queries(), visible.keys(), slope);
-  if constexpr (Config::kBias && !kReadsBias) add_bias(p[0]);
-  hide<false>(p, warp_row, block_key, visible, mask_of(params, batch, head, 0), -infinity());
+      .template apply<false, kReadsBias>(p, warp_row, key, visible.queries(), visible.keys(), slope);
+  if constexpr (Config::kBias && !kReadsBias) add_bias(p);
+  bool masked = kMasks || Config::kQueryPadding || !visible.template sees_all<kWarpRows, 8 * kNTiles>(warp_row, key);
 #pragma unroll
-  for (int i = 0; i < kNTiles * 4; ++i) {
-    float& x = p[0][i / 4][i % 4];
-    x = ex2_approx(x - of_rows.lse[i % 4 / 2]);
+  for (int i = 0; i < kMTiles * 2; ++i) masked |= of_rows.lse[i / 2][i % 2] == infinity();
+  if (masked) {
+    hide<false>(p, warp_row, key, visible, mask_of(params, batch, head, 0), -infinity());
+#pragma unroll
+    for (int i = 0; i < kMTiles * kNTiles * 4; ++i) {
+      const int m = i / 4 / kNTiles;
+      if (of_rows.lse[m][i % 4 / 2] == infinity()) p[m][i / 4 % kNTiles][i % 4] = -infinity();
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kMTiles * kNTiles * 4; ++i) {
+    const int m = i / 4 / kNTiles;
+    float& x = p[m][i / 4 % kNTiles][i % 4];
+    x = ex2_approx(x - of_rows.lse[m][i % 4 / 2]);
   }
 }

@@ -38,6 +38,14 @@ SOME = {
 }
 
 
+SOME_BIASES = {
+    "pairs": ModifierFlags(bias=True, unit_strides=True, bias_pairs=True),
+    "float32": SOME["float32 bias"],
+    "any strides": ModifierFlags(bias=True),
+    "dropout": ModifierFlags(bias=True, unit_strides=True, bias_pairs=True, dropout=True),
+}
+
+
 def problem_of(head_dim, dtype="bfloat16"):
     shape = (1, 1000, 2, head_dim)
     return make_problem(shape, shape, shape, dtype, causal=True)
@@ -270,7 +278,16 @@ def test_shared_memory_of_every_head_dim_fits(capability):
         half = backward.warps // 2
         assert backward.block_m % (16 * half // backward.key_warps) == 0
         assert backward.block_m % (16 * backward.dq_row_warps) == 0
-        assert bias_gradient_config(problem_of(head_dim), capability, EVERYTHING).shared_bytes <= limit
+        of_bias = bias_gradient_config(problem_of(head_dim), capability, EVERYTHING)
+        assert of_bias.min_blocks_per_sm * (of_bias.shared_bytes + 1024) <= limit + 1024
+        assert of_bias.block_m * of_bias.block_n >= (64 * 64 if limit > 128 * 1024 else 64 * 32)
+        assert mod_args_gradient_config(problem_of(head_dim), capability, EVERYTHING, ()).m_tiles == 1
+
+
+@pytest.mark.parametrize("flags", SOME_BIASES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_gradient_of_a_bias_spills_no_more_than_its_config_states(head_dim, flags):
+    compile_within_limits(bias_gradient_config(problem_of(head_dim), (9, 0), SOME_BIASES[flags]), (9, 0))
 
 
 def test_a_plain_stub_defines_every_flag_as_false():

@@ -79,7 +79,7 @@ BUGS = [
     planted("the cap's slope left out of an argument's gradient", "fa2/backward_mod_args.cu",
         "ds[0][j][r] *= slope;", "", ALIBI, modifiers={"softcap": 2.0}),
     planted("dP of dropped probabilities kept for arguments", "fa2/score_gradient.cuh",
-        "[&](int, int j, int r) { ds[0][j][r] = 0.0f; });", "[&](int, int, int) {});", ALIBI, **DROPPED),
+        "[&](int m, int j, int r) { dp[m][j][r] = 0.0f; });", "[&](int, int, int) {});", ALIBI, **DROPPED),
     planted("what was pending is forgotten", "fa2/backward_mod_args.cu",
         "flush(sums);\n      *this", "*this", GATES),
     planted("every lane adds the sum of the warp", "fa2/backward_mod_args.cu",

@@ -13,6 +13,7 @@ from modified import (
     EVERYTHING,
     PAIRS,
     check_call,
+    check_dbias_of_blind_rows,
     check_modified,
     documents,
     make_modified,
@@ -70,11 +71,28 @@ def test_tiles_for_other_gpus_are_right(needs_emulator, capability):
 @pytest.mark.parametrize("float32", [False, True], ids=["of q's dtype", "float32"])
 def test_dbias_is_summed_over_what_was_broadcast(cp, broadcast, float32):
     problem, inputs, operands = make_modified(
-        3, 2, (100, 90), (4, 2), (64, 64), "float16", False, {"bias": True}, broadcast
+        3, 2, (300, 90), (4, 2), (64, 64), "float16", False, {"bias": True}, broadcast
     )
     if float32:
         operands["bias"] = operands["bias"].astype(np.float32)
     check_modified(cp, problem, inputs, operands, options_of(problem, False, {}))
+
+
+@pytest.mark.parametrize("seqlen_k", [68, 70, 73], ids=["whole fours", "whole pairs", "odd"])
+@pytest.mark.parametrize("float32", [False, True], ids=["of q's dtype", "float32"])
+@pytest.mark.parametrize("by_parts", [False, True], ids=["one part", "several"])
+def test_dbias_is_right_however_its_rows_are_stored(cp, seqlen_k, float32, by_parts):
+    broadcast = (by_parts, by_parts, False)
+    problem, inputs, operands = make_modified(
+        5, 2, (150, seqlen_k), (4, 2), (64, 64), "bfloat16", True, {"bias": True}, broadcast
+    )
+    if float32:
+        operands["bias"] = operands["bias"].astype(np.float32)
+    check_modified(cp, problem, inputs, operands, options_of(problem, True, {}))
+
+
+def test_rows_that_a_bias_leaves_without_a_key_have_a_dbias_of_zeros_whatever_they_hold(cp):
+    check_dbias_of_blind_rows(cp)
 
 
 @pytest.mark.parametrize("name", ["bias", "mask"])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from modified import check_modified, make_modified, options_of
+from modified import check_dbias_of_blind_rows, check_modified, make_modified, options_of
 
 from emulator.planted import WRONG_RESULT, Bug, Call, what_notices
 
@@ -40,7 +40,10 @@ SOFTCAP = Case((("softcap", 2.0),))
 SOFTCAP_256 = Case((("softcap", 2.0),), head_dims=(256, 256), heads=(1, 1))
 ALIBI = Case((("alibi_slopes", True),))
 DBIAS = Case((("bias", True),), causal=False)
-ROW_BIAS = Case((("bias", True),), heads=(4, 4), causal=False, broadcast=(True, True, True))
+ODD_DBIAS = DBIAS._replace(seqlens=(100, 182))
+ROW_BIAS = Case((("bias", True),), (300, 180), heads=(4, 4), causal=False, broadcast=(True, True, True))
+ROW_BIAS_128 = ROW_BIAS._replace(head_dims=(128, 128))
+BLIND_BIAS = Case((("bias", "blind"),), (70, 64), causal=False)
 MASK = Case((("mask", True),), causal=False)
 DOCUMENTS = Case((("mask", "documents"),), (400, 400), (2, 1), causal=False, deterministic=True)
 KEY_PADDING = Case((("key_padding", True),), causal=False)
@@ -91,10 +94,34 @@ BUGS = [
         "params.bias_heads == 1 ? params.heads_q : 1;", "params.bias_heads == 1 ? params.heads_q - 1 : 1;", ROW_BIAS),
     planted("dbias of half a warp's rows", BIAS,
         "for (int step = 4; step < kWarpSize; step *= 2)", "for (int step = 4; step < kWarpSize / 2; step *= 2)", ROW_BIAS),
-    planted("no barrier before the next tiles of dbias", BIAS,
-        "__syncthreads();  // every warp is done with the tiles before", "", ROW_BIAS, "race"),
+    planted("dbias from tiles that are still on their way", BIAS,
+        "cp_async_wait_group<0>();", "cp_async_wait_group<1>();", ROW_BIAS, "race"),
+    planted("the next tiles of dbias loaded while a warp reads the slot's last", BIAS,
+        "__syncthreads();  // the loads of every warp have landed", "__syncwarp();  // the loads", ROW_BIAS, "race"),
+    planted("the only slot of dbias loaded while a warp reads it", BIAS,
+        "__syncthreads();  // every warp is done with the slot", "", ROW_BIAS_128, "race"),
+    planted("the next Q of dbias in the slot of this one", BIAS,
+        "queries_slot = (queries_slot + 1) % kStages;", "", ROW_BIAS, "race"),
+    planted("the next K of dbias in the slot of this one", BIAS,
+        "keys_slot = (keys_slot + 1) % kStages;", "", ROW_BIAS, "race"),
     planted("K of the head before", BIAS,
         "if (batch_head_kv != loaded)", "if (loaded < 0)", ROW_BIAS),
+    planted("a term of dbias with the queries of the next", BIAS,
+        "const Term at = next;", "const Term& at = next;", ROW_BIAS),
+    planted("every share of dbias from the first head on", BIAS,
+        "bias_head + begin / some_m % some_heads,", "bias_head,", ROW_BIAS),
+    planted("the bias of the first strip for all", BIAS,
+        "bias[m][strip + j][half].in_base_2()", "bias[m][j][half].in_base_2()", DBIAS),
+    planted("the lse of the first rows for all of a warp's", "fa2/score_gradient.cuh",
+        "x = ex2_approx(x - of_rows.lse[m][i % 4 / 2]);", "x = ex2_approx(x - of_rows.lse[0][i % 4 / 2]);", DBIAS),
+    planted("neighbouring lanes exchange what they should keep", BIAS,
+        "odd ? pair[0] : pair[1], 1)", "odd ? pair[1] : pair[0], 1)", DBIAS),
+    planted("four elements of dbias at once in rows that have no whole fours", BIAS,
+        "params.seqlen_k % 4 != 0", "params.seqlen_k % 2 != 0", ODD_DBIAS, "race"),
+    planted("what is hidden added to dbias", BIAS,
+        "if (p[m][j][i % 4] != 0.0f) sum", "sum", BLIND_BIAS),
+    planted("queries that see no key have probabilities", "fa2/score_gradient.cuh",
+        "if (of_rows.lse[m][i % 4 / 2] == infinity()) p", "if (false) p", BLIND_BIAS),
     planted("parts of dbias left out of the sum", "fa2/sum_parts.cu",
         "part < params.parts;", "part < params.parts - 1;", ROW_BIAS),
     planted("the mask of another query", "core/hide.cuh",
@@ -147,8 +174,11 @@ def documents(seqlen: int) -> np.ndarray:
     return (ids[:, None] == ids)[None, None]
 
 
-def check(session, problem, inputs, causal, *, case):
+def check(session, problem, inputs, causal, *, case) -> None:
     modifiers = dict(case.modifiers)
+    if modifiers.get("bias") == "blind":
+        check_dbias_of_blind_rows(session.cp)
+        return
     problem, inputs, operands = make_modified(
         1, 2, case.seqlens, case.heads, case.head_dims, "float16", case.causal, modifiers, case.broadcast
     )

@@ -189,10 +189,10 @@ def test_modifiers_without_a_window_are_right(hopper):
         )
 
 
-def test_auto_takes_fa2s_forward_with_modifiers_until_the_two_are_compared(emulated):
+def test_auto_takes_the_hopper_forward_with_modifiers_too(emulated):
     call = make_call(7, UNEQUAL, (2, 1), (64, 64), "float16", True, modifiers={"window": (20, None)})
-    by_fa2, by_itself = (attend(emulated.cp, call, algorithm=name) for name in ("fa2", "auto"))
-    for got, want in zip(by_itself, by_fa2, strict=True):
+    by_hopper, by_itself = (attend(emulated.cp, call, algorithm=name) for name in ("hopper", "auto"))
+    for got, want in zip(by_itself, by_hopper, strict=True):
         assert (got == want).all()
 
 

@@ -208,6 +208,24 @@ def check_blind_rows(cp: Any, name: str, head_dim: int = 64, algorithm: str = "f
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3 if name == "formulas" else 0)
 
 
+def check_dbias_of_blind_rows(cp: Any) -> None:
+    """NaN in q and dout of rows that a bias of −inf leaves without a key does not reach dbias, in fa2."""
+    problem, inputs, operands = make_modified(
+        13, 2, (70, 64), (4, 2), (64, 64), "float16", False, {"bias": True}, (False, True, False)
+    )
+    operands["bias"][:, :, :20] = -np.inf
+    options = options_of(problem, False, {}) | on_device(cp, operands)
+    q, k, v, dout = (cp.asarray(x) for x in inputs[:4])
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
+    expected = to_numpy(cuflash.attention_backward(dout, q, k, v, out, lse, **options)[3])
+    for x in (inputs.q, inputs.dout):
+        x[:, :20] = np.nan
+    q, dout = cp.asarray(inputs.q), cp.asarray(inputs.dout)
+    dbias = to_numpy(cuflash.attention_backward(dout, q, k, v, out, lse, **options)[3])
+    assert (dbias[:, :, :20] == 0).all()
+    np.testing.assert_array_equal(dbias, expected)
+
+
 def rounding_allowance(problem: Problem, exact: Any, stored: Any) -> float:
     """What rounding out does to a gradient of a call with dropout; see ``numerics.with_rounded_out``."""
     return float(np.abs(stored - exact).max(initial=0.0)) if problem.dropout_p else 0.0
