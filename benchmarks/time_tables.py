@@ -275,7 +275,10 @@ def _modifiers_line(row: Row, peers: list[str]) -> list[str]:
 
 
 def _modifiers_summary(rows: list[Row]) -> list[str]:
-    """A line for each modifier, as it is given first, in the first kernel; forward beside backward."""
+    """A line for each modifier, as it is given first, in the first kernel; forward beside backward.
+
+    Where FlexAttention cannot run, another peer that can, by name.
+    """
     of_pass: dict[str, dict[str, Row]] = {"forward": {}, "backward": {}}
     for row in rows:
         if row["family"] == rows[0]["family"]:
@@ -286,10 +289,17 @@ def _modifiers_summary(rows: list[Row]) -> list[str]:
     for modifier in of_pass["forward"] | of_pass["backward"]:
         cells = [modifier]
         for found in of_pass.values():
-            ms = found[modifier]["ms"] if modifier in found else None
-            flex = found[modifier]["peers"].get("flex") if modifier in found else None
-            cells += [f"{ms:.3f}" if ms else "-"]
-            cells += [f"{flex:.3f}", f"{flex / ms:.2f}"] if ms and flex else ["-", "-"]
+            if modifier not in found:
+                cells += ["-", "-", "-"]
+                continue
+            ms, peers = found[modifier]["ms"], found[modifier]["peers"]
+            cells += [f"{ms:.3f}"]
+            peer = next((name for name in _MODIFIER_PEERS if name in peers), None)
+            if peer is None:
+                cells += ["-", "-"]
+            else:
+                of = "" if peer == "flex" else f", {_MODIFIER_PEERS[peer]}"
+                cells += [f"{peers[peer]:.3f}{of}", f"{peers[peer] / ms:.2f}"]
         body.append(cells)
     size = "{family}, d = {head_dim}, length {seqlen_q}, batch {batch}, {heads_q} heads, ".format(**rows[0])
     return [size + f"{short_dtype(rows[0])}.", "", *markdown(head, body)]

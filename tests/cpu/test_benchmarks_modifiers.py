@@ -198,4 +198,5 @@ def test_the_table_has_costs_speed_ups_and_reasons() -> None:
     assert "| softcap | 1.500 | 3.000 | 2.00 | 4.000 | 2.000 | 0.50 |" in lines
     assert "| ALiBi | 1.000 | 8.000 | 8.00 | - | - | - |" in lines
     assert "| sinks | - | - | - | 2.000 | - | - |" in lines
+    assert "| dropout | - | - | - | 2.000 | 5.000, FA2 (SDPA) | 2.50 |" in lines
     assert run.summary(rows[0]) == "ms 1.5, plain_ms 1.0, peers {'flex': 3.0}"
