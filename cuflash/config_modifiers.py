@@ -34,8 +34,8 @@ class ModifierFlags:
     bias_float32: bool = False
     mask: bool = False
     unit_strides: bool = False  # bias and mask, whichever there are, have contiguous rows
-    bias_pairs: bool = False  # the forward reads two neighbouring elements of bias at once
-    bias_tiles: bool = False  # hopper's forward has TMA bring tiles of bias
+    bias_pairs: bool = False  # two neighbouring elements of bias are read at once, but in the backward
+    bias_tiles: bool = False  # hopper has TMA bring tiles of bias
     key_padding: bool = False
     query_padding: bool = False
     sinks: bool = False

@@ -73,8 +73,7 @@ def hopper_forward_call(
     """The launch of ``hopper_forward`` for a problem that is not empty and that ``why_not`` lets through.
 
     ``modifiers`` are the parameters of a Config that has some, and ``bias`` the array of one that takes it
-    in tiles. ValueError where a size does not fit the
-    kernel's 32-bit fields, or |scale| float32.
+    in tiles. ValueError where a size does not fit the kernel's 32-bit fields, or |scale| float32.
     """
     check_ranges(problem)
     pack = config.packed_heads

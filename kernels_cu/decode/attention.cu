@@ -11,7 +11,7 @@
 //           row = query · kGroup + head in group, so that K and V are read once for all of them.
 // Threads   kWarpsN groups of kWarpsM warps. A group takes every kWarpsN-th tile of kTileKeys keys and has a ring of its
 //           own: in the loop nobody waits for another group. In a group, warp w owns rows [w, w + 1)·16·kMTiles and
-//           loads its share of each tile. Decoding has kWarpsM = 1, where a group is a warp and its barrier __syncwarp.
+//           loads its share of each tile. Up to 16 rows kWarpsM = 1: a group is a warp and its barrier __syncwarp.
 // Loop      wait for tile i;  start the load of tile i + kStages − 1;  S = Q Kᵀ;  mask S at the ends;
 //           P = 2^(S·scale_log2 − row_max·scale_log2);  O += P V
 // Then      the groups' O, maxima and sums meet in shared memory. Without splits that is the result. With splits each

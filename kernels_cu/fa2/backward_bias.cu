@@ -12,8 +12,8 @@
 // Loop      with a batch, head and query block for a term, and two slots (kStages):
 //             wait for Q, dO, K, V of this term;  start the loads of the next into the other slot
 //             for each kStrip keys:  S = Q Kᵀ;  dP = dO Vᵀ;  P;  sum += P ∘ (dP − delta)
-//           With one slot loads start when everybody is done with it, and another thread block on the multiprocessor
-//           computes meanwhile. K and V of the term before are not loaded again.
+//           With one slot loads start when everybody is done with it, and another thread block on the multiprocessor, where
+//           two fit, computes meanwhile. K and V of the term before are not loaded again.
 // Shared    fa2/score_gradient.cuh; at the end, of a bias that is broadcast along the queries, the sums of the warps:
 // memory    kWarps·kBlockN·4 bytes in Q's place.
 // Registers sums: kMTiles·kBlockN/2 a thread; the bias: half as many if of 16 bits; S and dP: kMTiles·kStrip.

@@ -12,7 +12,7 @@
 // memory
 // Sums      float32, by atomics in any order. A thread adds in registers for as long as a row reads the same element: one
 //           of the head or the query costs an atomic a thread or less, one of the key an atomic for each score.
-// Masks     core/hide.cuh in every tile; the formula is not evaluated where dS is 0.
+// Masks     core/hide.cuh in tiles that are not seen whole; no derivative is taken where P is 0.
 // Speed     docs/modifiers.md.
 #include "core/mod_arg_gradient.cuh"
 #include "fa2/score_gradient.cuh"

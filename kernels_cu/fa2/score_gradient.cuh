@@ -4,9 +4,10 @@
 // Shared    kStages slots of K 2·kBlockN·kHeadDim bytes and V 2·kBlockN·kHeadDimV, then as many of Q 2·kBlockM·kHeadDim and
 // memory    dO 2·kBlockM·kHeadDimV.
 // Queries   are counted from 0; those from params.first_row on have an lse and a delta.
-// Hidden    Loads ask no array which queries and keys are seen, for every copy would wait for the answer. Neither product
-//           mixes queries or keys, so whatever is loaded for those that are not seen stays in elements whose P is 0: who
-//           adds up P ∘ dS leaves these out, since their dS may be NaN.
+// Hidden    Loads ask neither a mask nor the lse which queries and keys are seen (only lengths of padding, once for a tile),
+//           for every copy would wait for the answer. Neither product mixes queries or keys, so whatever is loaded for
+//           those that are not seen stays in elements whose P is 0: who adds up P ∘ dS leaves these out, since their dS
+//           may be NaN.
 #pragma once
 #include "core/dropout.cuh"
 #include "core/fragment.cuh"

@@ -228,6 +228,9 @@ template <int kBlockM, int kKeys, class Params>
 __device__ __forceinline__ bool hides_some(const KeyBlock& keys, const QueryBlock& at, int key, const Params& params) {
   if constexpr (Config::kModified) {
     const Visible<Params> visible = visible_in(params, keys.batch, params.first_row);
+    if constexpr (Config::kBiasTiles && Config::kQueryPadding) {
+      if ((at.m_block + 1) * kBlockM > visible.queries()) return true;  // the bias of padding may be NaN
+    }
     return !visible.template sees_all<kBlockM, kKeys>(at.m_block * kBlockM, key) ||
            keys.mask_tiles(params, at.head).is_mixed(at.m_block);
   } else {

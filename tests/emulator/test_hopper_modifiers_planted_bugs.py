@@ -43,6 +43,7 @@ LATE_WINDOW = Case((("window", (30, 5)),), (70, 250))
 DOCUMENTS = Case((("mask", "documents"),), (400, 400), deterministic=True)
 PADDED = Case((("key_padding", True), ("query_padding", True)), (100, 180), nan=True)
 PADDED_256 = PADDED._replace(head_dim=256)
+PADDED_BIAS = Case((("bias", True), *PADDED.modifiers), (100, 184), nan=True)
 MASKED = Case((("mask", "late"),), nan=True)
 MASKED_256 = MASKED._replace(head_dim=256)
 SOFTCAP = Case((("softcap", 2.0),), (200, 180))
@@ -116,6 +117,8 @@ BUGS = [
         "at = {at.m_block, at.batch, at.head};", "at = at;", BIAS, "bounds"),
     planted("bias of keys and queries not transposed", BIAS_TILE,
         "ldmatrix_x4_trans(bias_reg, tile_smem", "ldmatrix_x4(bias_reg, tile_smem", BIAS),
+    planted("the bias of padding queries added", KEY_BLOCK,
+        "if ((at.m_block + 1) * kBlockM > visible.queries()) return true;", "", PADDED_BIAS),
     planted("the bytes of a bias not awaited with Q", BACKWARD,
         "QTile::kBytes + kFloatsBytes + kBiasBytes", "QTile::kBytes + kFloatsBytes", BIAS, "barrier"),
 ]  # fmt: skip
@@ -134,6 +137,10 @@ def pad_with_nan(case: Case, inputs: Any, operands: dict[str, Any]) -> None:
         for name in names:
             for batch, length in enumerate(operands[operand]):
                 getattr(inputs, name)[batch, length:] = np.nan
+    if "bias" in operands:
+        for batch in range(len(operands["bias"])):
+            operands["bias"][batch, :, operands["query_padding"][batch] :] = np.nan
+            operands["bias"][batch, :, :, operands["key_padding"][batch] :] = np.nan
 
 
 def check(session, problem, inputs, causal, *, case):

@@ -48,6 +48,7 @@ CAUSAL = (False, True, "top_left")
 BLIND: dict[str, dict[str, Any]] = {  # what may leave rows without a key
     "mask": {"mask": True},
     "bias": {"bias": True},
+    "bias and query_padding": {"bias": True, "query_padding": True},
     "window and key_padding": {"window": (10, 0), "key_padding": True},
     "dropout": {"dropout_p": 0.1},
     "formulas": {},
@@ -176,6 +177,10 @@ def check_blind_rows(cp: Any, name: str, head_dim: int = 64, algorithm: str = "f
         operands["mask"][:, :, :20] = False
     elif name == "bias":
         operands["bias"][:, :, :20] = -np.inf
+    elif "query_padding" in modifiers:
+        operands["query_padding"] = np.array([50, 20], np.int32)
+        for batch, length in enumerate(operands["query_padding"]):
+            operands["bias"][batch, :, length:] = np.nan
     elif "key_padding" in modifiers:
         operands["key_padding"] = np.array([20, 0], np.int32)
     elif name == "formulas":
