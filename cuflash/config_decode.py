@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cuflash.problem import Problem
-from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
+from cuflash.resources import ELEMENT_BYTES, blocks_fit
 from cuflash.stub import translation_unit
 
 SLAB_ROWS = 16  # keys that a warp copies at once, from one page: kSlabRows in kernels_cu/decode/load_keys.cuh
@@ -162,7 +162,6 @@ def choose(
 ) -> DecodeConfig:
     """The Config, without splits, of a problem that is not empty."""
     head_dim, head_dim_v = (-(-size // 16) * 16 for size in (problem.head_dim, problem.head_dim_v))
-    per_block = shared_memory_per_block(capability)
     configs = (
         DecodeConfig(
             dtype=problem.dtype,
@@ -184,8 +183,7 @@ def choose(
         for shape in _shapes(problem.seqlen_q * problem.group_size, max(head_dim, head_dim_v))
         for stages, blocks in shape.rings
     )
-    # What a block reserves for the system comes on top of its own.
-    return next(c for c in configs if c.min_blocks_per_sm * (shared_bytes(c) + 1024) <= per_block + 1024)
+    return next(c for c in configs if blocks_fit(c.min_blocks_per_sm, shared_bytes(c), capability))
 
 
 class Splits(NamedTuple):

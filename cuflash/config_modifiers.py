@@ -15,7 +15,7 @@ from cuflash import formulas
 from cuflash.arrays import ArrayInfo
 from cuflash.formulas import ModArg
 from cuflash.problem import Problem
-from cuflash.resources import ELEMENT_BYTES, shared_memory_per_block
+from cuflash.resources import ELEMENT_BYTES, blocks_fit
 from cuflash.stub import translation_unit
 from cuflash.tensor_map import ALIGNMENT, STRIDE_LIMIT
 
@@ -394,8 +394,7 @@ def bias_gradient_config(
 ) -> BiasGradientConfig:
     """The first tile that leaves room for as many thread blocks as it wants on a multiprocessor."""
     configs = (make_bias_gradient_config(tile, problem, modifiers) for tile in tiles)
-    limit = shared_memory_per_block(capability)
-    return next(c for c in configs if c.min_blocks_per_sm * (c.shared_bytes + 1024) <= limit + 1024)
+    return next(c for c in configs if blocks_fit(c.min_blocks_per_sm, c.shared_bytes, capability))
 
 
 def mod_args_gradient_config(

@@ -34,6 +34,14 @@ def shared_memory_per_block(capability: tuple[int, int]) -> int:
     return _SHARED_MEMORY_PER_BLOCK.get(capability, 99 * 1024)
 
 
+def blocks_fit(blocks: int, shared_bytes: int, capability: tuple[int, int]) -> bool:
+    """Whether ``blocks`` thread blocks of ``shared_bytes`` each have room on a multiprocessor.
+
+    What a block reserves for the system, 1 KB, comes on top of its own.
+    """
+    return blocks * (shared_bytes + 1024) <= shared_memory_per_block(capability) + 1024
+
+
 def shared_bytes(config: Config) -> int:
     """Dynamic shared memory of one thread block: the Q tile (reused for O) and the ring of K/V tiles."""
     q_or_o = config.block_m * max(config.head_dim, config.head_dim_v)
