@@ -22,8 +22,10 @@ METHOD = (
     "what lies between kernels in a graph is part of it. CUDA events around each replay; all functions take "
     "turns in one process; median of back-to-back turns. gbps, peers: bytes of the keys and values in use "
     "over that time. Lengths are on the device. append: one new key and value for each sequence, in the same "
-    "call. ragged: lengths drawn evenly from an eighth of the cache to all of it. host_us: host time of our "
-    "call outside of a graph, median over batches of 50, device synchronised between batches only."
+    "call. ragged: lengths drawn evenly from an eighth of the cache to all of it. Pages lie in random order, "
+    "or as stated; contiguous, beside pages: our own call on the same memory without a block table, in the "
+    "same turns. host_us: host time of our call outside of a graph, median over batches of 50, device "
+    "synchronised between batches only."
 )
 
 HEAD_DIM = 128
@@ -42,12 +44,15 @@ class Point:
     heads_kv: int = 8
     seqlen_q: int = 1
     page_size: int | None = None
+    page_runs: int = 1  # so many neighbouring pages stay together, in random order otherwise
+    page_near: int = 0  # pages are shuffled among so many neighbours only; 0: among all
     append: bool = False
     ragged: bool = False
     dtype: str = "bfloat16"
 
     def __str__(self) -> str:
         marks = [f"p{self.page_size}"] * (self.page_size is not None)
+        marks += [f"{name}{n}" for name, n in self._page_order.items()]
         marks += [name for name in ("append", "ragged") if getattr(self, name)]
         name = f"decode-b{self.batch}-s{self.seqlen_k}-q{self.seqlen_q}-h{self.heads_q}:{self.heads_kv}"
         return "-".join([name, *marks])
@@ -55,7 +60,12 @@ class Point:
     @property
     def features(self) -> dict[str, Any]:
         features = {"page_size": self.page_size, "append": self.append, "ragged": self.ragged}
-        return {name: value for name, value in features.items() if value}
+        return {name: value for name, value in features.items() if value} | self._page_order
+
+    @property
+    def _page_order(self) -> dict[str, int]:
+        runs = {"page_runs": self.page_runs} if self.page_runs > 1 else {}
+        return runs | ({"page_near": self.page_near} if self.page_near else {})
 
 
 _ISSUES = (
@@ -74,6 +84,12 @@ POINTS = (
     Point(64, 8192, ragged=True),
     Point(8, 8192, seqlen_q=4),
     Point(1, 16384, seqlen_q=512),
+)
+# Pages of 16 keys: 64 of them are 2 MB of K and as much of V.
+PAGE_ORDERS = tuple(
+    replace(point, page_size=16, page_runs=runs, page_near=near)
+    for point in _ISSUES[1:3]
+    for runs, near in ((1, 0), (4, 0), (16, 0), (64, 0), (1, 512), (1, 64), (1, 16), (1, 1))
 )
 
 
@@ -106,8 +122,7 @@ def random_inputs(point: Point) -> Inputs:
     if point.page_size:
         pages = keys // point.page_size
         shape = (batch * pages, point.page_size, heads, HEAD_DIM)
-        order = torch.randperm(batch * pages, generator=generator, device="cuda")
-        block_table = order.view(batch, pages).to(torch.int32)
+        block_table = _page_order(point, batch * pages, generator).view(batch, pages).to(torch.int32)
     lengths = torch.full((batch,), keys, device="cuda")
     if point.ragged:
         lengths = torch.randint(keys // 8, keys + 1, (batch,), generator=generator, device="cuda")
@@ -125,6 +140,23 @@ def random_inputs(point: Point) -> Inputs:
         v=draw(*new) if point.append else None,
         used_bytes=used_bytes,
     )
+
+
+def _page_order(point: Point, pages: int, generator: torch.Generator) -> torch.Tensor:
+    device = generator.device
+    in_order = torch.arange(pages, device=device)
+    if near := point.page_near:
+        keys = torch.rand((pages // near, near), generator=generator, device=device)
+        return in_order.view(-1, near).gather(1, keys.argsort())
+    runs = torch.randperm(pages // point.page_runs, generator=generator, device=device)
+    return in_order.view(-1, point.page_runs)[runs]
+
+
+def in_one_piece(inputs: Inputs, point: Point) -> Inputs:
+    """The same memory as caches without pages: what pages cost does not depend on where memory lies."""
+    shape = (point.batch, point.seqlen_k, point.heads_kv, HEAD_DIM)
+    caches = [(k.view(shape), v.view(shape)) for k, v in inputs.caches]
+    return replace(inputs, caches=caches, block_table=None)
 
 
 def ours(inputs: Inputs, num_splits: int = 0) -> Step:
@@ -242,6 +274,11 @@ def measure(point: Point, splits: Iterable[int], *, budget_ms: float) -> list[Ro
         except Exception as error:  # anything at all may be wrong with another library
             peer_errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
     graphs = {name: _graph(step, inputs) for name, step in steps.items()}
+    if point.page_size and not point.append:
+        piece = in_one_piece(inputs, point)
+        steps["contiguous"] = step = ours(piece)
+        require_agreement("contiguous", step(*piece.caches[0]), reference(piece, point))
+        graphs["contiguous"] = _graph(step, piece)
     medians = Timer().sustained({name: graph.replay for name, (graph, _) in graphs.items()}, budget_ms)
     us = {name: 1e3 * ms / graphs[name][1] for name, ms in medians.items()}
     host_us = _host_us(steps["cuflash 0"], inputs)
@@ -263,7 +300,7 @@ def measure(point: Point, splits: Iterable[int], *, budget_ms: float) -> list[Ro
             "us": significant(us[f"cuflash {n}"]),
             "gbps": gbps(f"cuflash {n}"),
             "host_us": significant(host_us, 3),
-            "peers": {name: gbps(name) for name in PEERS if name in steps},
+            "peers": {name: gbps(name) for name in (*PEERS, "contiguous") if name in steps},
             "peer_errors": peer_errors,
             "row_error": significant(errors[f"cuflash {n}"]),
         }

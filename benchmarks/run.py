@@ -3,6 +3,7 @@
 python -m benchmarks.run forward                         the grid, against SDPA's flash backend and cuDNN
 python -m benchmarks.run backward --deterministic        the same of gradients; also deterministic ones
 python -m benchmarks.run decode                          steps of decoding over a KV cache, against FA3, SDPA
+python -m benchmarks.run decode-pages                    what pages cost, by how they lie in memory
 python -m benchmarks.run host                            host time of a call, cold and warm first call
 python -m benchmarks.run jax-call                        cost of a call in JAX: buffer_callback, FFI, jax.nn
 python -m benchmarks.run counters                        how busy kernels keep the GPU, by ncu
@@ -16,8 +17,8 @@ python -m benchmarks.run varlen                          packed documents, again
 
 Every benchmark takes --results-dir and --commit, tiles also --budget-ms, train also --steps, counters also
 --families and --topic, modifiers also --cases, --shapes, --algorithm or --families (such as hopper,fa2, which
-then take turns), --budget-ms and --topic, varlen also --budget-ms, decode also --points, --splits, --topic
-and --budget-ms; the other options are forward's and backward's.
+then take turns), --budget-ms and --topic, varlen also --budget-ms, decode and decode-pages also --points,
+--splits, --topic and --budget-ms; the other options are forward's and backward's.
 """
 
 from __future__ import annotations
@@ -69,15 +70,16 @@ def _speed(options: argparse.Namespace, command: str) -> int:
 
 def _decode(options: argparse.Namespace, command: str) -> int:
     if reason := machine.why_no_torch():
-        return _skip("decode", reason)
+        return _skip(options.benchmark, reason)
     from benchmarks import decode
 
     def measure(point: decode.Point) -> list[Row]:
         return decode.measure(point, options.splits, budget_ms=options.budget_ms)
 
     header = machine.header(command, options.commit, decode.METHOD)
-    points = [point for point in decode.POINTS if re.search(options.points, str(point))]
-    return _record(points, measure, Recorder(options.results_dir, options.topic or "decode", header))
+    all_points = decode.PAGE_ORDERS if options.benchmark == "decode-pages" else decode.POINTS
+    points = [point for point in all_points if re.search(options.points, str(point))]
+    return _record(points, measure, Recorder(options.results_dir, options.topic or options.benchmark, header))
 
 
 def _host(options: argparse.Namespace, command: str) -> int:
@@ -205,6 +207,7 @@ BENCHMARKS = {
     "forward": _speed,
     "backward": _speed,
     "decode": _decode,
+    "decode-pages": _decode,
     "host": _host,
     "jax-call": _jax_call,
     "counters": _counters,

@@ -46,13 +46,16 @@ def _decode_summary(rows: list[Row]) -> list[str]:
     return _decode_table([row for row in rows if row["seqlen_q"] == 1 and not row["features"]])
 
 
-DECODE_PEER_LABELS = {"fa3": "FA3", "fa2": "FA2", "sdpa": "SDPA"}
+DECODE_PEER_LABELS = {"fa3": "FA3", "fa2": "FA2", "sdpa": "SDPA", "contiguous": "same memory in one piece"}
 DECODE_PEERS = tuple(DECODE_PEER_LABELS)
 
 
 def decode_label(features: dict[str, Any]) -> str:
     """How the cache is laid out and what else is done."""
     parts = [f"pages of {features['page_size']}" if "page_size" in features else "contiguous"]
+    parts += [f"runs of {features['page_runs']}"] if "page_runs" in features else []
+    if near := features.get("page_near"):
+        parts += [f"shuffled among {near}" if near > 1 else "in order"]
     parts += [name for name in ("append", "ragged") if features.get(name)]
     parts += [f"{features['num_splits']} splits"] if "num_splits" in features else []
     parts += [features["variant"]] if "variant" in features else []

@@ -1,4 +1,4 @@
-"""What compute-sanitizer's racecheck takes for races that are none: two kernels and two controls.
+"""What compute-sanitizer's racecheck takes for races that are none: three kernels and three controls.
 
     compute-sanitizer --tool racecheck python tools/racecheck_limits.py NAME
 
@@ -7,8 +7,9 @@ On an H100 (CUDA 13.0, 2026-11-23) racecheck reported nothing for the kernel "pa
 halves of fa2/backward.cu pass P and dS; the emulator, which knows that order, checks them in CI. "Slot" is
 why every thread of the Hopper kernels arrives for itself where it could be one lane, behind __syncwarp.
 
-PTX orders all four but the last: bar.sync after the bar.arrive of others ("producer-consumer model", PTX ISA,
-barrier{.cta}), and an mbarrier's release of what __syncwarp ordered before it.
+PTX orders all but the last: bar.sync after the bar.arrive of others ("producer-consumer model", PTX ISA,
+barrier{.cta}), an mbarrier's release of what __syncwarp ordered before it, and __syncthreads, whatever other
+barriers some of the warps have passed.
 """
 
 import sys
@@ -39,6 +40,21 @@ extern "C" __global__ void kernel(int* y) {
   const bool producer = threadIdx.x < 128;
 """
 
+# Four groups of two warps, each with a barrier of its own, write and read by turns; then all with all.
+GROUPS = """
+  __shared__ int t[2][256];
+  const int group = threadIdx.x / 64, neighbour = group * 64 + (threadIdx.x + 37) %% 64, turns = %s;
+  int sum = 0;
+  for (int turn = 0; turn < turns; ++turn) {
+    t[turn %% 2][threadIdx.x] = threadIdx.x;
+    asm volatile("bar.sync %%0, 64;" :: "r"(3 + group) : "memory");
+    sum += t[turn %% 2][neighbour];
+  }
+  __syncthreads();
+  t[0][(threadIdx.x + 64) %% 256] = t[1][(threadIdx.x + 64) %% 256] = sum;
+  __syncthreads();
+  if (producer) y[i] = t[0][threadIdx.x] + t[1][threadIdx.x + 128];"""
+
 BODIES = {
     "pair": """
   if (producer) { s[i] = i; BAR_ARRIVE(1); } else { BAR_SYNC(1); y[i] = s[other]; }""",
@@ -57,10 +73,12 @@ BODIES = {
     wait(&full, 1);
     y[i] += s[0];
   }""",
+    "groups": GROUPS % "group % 2 ? 3 : 2",
+    "even groups": GROUPS % "3",
     "race": """
   if (producer) s[i] = i; else y[i] = s[other];""",
 }
-SUMS = {"pair": 8128, "two pairs": 3 * 8128, "slot": 15 * 128}
+SUMS = {"pair": 8128, "two pairs": 3 * 8128, "slot": 15 * 128, "groups": 85696, "even groups": 97920}
 
 
 def main(name: str) -> None:

@@ -68,6 +68,7 @@ BUGS = [
     bug("rows of every warp", PARTIAL, "return warp + item / kQuads * kWarps;", "return item / kQuads;", "race"),
     bug("quads after a warp's last", PARTIAL, "if (item < items) use", "use", "bounds", seqlen_q=5),
     bug("keys of two splits", ATTENTION, "const int end = min(tiles_end, begin + tiles_per_split);", "const int end = tiles_end;", WRONG_RESULT),
+    bug("a turn without a tile is computed", ATTENTION, "    if (kEvenTurns && tile >= end) break;\n", "", WRONG_RESULT, seqlen_q=8),
     bug("the last tile is not masked", ATTENTION, "|| (tile + 1) * kTileKeys > full_end", "|| (tile + 1) * kTileKeys > full_end + kTileKeys", WRONG_RESULT),
     bug("the first tile of a window is not masked", ATTENTION, "if (tile * kTileKeys < full_begin ||", "if (", WRONG_RESULT, window=(77, 0), causal=False),
     bug("the scale's sign", ATTENTION, "        s = -s;\n", "", WRONG_RESULT),
