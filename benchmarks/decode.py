@@ -17,10 +17,12 @@ from benchmarks.results import Row, significant
 from benchmarks.timing import Timer
 
 METHOD = (
-    "us: a CUDA graph of several calls one after the other, over its number of calls, each call reading "
-    "another copy of the caches until these are more than twice the L2, so that every call reads memory; "
-    "what lies between kernels in a graph is part of it. CUDA events around each replay; all functions take "
-    "turns in one process; median of back-to-back turns. gbps, peers: bytes of the keys and values in use "
+    "us: a CUDA graph of several calls one after the other, over its number of calls; what lies between "
+    "kernels in a graph is part of it. Every call reads memory: each reads another copy of the caches, of "
+    "which there are at least four and together more than twice the L2, and each peer has copies of its own, "
+    "because FA3 asks the L2 to keep what it loads (evict_last), which outlives flushes. CUDA events around "
+    "each replay; all functions take turns in one process; median of back-to-back turns. gbps, peers: bytes "
+    "of the keys and values in use "
     "over that time. Lengths are on the device. append: one new key and value for each sequence, in the same "
     "call. ragged: lengths drawn evenly from an eighth of the cache to all of it. Pages lie in random order, "
     "or as stated; contiguous, beside pages: our own call on the same memory without a block table, in the "
@@ -29,6 +31,7 @@ METHOD = (
 )
 
 HEAD_DIM = 128
+MIN_COPIES = 4  # of the caches
 MIN_CALLS = 8  # of a graph, so that its launch costs each call little
 HOST_BATCHES = 30
 HOST_CALLS = 50
@@ -129,7 +132,7 @@ def random_inputs(point: Point) -> Inputs:
     cache = draw(*shape), draw(*shape)
     used_bytes = 2 * int(lengths.sum()) * heads * HEAD_DIM * cache[0].element_size()
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    copies = math.ceil(2 * l2_bytes / used_bytes)
+    copies = max(MIN_COPIES, math.ceil(2 * l2_bytes / used_bytes))
     new = (batch, 1, heads, HEAD_DIM)
     return Inputs(
         q=draw(batch, point.seqlen_q, point.heads_q, HEAD_DIM),
@@ -153,7 +156,7 @@ def _page_order(point: Point, pages: int, generator: torch.Generator) -> torch.T
 
 
 def in_one_piece(inputs: Inputs, point: Point) -> Inputs:
-    """The same memory as caches without pages: what pages cost does not depend on where memory lies."""
+    """The same memory as caches without pages."""
     shape = (point.batch, point.seqlen_k, point.heads_kv, HEAD_DIM)
     caches = [(k.view(shape), v.view(shape)) for k, v in inputs.caches]
     return replace(inputs, caches=caches, block_table=None)
@@ -265,20 +268,22 @@ def measure(point: Point, splits: Iterable[int], *, budget_ms: float) -> list[Ro
     errors = {
         name: require_agreement(name, step(*inputs.caches[0]), expected) for name, step in steps.items()
     }
+    read_by = dict.fromkeys(steps, inputs)
     peer_errors = {}
     for name, prepare in PEERS.items():
         try:
-            step = prepare(inputs, point)
-            require_agreement(name, step(*inputs.caches[0]), expected)
-            steps[name] = step
+            copy = replace(inputs, caches=[(k.clone(), v.clone()) for k, v in inputs.caches])
+            step = prepare(copy, point)
+            require_agreement(name, step(*copy.caches[0]), expected)
+            steps[name], read_by[name] = step, copy
         except Exception as error:  # anything at all may be wrong with another library
             peer_errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
-    graphs = {name: _graph(step, inputs) for name, step in steps.items()}
     if point.page_size and not point.append:
         piece = in_one_piece(inputs, point)
-        steps["contiguous"] = step = ours(piece)
-        require_agreement("contiguous", step(*piece.caches[0]), reference(piece, point))
-        graphs["contiguous"] = _graph(step, piece)
+        steps["contiguous"], read_by["contiguous"] = ours(piece), piece
+        out = steps["contiguous"](*piece.caches[0])
+        require_agreement("contiguous", out, reference(piece, point))
+    graphs = {name: _graph(step, read_by[name]) for name, step in steps.items()}
     medians = Timer().sustained({name: graph.replay for name, (graph, _) in graphs.items()}, budget_ms)
     us = {name: 1e3 * ms / graphs[name][1] for name, ms in medians.items()}
     host_us = _host_us(steps["cuflash 0"], inputs)
