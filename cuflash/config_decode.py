@@ -10,7 +10,6 @@ from cuflash.problem import Problem
 from cuflash.resources import ELEMENT_BYTES, blocks_fit
 from cuflash.stub import translation_unit
 
-SLAB_ROWS = 16  # keys that a warp copies at once, from one page: kSlabRows in kernels_cu/decode/load_keys.cuh
 APPEND_ROWS = 16  # of a block of decode_append
 MAX_SPLITS = 256
 
@@ -23,7 +22,7 @@ class DecodeFeatures(NamedTuple):
     positions: bool  # queries are rotated by the position of their own keys
     rotary: bool
     interleaved: bool
-    page_keys: int  # 0: no pages; SLAB_ROWS: pages of a multiple of as many keys; 1: of any other size
+    page_size: int  # keys of a page; 0 without pages
     aligned: bool  # every row of every array is contiguous and starts at a multiple of 16 bytes
 
 
@@ -49,7 +48,7 @@ class DecodeConfig:
     positions: bool
     rotary: bool
     interleaved: bool
-    page_keys: int
+    page_size: int
     aligned: bool
     spill_bytes: int = field(metadata={"in_stub": False})  # what ptxas may store to the stack
 
@@ -95,7 +94,7 @@ class AppendConfig:
     head_dim_v: int
     rotary: bool
     interleaved: bool
-    page_keys: int
+    page_size: int
     aligned: bool
     append_rows: int = APPEND_ROWS
     threads: int = 128

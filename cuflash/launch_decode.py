@@ -12,7 +12,6 @@ from cuflash.checks import out_shape
 from cuflash.checks_kv_cache import KvCacheOptions, KvCacheRequest
 from cuflash.config_decode import (
     APPEND_ROWS,
-    SLAB_ROWS,
     AppendConfig,
     DecodeConfig,
     DecodeFeatures,
@@ -43,7 +42,7 @@ DECODE_PARAMS = np.dtype(
         *((name, _ROW_STRIDES) for name in _ARRAYS),
         *((name, np.int64) for name in ("cos_row", "cos_column", "sin_row", "sin_column")),
         *((name, np.int64) for name in ("seqlens_stride", "table_row", "table_column")),
-        *((name, np.int32) for name in ("seqlen_q", "seqlen_new", "capacity", "page_size")),
+        *((name, np.int32) for name in ("seqlen_q", "seqlen_new", "capacity")),
         *((name, np.int32) for name in ("heads_kv", "m_blocks", "append_blocks")),
         *((name, np.int32) for name in ("splits", "fan_in", "nodes", "part_rows")),
         *((name, np.int32) for name in ("head_dim", "head_dim_v", "window_left", "window_right")),
@@ -120,7 +119,7 @@ def decode_calls(request: KvCacheRequest, options: KvCacheOptions, gpu: Gpu) -> 
 
 def _params(request: KvCacheRequest, options: KvCacheOptions) -> Any:
     """DECODE_PARAMS, but for what depends on the Config."""
-    problem, infos, new, page_size = request
+    problem, infos, new, _ = request
     params: Any = np.zeros((), DECODE_PARAMS)
     for name in _ARRAYS:
         if name in infos:
@@ -147,7 +146,7 @@ def _params(request: KvCacheRequest, options: KvCacheOptions) -> Any:
     params["window_left"] = _UNBOUNDED if left is None else min(left, _UNBOUNDED)
     params["window_right"] = _UNBOUNDED if right is None else min(right, _UNBOUNDED)
     params["seqlen_q"], params["seqlen_new"] = problem.seqlen_q, new
-    params["capacity"], params["page_size"] = problem.seqlen_k, page_size or 0
+    params["capacity"] = problem.seqlen_k
     params["heads_kv"] = problem.heads_kv
     params["head_dim"], params["head_dim_v"] = problem.head_dim, problem.head_dim_v
     params["scale_log2"] = kernel_scale(problem) * LOG2_E
@@ -158,9 +157,6 @@ def _features(request: KvCacheRequest, options: KvCacheOptions) -> DecodeFeature
     problem, infos, _, page_size = request
     left, right = options.bounds
     rotary = "rotary_cos" in infos
-    page_keys = 0
-    if page_size is not None:
-        page_keys = SLAB_ROWS if page_size % SLAB_ROWS == 0 else 1
     new_out_is_aligned = problem.head_dim_v * ELEMENT_BYTES % ALIGNMENT == 0
     return DecodeFeatures(
         causal=right is not None,
@@ -168,7 +164,7 @@ def _features(request: KvCacheRequest, options: KvCacheOptions) -> DecodeFeature
         positions=rotary and (left, right) != (None, None),
         rotary=rotary,
         interleaved=rotary and options.rotary_interleaved,
-        page_keys=page_keys,
+        page_size=page_size or 0,
         aligned=all(_is_aligned(infos[name]) for name in _ARRAYS if name in infos) and new_out_is_aligned,
     )
 
@@ -184,7 +180,7 @@ def _append_call(
         head_dim_v,
         features.rotary,
         features.interleaved,
-        features.page_keys,
+        features.page_size,
         features.aligned,
     )
     params["append_blocks"] = -(-request.seqlen_new // APPEND_ROWS)

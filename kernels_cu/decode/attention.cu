@@ -36,7 +36,7 @@
 // Numerics  S, sums, O and parts in float32; P rounded to Element for the second product; row_max may lag by 2^8.
 // Configs   head dims to 256 in steps of 16 (others zero-padded by the loads), Dv ≠ D, float16 and bfloat16; rows that are
 //           not 16-byte aligned element by element (kAligned); pages of a multiple of 16 keys are looked up once for 16
-//           keys, 32 of those at a time (kPageKeys = 16), others for each key (1); unpaged caches are kPageKeys = 0.
+//           keys, 32 of those at a time, others for each key (kPageSize; 0 without pages).
 // Speed     docs/decode.md.
 // Sibling   fa2/forward.cu gives all warps of a block the same keys; it reads no lengths.
 #include "core/layout.cuh"
@@ -172,7 +172,7 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
   const auto first_key = [&](int tile, int slab) { return tile * kTileKeys + (warp_m * kSlabs + slab) * kSlabRows; };
   const auto locate = [&](int tile) {
     const int key = first_key(tile + Fragment::lane() / kSlabs * kWarpsN, Fragment::lane() % kSlabs);
-    return Config::kPageKeys == kSlabRows && key < high ? slots.at(key) : Slot{};
+    return kPaged && kSlabsInPages && key < high ? slots.at(key) : Slot{};
   };
   Slot located = locate(begin + warp_n);
   const auto load = [&](int tile, int slot) {
@@ -182,7 +182,7 @@ decode_attention(const Element* __restrict__ q,           // (batch, seqlen_q, h
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
         const int key = first_key(tile, slab), tile_row = (warp_m * kSlabs + slab) * kSlabRows;
-        const Slot first = Config::kPageKeys == 0 ? slots.at(key) : located.of_lane(lane + slab);
+        const Slot first = !kPaged ? slots.at(key) : located.of_lane(lane + slab);
         load_slab<kHeadDim>(smem, smem_address, k_tile, tile_row, k_cache, params.k_cache, slots, first, key, low, high,
                             params.head_dim);
         load_slab<kHeadDimV>(smem, smem_address, k_tile + kVOffset, tile_row, v_cache, params.v_cache, slots, first, key,

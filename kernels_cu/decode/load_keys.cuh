@@ -6,6 +6,7 @@
 #include "ptx/cp_async.cuh"
 
 constexpr int kSlabRows = 16;
+constexpr bool kSlabsInPages = Config::kPageSize % kSlabRows == 0;  // each in one; also if there are no pages
 
 // Rows `tile_row` and following of the tile at `tile_offset` of shared memory take the keys from `first` on, of one
 // head; keys outside [begin, end) and columns from `columns` on become zeros and are not read. `slot` is the first's.
@@ -22,7 +23,7 @@ __device__ __forceinline__ void load_slab(unsigned char* smem, unsigned smem_add
     const int row = pass * kRowsPerPass + lane / Layout::kPeriod;
     const bool is_read = first + row >= begin && first + row < end;
     const Element* source = head;
-    if (Config::kPageKeys != 1) source = slot.in(head, strides) + row * strides.row;
+    if (kSlabsInPages) source = slot.in(head, strides) + row * strides.row;
     else if (is_read) source = slots.at(first + row).in(head, strides);
 #pragma unroll
     for (int j = 0; j < Layout::kChunks; j += Layout::kPeriod) {

@@ -12,7 +12,7 @@ struct DecodeParams {
   RowStrides q, k, v, k_cache, v_cache, out;
   long long cos_row, cos_column, sin_row, sin_column;     // in elements, as all strides here
   long long seqlens_stride, table_row, table_column;      // of cache_seqlens, and of block_table or cache_batch_idx
-  int seqlen_q, seqlen_new, capacity, page_size;          // capacity: keys that the cache can hold of one sequence
+  int seqlen_q, seqlen_new, capacity;                     // capacity: keys that the cache can hold of one sequence
   int heads_kv, m_blocks, append_blocks;
   int splits, fan_in, nodes, part_rows;  // of the tree of parts; part_rows: rows of a block, at most those there are
   int head_dim, head_dim_v, window_left, window_right;
@@ -21,6 +21,9 @@ struct DecodeParams {
 };
 
 using Element = Config::Element;
+
+constexpr bool kPaged = Config::kPageSize != 0;
+constexpr unsigned kPageSize = kPaged ? Config::kPageSize : 1;  // a constant: it divides on the way to the first load
 
 // Keys in the cache before the call, and with those that it appends.
 struct Sequence {
@@ -59,21 +62,21 @@ struct Slot {
 struct Slots {
   const void* table;
   long long table_column;
-  int outer, table_bytes, page_size;
+  int outer, table_bytes;
 
   __device__ __forceinline__ Slot at(int position) const {
-    if constexpr (Config::kPageKeys == 0) {
+    if constexpr (!kPaged) {
       return {outer, position};
     } else {
-      const int page = position / page_size;
-      return {read_index(table, page * table_column, table_bytes), position - page * page_size};
+      const int page = position / kPageSize;
+      return {read_index(table, page * table_column, table_bytes), static_cast<int>(position % kPageSize)};
     }
   }
 };
 
 __device__ __forceinline__ Slots slots_of(const void* table, const DecodeParams& params, int batch) {
-  Slots slots = {table, params.table_column, batch, params.table_bytes, params.page_size};
-  if constexpr (Config::kPageKeys != 0) {
+  Slots slots = {table, params.table_column, batch, params.table_bytes};
+  if constexpr (kPaged) {
     slots.table = static_cast<const char*>(table) + batch * params.table_row * params.table_bytes;
   } else if (table != nullptr) {  // cache_batch_idx
     slots.outer = read_index(table, batch * params.table_row, params.table_bytes);

@@ -12,10 +12,10 @@ from cuflash.problem import make_problem
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 PLAIN = DecodeFeatures(
-    causal=True, window=False, positions=False, rotary=False, interleaved=False, page_keys=0, aligned=True
+    causal=True, window=False, positions=False, rotary=False, interleaved=False, page_size=0, aligned=True
 )
 ALL = DecodeFeatures(
-    causal=True, window=True, positions=True, rotary=True, interleaved=True, page_keys=16, aligned=True
+    causal=True, window=True, positions=True, rotary=True, interleaved=True, page_size=64, aligned=True
 )
 
 
@@ -68,7 +68,7 @@ def test_all_options_at_once_compile_without_spills_beyond_their_config(head_dim
 
 @pytest.mark.parametrize(
     "change",
-    [{"aligned": False}, {"page_keys": 1}, {"page_keys": 1, "aligned": False}, {"interleaved": False}],
+    [{"aligned": False}, {"page_size": 17}, {"page_size": 17, "aligned": False}, {"interleaved": False}],
     ids=str,
 )
 def test_every_option_compiles(change):
@@ -78,7 +78,7 @@ def test_every_option_compiles(change):
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("page_keys", [0, 16, 1])
-def test_appending_compiles(page_keys, aligned):
+@pytest.mark.parametrize("page_size", [0, 16, 17])
+def test_appending_compiles(page_size, aligned):
     for capability in ((8, 0), (9, 0)):
-        compile_clean(AppendConfig("float16", 128, 64, True, False, page_keys, aligned), capability)
+        compile_clean(AppendConfig("float16", 128, 64, True, False, page_size, aligned), capability)

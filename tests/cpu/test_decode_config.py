@@ -25,7 +25,7 @@ from cuflash.resources import shared_memory_per_block
 PARAMS_CUH = Path(__file__).parents[2] / "kernels_cu" / "decode" / "params.cuh"
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0)]
 PLAIN = DecodeFeatures(
-    causal=True, window=False, positions=False, rotary=False, interleaved=False, page_keys=0, aligned=True
+    causal=True, window=False, positions=False, rotary=False, interleaved=False, page_size=0, aligned=True
 )
 H100 = Gpu((9, 0), 132, 50 << 20)
 
@@ -219,7 +219,7 @@ def test_params_hold_strides_of_rows_heads_and_pages(layout: str) -> None:
     row, head = (2 * 64, 64) if layout == "bshd" else (64, 64 * 64)
     assert tuple(params["k_cache"]) == (64 * 2 * 64, row, head, 1)
     assert (params["table_row"], params["table_column"], params["table_bytes"]) == (16, 1, 4)
-    assert (params["capacity"], params["page_size"]) == (1024, 64)
+    assert (params["capacity"], calls.attention[0].page_size) == (1024, 64)
     assert (params["window_left"], params["window_right"]) == (100, 7)
     assert calls_of().attention[1].params["window_right"] == 0  # type: ignore[index]
     assert calls_of(causal=False).attention[1].params["window_right"] == 2**30 - 1  # type: ignore[index]

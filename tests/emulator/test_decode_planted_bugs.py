@@ -82,7 +82,7 @@ BUGS = [
     bug("keys behind the length are read", LOAD, "first + row >= begin && first + row < end;", "first + row >= begin;", WRONG_RESULT),
     bug("keys of the first slab twice", ATTENTION, "(warp_m * kSlabs + slab) * kSlabRows; };", "warp_m * kSlabs * kSlabRows; };", WRONG_RESULT),
     bug("columns of the next row are read", LOAD, "is_read && (chunk + j) * 8 < columns;", "is_read;", WRONG_RESULT, head_dims=(40, 40)),
-    bug("the page before", PARAMS, "const int page = position / page_size;", "const int page = (position - 1) / page_size;", WRONG_RESULT, page_size=64),
+    bug("the page before", PARAMS, "const int page = position / kPageSize;", "const int page = max(position - 1, 0) / kPageSize;", WRONG_RESULT, page_size=64),
     bug("pages of 16-key tables looked up once for a tile", ATTENTION, "located.of_lane(lane + slab)", "located.of_lane(lane)", WRONG_RESULT, page_size=16),
     bug("a table entry past the end is looked up", ATTENTION, "&& key < high ?", "?", "bounds", page_size=16, lengths=[510, 500]),
     bug("pages of the first 32 slabs again", ATTENTION, "      if (lane + kSlabs == kWarpSize) located = locate(tile + kWarpsN);\n", "", WRONG_RESULT, page_size=16, splits=1, capacity=2400, lengths=[2350, 2200]),
