@@ -6,6 +6,8 @@ On an H100 (CUDA 13.0, 2026-11-23) racecheck reported nothing for the kernel "pa
 "two pairs" and "slot", whose results were right, and one for "race", whose was not. "Two pairs" is how the
 halves of fa2/backward.cu pass P and dS; the emulator, which knows that order, checks them in CI. "Slot" is
 why every thread of the Hopper kernels arrives for itself where it could be one lane, behind __syncwarp.
+It reported one or two for "groups", whose results were right, nothing for "even groups", whose warps all pass
+barriers equally often: so do those of decode/attention.cu.
 
 PTX orders all but the last: bar.sync after the bar.arrive of others ("producer-consumer model", PTX ISA,
 barrier{.cta}), an mbarrier's release of what __syncwarp ordered before it, and __syncthreads, whatever other
