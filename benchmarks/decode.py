@@ -19,15 +19,14 @@ from benchmarks.timing import Timer
 METHOD = (
     "us: a CUDA graph of several calls one after the other, over its number of calls; what lies between "
     "kernels in a graph is part of it. Every call reads memory: each reads another copy of the caches, of "
-    "which there are at least four and together more than twice the L2, and each peer has copies of its own, "
-    "because FA3 asks the L2 to keep what it loads (evict_last), which outlives flushes. CUDA events around "
-    "each replay; all functions take turns in one process; median of back-to-back turns. gbps, peers: bytes "
-    "of the keys and values in use "
-    "over that time. Lengths are on the device. append: one new key and value for each sequence, in the same "
-    "call. ragged: lengths drawn evenly from an eighth of the cache to all of it. Pages lie in random order, "
-    "or as stated; contiguous, beside pages: our own call on the same memory without a block table, in the "
-    "same turns. host_us: host time of our call outside of a graph, median over batches of 50, device "
-    "synchronised between batches only."
+    "which there are at least four and together more than twice the L2, and each peer has copies of its "
+    "own, because FA3 asks the L2 to keep what it loads (evict_last), which outlives flushes. CUDA events "
+    "around each replay; all functions take turns in one process; median of back-to-back turns. gbps, "
+    "peers: bytes of the keys and values in use over that time. Lengths are on the device. append: one new "
+    "key and value for each sequence, in the same call. ragged: lengths drawn evenly from an eighth of the "
+    "cache to all of it. Pages lie in random order, or as stated; contiguous, beside pages: our own call on "
+    "the same memory without a block table, in the same turns. host_us: host time of our call outside of a "
+    "graph, median over batches of 50, device synchronised between batches only."
 )
 
 HEAD_DIM = 128
